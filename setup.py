@@ -1,0 +1,44 @@
+"""Builds `offload._C`, the native core. Everything else about the package is in pyproject.toml."""
+
+import os
+import sys
+from pathlib import Path
+
+import pybind11
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from setuptools import setup
+
+SOURCES = sorted(map(str, [*Path("csrc/core").glob("*.cpp"), *Path("csrc/bindings").glob("*.cpp")]))
+# What every object file is built from besides its own source: a changed header or flag rebuilds.
+SHARED = ["setup.py", *sorted(map(str, Path("csrc").rglob("*.h")))]
+# Fixed, so that a rebuild after one edit compiles one file; named after those whose headers the
+# objects contain.
+OBJECTS = f"build/ext/{sys.implementation.cache_tag}-pybind11-{pybind11.__version__}"
+
+
+def is_stale(object_file: str, source: str) -> bool:
+    """Say whether `object_file` is missing or older than anything it was compiled from."""
+    try:
+        built = os.stat(object_file).st_mtime
+    except FileNotFoundError:
+        return True
+    return any(os.stat(path).st_mtime > built for path in (source, *SHARED))
+
+
+ParallelCompile(needs_recompile=is_stale).install()
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "offload._C",
+            SOURCES,
+            depends=SHARED,
+            cxx_std=20,
+            # -UNDEBUG: the interpreter's own flags switch assert() off, and ours stay on.
+            extra_compile_args=["-O3", "-UNDEBUG", "-Wall", "-Wextra", "-pthread"],
+            extra_link_args=["-pthread"],
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+    options={"build_ext": {"build_temp": OBJECTS}},
+)
