@@ -1,0 +1,220 @@
+// offload._C: the I/O core as Python sees it. Addresses cross as integers; every call that may
+// wait or copy releases the GIL; errors arrive as OSError with errno, message and path.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+
+#include "../core/arena.h"
+#include "../core/crc32c.h"
+#include "../core/error.h"
+#include "../core/file.h"
+#include "../core/spill.h"
+
+namespace py = pybind11;
+using namespace offload;  // NOLINT: one file, one purpose
+
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+void raise_os_error(const IoError& error) {
+  py::object arguments = py::make_tuple(error.code(), error.what(), error.path());
+  PyErr_SetObject(PyExc_OSError, arguments.ptr());
+}
+
+FaultRule make_rule(const std::string& op, std::uint64_t first, std::uint64_t count,
+                    const std::string& action, int code, std::uint64_t nbytes, double delay_s) {
+  FaultRule rule;
+  if (op == "read") {
+    rule.op = IoOp::kRead;
+  } else if (op == "write") {
+    rule.op = IoOp::kWrite;
+  } else if (op != "any") {
+    throw std::invalid_argument("op must be read, write or any, not '" + op + "'");
+  }
+  using Action = FaultRule::Action;
+  if (action == "error") {
+    rule.action = Action::kError;
+  } else if (action == "short") {
+    rule.action = Action::kShort;
+  } else if (action == "delay") {
+    rule.action = Action::kDelay;
+  } else if (action == "corrupt") {
+    rule.action = Action::kCorrupt;
+  } else {
+    throw std::invalid_argument("action must be error, short, delay or corrupt, not '" + action +
+                                "'");
+  }
+  rule.first = first;
+  rule.count = count;
+  rule.code = code;
+  rule.nbytes = nbytes;
+  rule.delay_s = delay_s;
+  return rule;
+}
+
+std::shared_ptr<Spill> open_spill(const std::string& directory, std::shared_ptr<Arena> arena,
+                                  const std::string& engine, unsigned queue_depth,
+                                  std::uint64_t block_bytes, std::uint64_t spill_bytes, bool verify,
+                                  bool direct, bool register_buffers,
+                                  const std::optional<FaultPlan>& fault_plan) {
+  SpillOptions options;
+  options.directory = directory;
+  options.engine = engine;
+  options.queue_depth = queue_depth;
+  options.block_bytes = block_bytes;
+  options.spill_bytes = spill_bytes;
+  options.verify = verify;
+  options.direct = direct;
+  options.register_buffers = register_buffers;
+  options.faults = fault_plan;
+  return Spill::open(std::move(options), std::move(arena));
+}
+
+py::dict probe_engines() {
+  py::dict engines;
+  try {
+    make_uring_engine(1);
+    engines["uring"] = py::make_tuple(true, "io_uring works here");
+  } catch (const IoError& error) {
+    engines["uring"] = py::make_tuple(false, error.what());
+  }
+  engines["posix"] = py::make_tuple(true, "pread and pwrite on threads work everywhere");
+  return engines;
+}
+
+py::dict spill_stats(const Spill& spill) {
+  const SpillStats stats = spill.stats();
+  py::dict out;
+  out["write_bytes"] = stats.queue.write_bytes;
+  out["read_bytes"] = stats.queue.read_bytes;
+  out["requests"] = stats.queue.requests;
+  out["resumed"] = stats.queue.resumed;
+  out["verify_s"] = stats.queue.verify_s;
+  out["thread_cpu_s"] = stats.queue.thread_cpu_s;
+  out["used_bytes"] = stats.used_bytes;
+  out["peak_used_bytes"] = stats.peak_used_bytes;
+  out["reserved_bytes"] = stats.reserved_bytes;
+  out["limit_bytes"] = stats.limit_bytes;
+  out["forwarded_bytes"] = stats.forwarded_bytes;
+  out["cancelled_bytes"] = stats.cancelled_bytes;
+  out["kept_bytes"] = stats.kept_bytes;
+  out["kept_total_bytes"] = stats.kept_total_bytes;
+  out["copy_s"] = stats.copy_s;
+  out["write_wait_s"] = stats.write_wait_s;
+  out["read_wait_s"] = stats.read_wait_s;
+  return out;
+}
+
+py::dict arena_stats(const Arena& arena) {
+  const ArenaStats stats = arena.stats();
+  py::dict out;
+  out["capacity_bytes"] = stats.capacity;
+  out["used_bytes"] = stats.used;
+  out["peak_used_bytes"] = stats.peak_used;
+  out["outside_bytes"] = stats.outside;
+  out["native_bytes"] = stats.native;
+  out["native_peak_bytes"] = stats.native_peak;
+  return out;
+}
+
+void bind_memory(py::module_& module) {
+  py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
+      .def(py::init([](std::size_t nbytes) { return Arena::create(nbytes); }), py::arg("nbytes"))
+      .def("stats", &arena_stats);
+  // Its memory lives as long as this object or anything that exported its buffer.
+  py::class_<Restored>(module, "Buffer", py::buffer_protocol())
+      .def_property_readonly(
+          "address",
+          [](const Restored& self) { return reinterpret_cast<std::uintptr_t>(self.address); })
+      .def_readonly("nbytes", &Restored::nbytes)
+      .def_readonly("forwarded", &Restored::forwarded)
+      .def_buffer([](Restored& self) {
+        return py::buffer_info(reinterpret_cast<unsigned char*>(self.address),
+                               static_cast<py::ssize_t>(self.nbytes));
+      });
+}
+
+void bind_faults(py::module_& module) {
+  py::class_<FaultRule>(module, "FaultRule")
+      .def(py::init(&make_rule), py::kw_only(), py::arg("op") = "any", py::arg("first") = 0,
+           py::arg("count") = 1, py::arg("action") = "error", py::arg("errno") = 5,
+           py::arg("nbytes") = 0, py::arg("delay_s") = 0.0);
+  py::class_<FaultPlan>(module, "FaultPlan")
+      .def(py::init([](std::vector<FaultRule> rules, double bytes_per_s, bool discard) {
+             return FaultPlan{std::move(rules), bytes_per_s, discard};
+           }),
+           py::kw_only(), py::arg("rules") = std::vector<FaultRule>{}, py::arg("bytes_per_s") = 0.0,
+           py::arg("discard") = false);
+}
+
+void bind_spill(py::module_& module) {
+  py::class_<Extent, std::shared_ptr<Extent>>(module, "Extent")
+      .def("prefetch", &Extent::prefetch, NoGil())
+      .def("fetch", &Extent::fetch, NoGil())
+      .def("ready", &Extent::ready)
+      .def("wait_written", &Extent::wait_written, NoGil())
+      .def_property_readonly("nbytes", &Extent::nbytes)
+      .def_property_readonly("offset", &Extent::offset);
+  py::class_<Spill, std::shared_ptr<Spill>>(module, "Spill")
+      .def(py::init(&open_spill), py::arg("directory"), py::arg("arena"), py::kw_only(),
+           py::arg("engine") = "auto", py::arg("queue_depth") = 32,
+           py::arg("block_bytes") = std::uint64_t{1} << 20, py::arg("spill_bytes") = 0,
+           py::arg("verify") = true, py::arg("direct") = true, py::arg("register_buffers") = true,
+           py::arg("fault_plan") = std::nullopt)
+      .def(
+          "write",
+          [](Spill& self, std::uintptr_t address, std::uint64_t nbytes) {
+            return self.write(reinterpret_cast<const std::byte*>(address), nbytes);
+          },
+          py::arg("address"), py::arg("nbytes"), NoGil())
+      .def("drain", &Spill::drain, NoGil())
+      .def("close", &Spill::close, NoGil())
+      .def("stats", &spill_stats)
+      .def("raise_write_error",
+           [](const Spill& self) {
+             if (const auto error = self.write_error()) throw *error;
+           })
+      .def("page_cache_bytes", [](const Spill& self) { return self.file().page_cache_bytes(); })
+      .def_property_readonly("engine", &Spill::engine_name)
+      .def_property_readonly("engine_reason", &Spill::engine_reason)
+      .def_property_readonly("direct", [](const Spill& self) { return self.file().direct(); })
+      .def_property_readonly("direct_reason",
+                             [](const Spill& self) { return self.file().facts().direct_reason; })
+      .def_property_readonly("backing",
+                             [](const Spill& self) { return self.file().facts().backing; })
+      .def_property_readonly("filesystem",
+                             [](const Spill& self) { return self.file().facts().filesystem; })
+      .def_property_readonly("registered", &Spill::registered)
+      .def_property_readonly("registration_errno", &Spill::register_code);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Native I/O core of offload.";
+  py::register_exception_translator([](std::exception_ptr pending) {
+    try {
+      if (pending) std::rethrow_exception(pending);
+    } catch (const IoError& error) {
+      raise_os_error(error);
+    }
+  });
+  bind_memory(module);
+  bind_faults(module);
+  bind_spill(module);
+  module.def("probe_engines", &probe_engines);
+  module.def("inspect_directory", [](const std::string& path) {
+    const DirectoryFacts facts = inspect_directory(path);
+    return py::make_tuple(facts.path, facts.filesystem, facts.backing, facts.free_bytes,
+                          facts.total_bytes, facts.direct, facts.direct_reason);
+  });
+  module.def("crc32c_path", &crc32c_path);
+  module.def(
+      "crc32c",
+      [](std::uintptr_t address, std::size_t nbytes) {
+        return crc32c(0, reinterpret_cast<const void*>(address), nbytes);
+      },
+      py::arg("address"), py::arg("nbytes"), NoGil());
+}

@@ -1,0 +1,171 @@
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+#include "fork_guard.h"
+#include "spill.h"
+#include "spill_state.h"
+
+namespace offload {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+}  // namespace
+
+Extent::~Extent() {
+  if (!spill_ || spill_->fork_generation_ != fork_generation()) return;
+  std::vector<std::shared_ptr<Transfer>> writes;
+  {
+    std::lock_guard lock(shared_->mutex);
+    for (Piece& piece : shared_->pieces) {
+      if (piece.write && !piece.write->ended()) writes.push_back(piece.write);
+    }
+  }
+  // Nobody will read it, so what has not begun need not be written.
+  for (auto& write : writes) spill_->queue_->try_cancel(*write);
+  if (read_ && !read_->ended()) spill_->queue_->try_cancel(*read_);
+}
+
+std::uint64_t Extent::offset() const { return shared_->range->offset; }
+
+bool Extent::whole_in_memory() const {
+  return shared_->pieces.size() == 1 && shared_->pieces[0].slice != nullptr;
+}
+
+bool Extent::written() const {
+  return std::all_of(shared_->pieces.begin(), shared_->pieces.end(),
+                     [](const Piece& piece) { return piece.write->ended(); });
+}
+
+bool Extent::ready() const {
+  spill_->check_process();
+  if (held_) return true;
+  if (read_) return read_->ended();
+  std::lock_guard lock(shared_->mutex);
+  return whole_in_memory();
+}
+
+void Extent::wait_written() {
+  spill_->check_process();
+  std::vector<std::shared_ptr<Transfer>> writes;
+  {
+    std::lock_guard lock(shared_->mutex);
+    for (const Piece& piece : shared_->pieces) writes.push_back(piece.write);
+  }
+  for (const auto& write : writes) {
+    try {
+      spill_->queue_->wait(*write);
+    } catch (const IoError& error) {
+      // A full drive keeps the bytes in memory, and a cancelled write too.
+      if (!is_no_space(error.code()) && error.code() != ECANCELED) throw;
+    }
+  }
+}
+
+// Reads [begin, begin + nbytes) of the extent to the same place in `slice`.
+std::shared_ptr<Transfer> Extent::start_read(std::shared_ptr<Slice> slice, std::uint64_t begin,
+                                             std::uint64_t nbytes) {
+  TransferRequest request;
+  request.op = IoOp::kRead;
+  request.address = slice->data() + begin;
+  request.nbytes = nbytes;
+  request.offset = shared_->range->offset + begin;
+  if (!shared_->checksums.empty()) {
+    request.checksums = shared_->checksums.data() + begin / spill_->options_.block_bytes;
+  }
+  request.owner = std::make_shared<std::pair<std::shared_ptr<Shared>, std::shared_ptr<Slice>>>(
+      shared_, std::move(slice));
+  return spill_->queue_->submit(std::move(request));
+}
+
+bool Extent::prefetch() {
+  spill_->check_process();
+  if (read_ || held_) return true;
+  held_ = forward();
+  if (held_) return true;
+  {
+    std::lock_guard lock(shared_->mutex);
+    if (!written()) return false;
+    // A piece still in memory never reached the drive: fetch() puts it together or says why not.
+    for (const Piece& piece : shared_->pieces) {
+      if (piece.slice) return false;
+    }
+  }
+  auto slice = spill_->arena_->try_allocate(extent_bytes_);
+  if (slice == nullptr) return false;
+  read_ = start_read(slice, 0, extent_bytes_);
+  read_slice_ = std::move(slice);
+  return true;
+}
+
+// Hands back the staging copy while it exists. A write that has not begun is dropped, and then
+// that copy is the tensor's only one and stays with the extent.
+std::optional<Restored> Extent::forward() {
+  std::shared_ptr<Slice> slice;
+  std::shared_ptr<Transfer> write;
+  {
+    std::lock_guard lock(shared_->mutex);
+    if (!whole_in_memory()) return std::nullopt;
+    slice = shared_->pieces[0].slice;
+    write = shared_->pieces[0].write;
+  }
+  const bool cancelled = !write->ended() && spill_->queue_->try_cancel(*write);
+  std::lock_guard lock(spill_->space_->mutex);
+  spill_->space_->counters.forwarded_bytes += nbytes_;
+  if (cancelled) spill_->space_->counters.cancelled_bytes += nbytes_;
+  return Restored{slice, slice->data() + lead_, nbytes_, true};
+}
+
+void Extent::copy_unwritten(std::byte* to) const {
+  for (const Piece& piece : shared_->pieces) {
+    if (piece.slice) std::memcpy(to + piece.begin, piece.slice->data(), piece.nbytes);
+  }
+}
+
+Restored Extent::fetch() {
+  spill_->check_process();
+  if (held_) return *std::exchange(held_, std::nullopt);
+  if (!read_) {
+    if (auto restored = forward()) return *restored;
+  }
+  const auto begin = Clock::now();
+  if (!read_) {
+    wait_written();
+    auto slice = spill_->arena_->try_allocate(extent_bytes_);
+    if (slice == nullptr) slice = spill_->arena_->allocate_outside(extent_bytes_);
+    bool holes = false;
+    {
+      std::lock_guard lock(shared_->mutex);
+      for (const Piece& piece : shared_->pieces) holes |= piece.slice != nullptr;
+    }
+    if (holes) {
+      // Some pieces never reached the drive: the others are read one by one around them.
+      for (Piece& piece : shared_->pieces) {
+        if (piece.slice) continue;
+        spill_->queue_->wait(*start_read(slice, piece.begin, piece.nbytes));
+      }
+      std::lock_guard lock(shared_->mutex);
+      copy_unwritten(slice->data());
+      return Restored{slice, slice->data() + lead_, nbytes_, false};
+    }
+    read_ = start_read(slice, 0, extent_bytes_);
+    read_slice_ = std::move(slice);
+  }
+  const auto read = std::exchange(read_, nullptr);
+  auto slice = std::exchange(read_slice_, nullptr);
+  const bool waited = !read->ended();
+  spill_->queue_->wait(*read);
+  if (waited) {
+    std::lock_guard lock(spill_->space_->mutex);
+    spill_->space_->counters.read_wait_s += seconds_since(begin);
+  }
+  return Restored{slice, slice->data() + lead_, nbytes_, false};
+}
+
+}  // namespace offload

@@ -1,0 +1,55 @@
+#include "fork_guard.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <vector>
+
+namespace offload {
+namespace {
+
+// pthread_atfork handlers take no argument, so this registry is the process's.
+struct Registry {
+  std::mutex mutex;
+  std::vector<int> descriptors;
+  std::atomic<int> generation{0};
+};
+
+Registry& registry() {
+  static Registry* instance = [] {
+    auto* made = new Registry;  // never destroyed: children may fork during static destruction
+    pthread_atfork([] { registry().mutex.lock(); }, [] { registry().mutex.unlock(); },
+                   [] {
+                     Registry& self = registry();
+                     self.generation.fetch_add(1, std::memory_order_relaxed);
+                     for (int fd : self.descriptors) ::close(fd);
+                     self.descriptors.clear();
+                     self.mutex.unlock();
+                   });
+    return made;
+  }();
+  return *instance;
+}
+
+}  // namespace
+
+int fork_generation() { return registry().generation.load(std::memory_order_relaxed); }
+
+void close_in_child(int fd) {
+  Registry& self = registry();
+  std::lock_guard lock(self.mutex);
+  self.descriptors.push_back(fd);
+}
+
+void close_here(int fd) {
+  Registry& self = registry();
+  // A fork waits for this lock, so no child sees the descriptor open and forgotten.
+  std::lock_guard lock(self.mutex);
+  std::erase(self.descriptors, fd);
+  ::close(fd);
+}
+
+}  // namespace offload

@@ -1,0 +1,386 @@
+#include "io_queue.h"
+
+#include <time.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <utility>
+
+#include "align.h"
+#include "crc32c.h"
+
+namespace offload {
+namespace {
+
+// Completions in a row that moved nothing before a transfer is given up: EINTR and EAGAIN are
+// passing states, but a drive that never makes progress is broken.
+constexpr unsigned kMaxStuck = 64;
+
+double thread_cpu_s() {
+  timespec now{};
+  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+IoError mismatch(const TransferRequest& request, const std::string& path, std::uint64_t block,
+                 std::uint64_t block_bytes, std::uint64_t length, std::uint32_t stored,
+                 std::uint32_t read) {
+  char sums[64];
+  std::snprintf(sums, sizeof sums, "crc32c %08x was written, %08x read back", stored, read);
+  return IoError(EBADMSG,
+                 "read of " + std::to_string(length) + " bytes at offset " +
+                     std::to_string(request.offset + block * block_bytes) +
+                     " returned other bytes than were written (extent at " +
+                     std::to_string(request.offset) + ", " + std::to_string(request.nbytes) +
+                     " bytes; " + sums + "); the drive or its memory is failing",
+                 path);
+}
+
+}  // namespace
+
+IoQueue::IoQueue(std::unique_ptr<IoEngine> engine, Options options)
+    : engine_(std::move(engine)),
+      options_(std::move(options)),
+      fork_generation_(fork_generation()),
+      flights_(options_.depth) {
+  for (std::size_t slot = options_.depth; slot != 0; --slot) free_slots_.push_back(slot - 1);
+  thread_ = std::thread([this] { run_guarded(); });
+}
+
+IoQueue::~IoQueue() {
+  if (fork_generation_ != fork_generation()) {
+    // The thread exists only in the parent, and so do the kernel's ends of the engine.
+    thread_.detach();
+    [[maybe_unused]] IoEngine* left = engine_.release();
+    return;
+  }
+  close();
+}
+
+void IoQueue::check_process() const {
+  if (fork_generation_ != fork_generation()) {
+    throw std::runtime_error(
+        "offloaded tensors belong to the process that offloaded them and cannot be used in a "
+        "forked child");
+  }
+}
+
+std::shared_ptr<Transfer> IoQueue::submit(TransferRequest request) {
+  check_process();
+  const bool is_write = request.op == IoOp::kWrite;
+  std::shared_ptr<Transfer> transfer(new Transfer(std::move(request)));
+  std::lock_guard lock(mutex_);
+  if (broken_) throw *broken_;
+  if (stopping_) throw std::runtime_error("the I/O queue is closed");
+  (is_write ? writes_ : reads_).push_back(transfer);
+  ++live_transfers_;
+  if (is_write) unfinished_writes_.fetch_add(1);
+  // Under the lock: a close() on another thread destroys the engine.
+  if (std::exchange(asleep_in_engine_, false)) {
+    engine_->wake();
+  } else {
+    work_->notify_one();
+  }
+  return transfer;
+}
+
+bool IoQueue::try_cancel(Transfer& transfer) {
+  check_process();
+  std::shared_ptr<Transfer> removed;
+  {
+    std::lock_guard lock(mutex_);
+    auto& queue = transfer.request_.op == IoOp::kWrite ? writes_ : reads_;
+    const auto found = std::find_if(queue.begin(), queue.end(),
+                                    [&](const auto& queued) { return queued.get() == &transfer; });
+    if (found == queue.end()) return false;
+    removed = *found;
+    queue.erase(found);
+  }
+  end(*removed, Transfer::State::kCancelled);
+  return true;
+}
+
+void IoQueue::wait(const Transfer& transfer) {
+  check_process();
+  {
+    std::unique_lock lock(mutex_);
+    ended_->wait(lock, [&] { return transfer.ended(); });
+  }
+  if (transfer.state() == Transfer::State::kFailed) throw *transfer.error_;
+  if (transfer.state() == Transfer::State::kCancelled) {
+    throw io_error(ECANCELED, name_of(transfer.request_.op), options_.path,
+                   transfer.request_.offset, transfer.request_.nbytes);
+  }
+}
+
+void IoQueue::drain() {
+  check_process();
+  std::unique_lock lock(mutex_);
+  ended_->wait(lock, [&] { return live_transfers_ == 0; });
+}
+
+void IoQueue::close() {
+  check_process();
+  std::deque<std::shared_ptr<Transfer>> dropped;
+  {
+    std::lock_guard lock(mutex_);
+    if (std::exchange(closed_, true)) return;
+    stopping_ = true;
+    dropped.swap(writes_);
+    dropped.insert(dropped.end(), reads_.begin(), reads_.end());
+    reads_.clear();
+  }
+  for (auto& transfer : dropped) end(*transfer, Transfer::State::kCancelled);
+  engine_->wake();
+  work_->notify_one();
+  thread_.join();
+  engine_.reset();
+}
+
+QueueStats IoQueue::stats() const {
+  std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+void IoQueue::run_guarded() {
+  try {
+    run();
+  } catch (const IoError& error) {
+    fail_everything(error);
+  } catch (const std::exception& error) {
+    fail_everything(IoError(EIO, error.what(), options_.path));
+  }
+}
+
+void IoQueue::run() {
+  std::vector<Completion> completions;
+  for (;;) {
+    backpressure_ = false;
+    while (refill()) {
+    }
+    engine_->submit();
+    // Blocks already here are compared while the drive works on the ones just submitted.
+    for (const std::size_t slot : std::exchange(to_verify_, {})) {
+      verify(flights_[slot]);
+      release(slot);
+    }
+    {
+      std::unique_lock lock(mutex_);
+      stats_.verify_s = verify_s_;
+      stats_.thread_cpu_s = thread_cpu_s();
+      const bool more = !reads_.empty() || !writes_.empty() || current_ || !again_.empty();
+      if (more && in_engine_ < options_.depth && !backpressure_) continue;
+      if (in_engine_ == 0) {
+        // A refusal with nothing in flight has no completion to wait for.
+        if (backpressure_) throw IoError(EIO, "the I/O engine takes no requests", options_.path);
+        if (stopping_) return;
+        work_->wait(lock, [&] { return stopping_ || !reads_.empty() || !writes_.empty(); });
+        continue;
+      }
+      // With a full engine new work changes nothing, so nobody needs to wake it.
+      asleep_in_engine_ = in_engine_ < options_.depth && !stopping_;
+    }
+    completions.clear();
+    engine_->wait(completions, std::nullopt);
+    {
+      std::lock_guard lock(mutex_);
+      asleep_in_engine_ = false;
+    }
+    for (const Completion& completion : completions) handle(completion);
+  }
+}
+
+// Hands one more block to the engine; false when there is none or no room.
+bool IoQueue::refill() {
+  if (in_engine_ == options_.depth) return false;
+  if (!again_.empty()) {
+    const std::size_t slot = again_.front();
+    if (!stage(slot)) return false;
+    again_.pop_front();
+    return true;
+  }
+  const auto slot = next_flight();
+  if (!slot) return false;
+  if (!stage(*slot)) {
+    again_.push_back(*slot);
+    return false;
+  }
+  return true;
+}
+
+// Takes a slot for the next block of the current or the next transfer.
+std::optional<std::size_t> IoQueue::next_flight() {
+  if (free_slots_.empty()) return std::nullopt;
+  if (current_ == nullptr) {
+    std::lock_guard lock(mutex_);
+    auto& queue = !reads_.empty() ? reads_ : writes_;
+    if (queue.empty()) return std::nullopt;
+    current_ = std::move(queue.front());
+    queue.pop_front();
+    current_->state_.store(Transfer::State::kRunning, std::memory_order_release);
+  }
+  const std::size_t slot = free_slots_.back();
+  free_slots_.pop_back();
+  Transfer& transfer = *current_;
+  flights_[slot] = {current_, transfer.next_block_, 0, 0};
+  ++transfer.blocks_out_;
+  ++transfer.next_block_;
+  if (transfer.next_block_ * options_.block_bytes >= transfer.request_.nbytes) current_.reset();
+  return slot;
+}
+
+bool IoQueue::stage(std::size_t slot) {
+  const Flight& flight = flights_[slot];
+  const TransferRequest& request = flight.transfer->request_;
+  const std::uint64_t at = flight.block * options_.block_bytes + flight.done;
+  const std::uint64_t left = block_bytes_of(*flight.transfer, flight.block) - flight.done;
+  if (!engine_->stage(
+          {request.op, options_.fd, request.address + at, left, request.offset + at, slot})) {
+    backpressure_ = true;
+    return false;
+  }
+  ++in_engine_;
+  std::lock_guard lock(mutex_);
+  ++stats_.requests;
+  return true;
+}
+
+void IoQueue::handle(const Completion& completion) {
+  const std::size_t slot = completion.tag;
+  --in_engine_;
+  Flight& flight = flights_[slot];
+  if (flight.transfer->error_ || resume(slot, completion.result)) {
+    if (flight.transfer->error_) release(slot);
+    return;
+  }
+  finish_block(flight);
+  if (flight.transfer->request_.op == IoOp::kRead && flight.transfer->request_.checksums) {
+    to_verify_.push_back(slot);
+  } else {
+    release(slot);
+  }
+}
+
+// Judges one completion. True when the block is not complete: it was put back, or it failed.
+bool IoQueue::resume(std::size_t slot, std::int64_t result) {
+  Flight& flight = flights_[slot];
+  const TransferRequest& request = flight.transfer->request_;
+  const std::uint64_t length = block_bytes_of(*flight.transfer, flight.block);
+  const std::uint64_t left = length - flight.done;
+  const std::uint64_t at = request.offset + flight.block * options_.block_bytes + flight.done;
+  const bool passing = result == -EINTR || result == -EAGAIN;
+  if (result < 0 && !passing) {
+    fail(*flight.transfer,
+         io_error(static_cast<int>(-result), name_of(request.op), options_.path, at, left));
+    return true;
+  }
+  // What arrived beyond the last aligned byte is moved again: a direct request cannot start there.
+  const auto moved = static_cast<std::uint64_t>(std::max<std::int64_t>(result, 0));
+  const std::uint64_t kept = moved >= left ? left : align_down(moved, options_.alignment);
+  flight.done += kept;
+  if (flight.done == length) return false;
+  flight.stuck = kept == 0 ? flight.stuck + 1 : 0;
+  if (flight.stuck >= kMaxStuck) {
+    fail(*flight.transfer, io_error(EIO, std::string(name_of(request.op)) + " without progress",
+                                    options_.path, at, left));
+    return true;
+  }
+  if (flight.stuck > 1) std::this_thread::sleep_for(std::chrono::microseconds(100));
+  again_.push_back(slot);
+  std::lock_guard lock(mutex_);
+  ++stats_.resumed;
+  return true;
+}
+
+void IoQueue::finish_block(Flight& flight) {
+  const std::uint64_t length = block_bytes_of(*flight.transfer, flight.block);
+  std::lock_guard lock(mutex_);
+  (flight.transfer->request_.op == IoOp::kRead ? stats_.read_bytes : stats_.write_bytes) += length;
+}
+
+void IoQueue::verify(const Flight& flight) {
+  const TransferRequest& request = flight.transfer->request_;
+  const std::uint64_t length = block_bytes_of(*flight.transfer, flight.block);
+  const double begin = thread_cpu_s();
+  const std::uint32_t read =
+      crc32c(0, request.address + flight.block * options_.block_bytes, length);
+  verify_s_ += thread_cpu_s() - begin;
+  const std::uint32_t stored = request.checksums[flight.block];
+  if (read != stored) {
+    fail(*flight.transfer, mismatch(request, options_.path, flight.block, options_.block_bytes,
+                                    length, stored, read));
+  }
+}
+
+// Remembers the first error and hands out no further block; those in flight come back first.
+void IoQueue::fail(Transfer& transfer, IoError error) {
+  if (transfer.error_) return;
+  transfer.error_ = std::move(error);
+  if (current_.get() == &transfer) current_.reset();
+  transfer.next_block_ =
+      (transfer.request_.nbytes + options_.block_bytes - 1) / options_.block_bytes;
+}
+
+void IoQueue::release(std::size_t slot) {
+  const std::shared_ptr<Transfer> transfer = std::move(flights_[slot].transfer);
+  free_slots_.push_back(slot);
+  --transfer->blocks_out_;
+  end_if_idle(transfer);
+}
+
+void IoQueue::end_if_idle(const std::shared_ptr<Transfer>& transfer) {
+  if (transfer->blocks_out_ != 0 ||
+      transfer->next_block_ * options_.block_bytes < transfer->request_.nbytes) {
+    return;
+  }
+  end(*transfer, transfer->error_ ? Transfer::State::kFailed : Transfer::State::kDone);
+}
+
+void IoQueue::end(Transfer& transfer, Transfer::State state) {
+  TransferRequest& request = transfer.request_;
+  if (request.on_end) request.on_end(transfer.error_, state == Transfer::State::kCancelled);
+  request.on_end = nullptr;
+  // Memory and file space go back before anyone learns of the end, so that a waiter finds them.
+  request.owner.reset();
+  {
+    std::lock_guard lock(mutex_);
+    transfer.state_.store(state, std::memory_order_release);
+    --live_transfers_;
+    if (request.op == IoOp::kWrite) unfinished_writes_.fetch_sub(1);
+  }
+  ended_->notify_all();
+}
+
+// The engine itself broke. What it still holds may be written to by the kernel, so the memory of
+// those transfers is leaked on purpose rather than reused.
+void IoQueue::fail_everything(const IoError& error) {
+  std::vector<std::shared_ptr<Transfer>> victims;
+  {
+    std::lock_guard lock(mutex_);
+    broken_ = error;
+    victims.assign(reads_.begin(), reads_.end());
+    victims.insert(victims.end(), writes_.begin(), writes_.end());
+    reads_.clear();
+    writes_.clear();
+  }
+  for (Flight& flight : flights_) {
+    if (!flight.transfer) continue;
+    new std::shared_ptr<void>(flight.transfer->request_.owner);
+    if (std::find(victims.begin(), victims.end(), flight.transfer) == victims.end()) {
+      victims.push_back(flight.transfer);
+    }
+  }
+  if (current_ && std::find(victims.begin(), victims.end(), current_) == victims.end()) {
+    victims.push_back(current_);
+  }
+  for (auto& transfer : victims) {
+    if (!transfer->error_) transfer->error_ = error;
+    end(*transfer, Transfer::State::kFailed);
+  }
+}
+
+std::uint64_t IoQueue::block_bytes_of(const Transfer& transfer, std::uint64_t block) const {
+  return std::min(options_.block_bytes, transfer.request_.nbytes - block * options_.block_bytes);
+}
+
+}  // namespace offload

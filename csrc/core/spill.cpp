@@ -1,0 +1,288 @@
+#include "spill.h"
+
+#include <time.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "align.h"
+#include "crc32c.h"
+#include "fork_guard.h"
+#include "spill_state.h"
+
+namespace offload {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr unsigned kPosixThreads = 4;
+// Extending a file a little at a time serialises writers on ext4; a step is reserved at once.
+constexpr std::uint64_t kReserveStep = std::uint64_t{256} << 20;
+// When staging cannot hold a tensor in one run it goes through in pieces of so many blocks.
+constexpr std::uint64_t kPieceBlocks = 4;
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+double thread_cpu_s() {
+  timespec now{};
+  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+}  // namespace
+
+std::shared_ptr<Spill> Spill::open(SpillOptions options, std::shared_ptr<Arena> arena) {
+  return std::shared_ptr<Spill>(new Spill(std::move(options), std::move(arena)));
+}
+
+Spill::Spill(SpillOptions options, std::shared_ptr<Arena> arena)
+    : options_(std::move(options)),
+      arena_(std::move(arena)),
+      fork_generation_(fork_generation()),
+      space_(std::make_shared<Space>()) {
+  if (options_.block_bytes == 0 || options_.block_bytes % kPageBytes != 0) {
+    throw std::invalid_argument("block_bytes must be a positive multiple of 4096, not " +
+                                std::to_string(options_.block_bytes));
+  }
+  if (options_.queue_depth == 0 || options_.queue_depth > 4096) {
+    throw std::invalid_argument("queue_depth must be from 1 to 4096, not " +
+                                std::to_string(options_.queue_depth));
+  }
+  file_ = std::make_unique<SpillFile>(options_.directory, options_.direct);
+  limit_ = options_.spill_bytes != 0 ? options_.spill_bytes : file_->facts().free_bytes / 2;
+  limit_ = align_down(limit_, kPageBytes);
+  auto engine = choose_engine();
+  register_code_ = ECANCELED;
+  if (options_.register_buffers && arena_->capacity() != 0) {
+    register_code_ = engine->register_memory(arena_->data(), arena_->capacity());
+    if (register_code_ == 0) arena_->mark_resident();
+  }
+  engine_name_ = engine->name();
+  queue_ = std::make_unique<IoQueue>(
+      std::move(engine), IoQueue::Options{file_->fd(), file_->path(), options_.block_bytes,
+                                          file_->alignment(), options_.queue_depth});
+}
+
+Spill::~Spill() = default;
+
+std::unique_ptr<IoEngine> Spill::choose_engine() {
+  std::unique_ptr<IoEngine> engine;
+  if (options_.engine == "auto" || options_.engine == "uring") {
+    try {
+      engine = make_uring_engine(options_.queue_depth);
+      engine_reason_ = options_.engine == "uring" ? "asked for" : "io_uring works here";
+    } catch (const IoError& error) {
+      if (options_.engine == "uring") throw;
+      engine_reason_ = error.what();
+    }
+  } else if (options_.engine == "posix") {
+    engine_reason_ = "asked for";
+  } else {
+    throw std::invalid_argument("engine must be auto, uring or posix, not '" + options_.engine +
+                                "'");
+  }
+  if (!engine) engine = make_posix_engine(options_.queue_depth, kPosixThreads);
+  if (options_.faults) engine = make_fault_engine(std::move(engine), *options_.faults);
+  return engine;
+}
+
+bool Spill::grow(std::uint64_t nbytes) {
+  const std::uint64_t reserved = space_->extents.capacity();
+  const std::uint64_t left = limit_ > reserved ? limit_ - reserved : 0;
+  // A step need not be used up: the last free range of the file may be continued by it.
+  for (const std::uint64_t step : {std::max(kReserveStep, nbytes), nbytes}) {
+    const std::uint64_t grown = std::min(align_up(step, kPageBytes), left);
+    if (grown == 0) return false;
+    const int code = file_->reserve(reserved, grown);
+    if (code == 0) {
+      space_->extents.grow(grown);
+      return true;
+    }
+    if (!is_no_space(code)) throw io_error(code, "reservation", file_->path(), reserved, grown);
+  }
+  return false;
+}
+
+std::shared_ptr<Spill::FileRange> Spill::allocate(std::uint64_t nbytes) {
+  std::lock_guard lock(space_->mutex);
+  auto offset = space_->extents.allocate(nbytes);
+  while (!offset && grow(nbytes)) offset = space_->extents.allocate(nbytes);
+  if (!offset) return nullptr;
+  return std::shared_ptr<FileRange>(new FileRange{space_, *offset, nbytes});
+}
+
+// Waits for staging memory to come back from finished writes. When none is in flight, waiting
+// would be for ever (restored tensors hold the arena), so a piece is taken outside of it.
+std::shared_ptr<Slice> Spill::stage_memory(std::uint64_t nbytes) {
+  for (;;) {
+    const std::uint64_t seen = arena_->releases();
+    if (auto slice = arena_->try_allocate(nbytes)) return slice;
+    if (queue_->unfinished_writes() == 0) {
+      auto slice = arena_->try_allocate(nbytes);  // the last write may have ended just now
+      return slice ? slice : arena_->allocate_outside(nbytes);
+    }
+    const auto begin = Clock::now();
+    arena_->wait_release(seen, std::chrono::milliseconds(20));
+    std::lock_guard lock(space_->mutex);
+    space_->counters.write_wait_s += seconds_since(begin);
+  }
+}
+
+std::shared_ptr<Extent> Spill::write(const std::byte* source, std::uint64_t nbytes) {
+  check_process();
+  if (nbytes == 0) throw std::invalid_argument("an extent of 0 bytes cannot be written");
+  const std::uint64_t lead = reinterpret_cast<std::uintptr_t>(source) % kTensorAlign;
+  const std::uint64_t whole = align_up(lead + nbytes, kPageBytes);
+  auto range = allocate(whole);
+  if (!range) return nullptr;
+
+  std::shared_ptr<Extent> extent(new Extent);
+  extent->spill_ = shared_from_this();
+  extent->shared_ = std::make_shared<Extent::Shared>();
+  extent->shared_->range = std::move(range);
+  extent->lead_ = lead;
+  extent->nbytes_ = nbytes;
+  extent->extent_bytes_ = whole;
+  if (options_.verify) {
+    extent->shared_->checksums.resize((whole + options_.block_bytes - 1) / options_.block_bytes);
+  }
+  auto& pieces = extent->shared_->pieces;
+  if (auto slice = arena_->try_allocate(whole)) {
+    pieces.push_back({0, whole, std::move(slice), nullptr, false});
+    start_piece(*extent, 0, source);
+    return extent;
+  }
+  const std::uint64_t step = kPieceBlocks * options_.block_bytes;
+  pieces.reserve((whole + step - 1) / step);
+  for (std::uint64_t begin = 0; begin < whole; begin += step) {
+    const std::uint64_t length = std::min(step, whole - begin);
+    auto slice = stage_memory(length);
+    {
+      std::lock_guard lock(extent->shared_->mutex);
+      pieces.push_back({begin, length, std::move(slice), nullptr, false});
+    }
+    start_piece(*extent, pieces.size() - 1, source);
+  }
+  return extent;
+}
+
+// Fills a piece's slice block by block from the tensor and submits it.
+void Spill::start_piece(Extent& extent, std::size_t index, const std::byte* source) {
+  const auto shared = extent.shared_;
+  Extent::Piece& piece = shared->pieces[index];
+  const double begin = thread_cpu_s();
+  std::byte* to = piece.slice->data();
+  const std::uint64_t data_begin = extent.lead_;
+  const std::uint64_t data_end = extent.lead_ + extent.nbytes_;
+  for (std::uint64_t at = piece.begin; at < piece.begin + piece.nbytes;
+       at += options_.block_bytes) {
+    const std::uint64_t end = std::min(at + options_.block_bytes, piece.begin + piece.nbytes);
+    const std::uint64_t first = std::clamp(data_begin, at, end);
+    const std::uint64_t last = std::clamp(data_end, at, end);
+    std::byte* block = to + (at - piece.begin);
+    const std::byte* from = source + (first - data_begin);
+    std::memset(block, 0, first - at);
+    std::memset(block + (last - at), 0, end - last);
+    if (shared->checksums.empty()) {
+      copy_stream(block + (first - at), from, last - first);
+    } else {
+      std::uint32_t crc = crc32c(0, block, first - at);
+      crc = copy_crc32c(crc, block + (first - at), from, last - first);
+      shared->checksums[at / options_.block_bytes] = crc32c(crc, block + (last - at), end - last);
+    }
+  }
+  const double copied = thread_cpu_s() - begin;
+
+  TransferRequest request;
+  request.op = IoOp::kWrite;
+  request.address = to;
+  request.nbytes = piece.nbytes;
+  request.offset = shared->range->offset + piece.begin;
+  request.owner = shared;
+  // `shared` is the transfer's owner, so it outlives this call; the slice is named here too, so
+  // that it comes back to the arena when the transfer ends even if the extent is long gone.
+  request.on_end = [space = space_, state = shared.get(), index, arena = arena_,
+                    slice = piece.slice](const std::optional<IoError>& error, bool cancelled) {
+    // A cancelled write leaves its staging copy with the extent.
+    if (!cancelled) end_write(*space, *state, index, *arena, error);
+  };
+  auto write = queue_->submit(std::move(request));
+  {
+    std::lock_guard lock(shared->mutex);
+    piece.write = std::move(write);
+  }
+  std::lock_guard lock(space_->mutex);
+  space_->counters.copy_s += copied;
+}
+
+// Staging must not fill up with what cannot be written, so its copy moves out of the arena, if
+// there is any other memory.
+std::shared_ptr<Slice> Spill::move_outside(Arena& arena, std::shared_ptr<Slice> staged) {
+  if (staged->outside()) return staged;
+  try {
+    auto moved = arena.allocate_outside(staged->nbytes());
+    std::memcpy(moved->data(), staged->data(), staged->nbytes());
+    return moved;
+  } catch (const std::bad_alloc&) {
+    return staged;
+  }
+}
+
+// On the queue's thread.
+void Spill::end_write(Space& space, Extent::Shared& shared, std::size_t piece, Arena& arena,
+                      const std::optional<IoError>& error) {
+  if (error && !is_no_space(error->code())) {
+    std::lock_guard lock(space.mutex);
+    if (!space.write_error) space.write_error = error;
+    return;
+  }
+  std::shared_ptr<Slice> staged;
+  {
+    std::lock_guard lock(shared.mutex);
+    staged = shared.pieces[piece].slice;
+  }
+  std::shared_ptr<Slice> kept = error ? move_outside(arena, staged) : nullptr;
+  {
+    std::lock_guard lock(shared.mutex);
+    shared.pieces[piece].slice = kept;
+    shared.pieces[piece].no_space = error.has_value();
+  }
+  if (error) {
+    std::lock_guard lock(space.mutex);
+    space.counters.kept_bytes += shared.pieces[piece].nbytes;
+    space.counters.kept_total_bytes += shared.pieces[piece].nbytes;
+  }
+}
+
+std::optional<IoError> Spill::write_error() const {
+  std::lock_guard lock(space_->mutex);
+  return space_->write_error;
+}
+
+void Spill::check_process() const { queue_->check_process(); }
+
+void Spill::drain() { queue_->drain(); }
+
+void Spill::close() { queue_->close(); }
+
+SpillStats Spill::stats() const {
+  check_process();
+  SpillStats stats;
+  {
+    std::lock_guard lock(space_->mutex);
+    stats = space_->counters;
+    stats.used_bytes = space_->extents.used();
+    stats.peak_used_bytes = space_->extents.peak_used();
+    stats.reserved_bytes = space_->extents.capacity();
+    stats.limit_bytes = limit_;
+  }
+  stats.queue = queue_->stats();
+  return stats;
+}
+
+}  // namespace offload

@@ -1,0 +1,126 @@
+"""The plan's dataclasses: what a user may set, its defaults, and what is refused at once.
+
+`offload.config` re-exports them. They hold values only; what the values mean on this machine (is
+the directory there, how much space is free) is found out by those who use them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["TIERS", "ActivationsConfig", "canonical_tier"]
+
+TIERS = ("device", "host", "ssd")
+TIER_ALIASES = {"cpu": "host", "nvme": "ssd"}
+IO_ENGINES = ("auto", "uring", "posix")
+PAGE_BYTES = 4096
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """Return `, did you mean 'x'?` for the allowed name closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def canonical_tier(name: str) -> str:
+    """Return the tier that `name` stands for (`cpu` is `host`, `nvme` is `ssd`).
+
+    Raises ValueError for any other name.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"tier={name!r} is not a name; allowed: {', '.join(TIERS)}")
+    tier = TIER_ALIASES.get(name, name)
+    if tier not in TIERS:
+        hint = nearest(name, [*TIERS, *TIER_ALIASES])
+        raise ValueError(f"tier={name!r} is not a tier; allowed: {', '.join(TIERS)}{hint}")
+    return tier
+
+
+def require_bytes(key: str, value: object, *, minimum: int = 0) -> None:
+    """Raise ValueError unless `value` is a whole number of bytes of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(
+            f"{key}={value!r} is not a size; it must be a whole number of bytes, at least {minimum}"
+        )
+
+
+def require_choice(key: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        hint = nearest(str(value), allowed)
+        raise ValueError(f"{key}={value!r} is not known; allowed: {', '.join(allowed)}{hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationsConfig:
+    """Where saved activations go, and the bounds that hold while they do.
+
+    All sizes are bytes and count per rank. Raises ValueError naming the key, the value and what is
+    allowed.
+    """
+
+    tier: str = "ssd"
+    """`ssd`; `host` where there is a GPU."""
+    path: tuple[str, ...] = ()
+    """Directories on SSDs; extents are spread over them."""
+    min_tensor_bytes: int = 1 << 20
+    """Saved tensors smaller than this stay where they are."""
+    staging_bytes: int = 256 << 20
+    """Hard cap of the arena that staged and read-ahead tensors share."""
+    spill_bytes: int | None = None
+    """Limit of the spill file in each directory; None: half of the free space."""
+    keep_bytes: int | None = None
+    """How much may stay in memory when the SSD is full; None: no bound. Beyond it: OSError."""
+    read_ahead_bytes: int | None = None
+    """How much the backward may have read before it asks; None: half of `staging_bytes`."""
+    io_engine: str = "auto"
+    """`auto`, `uring` or `posix`."""
+    block_bytes: int = 1 << 20
+    """One I/O request and one checksum; a multiple of 4096."""
+    queue_depth: int = 32
+    """I/O requests in flight."""
+    verify: bool = True
+    """Check every block against its CRC32C when it is read."""
+    direct: bool = True
+    """Bypass the page cache (O_DIRECT) where the file system can."""
+    recast_parameters: bool = True
+    """Make a parameter's low-precision copy again for the backward instead of storing it."""
+
+    def __post_init__(self) -> None:
+        """Check every value and replace the aliases of tiers and paths."""
+        object.__setattr__(self, "tier", canonical_tier(self.tier))
+        paths = (self.path,) if isinstance(self.path, (str, os.PathLike)) else self.path
+        object.__setattr__(self, "path", tuple(os.fspath(path) for path in paths))
+        if self.tier == "ssd" and not self.path:
+            raise ValueError(
+                "path=() names no directory; tier 'ssd' needs at least one, on a local SSD"
+            )
+        require_bytes("min_tensor_bytes", self.min_tensor_bytes)
+        require_bytes("staging_bytes", self.staging_bytes, minimum=PAGE_BYTES)
+        require_bytes("block_bytes", self.block_bytes, minimum=PAGE_BYTES)
+        if self.block_bytes % PAGE_BYTES:
+            raise ValueError(f"block_bytes={self.block_bytes} is not a multiple of {PAGE_BYTES}")
+        if self.block_bytes > 1 << 30:
+            raise ValueError(f"block_bytes={self.block_bytes} is above 1 GiB; choose about 1 MiB")
+        for key in ("spill_bytes", "keep_bytes", "read_ahead_bytes"):
+            if getattr(self, key) is not None:
+                require_bytes(key, getattr(self, key), minimum=0 if key != "spill_bytes" else 1)
+        require_choice("io_engine", self.io_engine, IO_ENGINES)
+        if not isinstance(self.queue_depth, int) or not 1 <= self.queue_depth <= 4096:
+            raise ValueError(f"queue_depth={self.queue_depth!r} is not a number from 1 to 4096")
+
+    @classmethod
+    def from_mapping(cls, section: Mapping[str, Any]) -> ActivationsConfig:
+        """Make the configuration from a JSON section; an unknown key raises ValueError."""
+        known = [field.name for field in fields(cls)]
+        for key in section:
+            if key not in known:
+                raise ValueError(
+                    f"activations.{key} is not a setting{nearest(key, known)} "
+                    f"(known: {', '.join(known)})"
+                )
+        return cls(**section)
