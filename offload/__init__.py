@@ -1,0 +1,6 @@
+"""Moves what training does not need right now to where there is room, and back in time."""
+
+from offload.activations import ActivationOffload, ActivationStats
+from offload.config import ActivationsConfig
+
+__all__ = ["ActivationOffload", "ActivationStats", "ActivationsConfig"]

@@ -1,0 +1,77 @@
+"""What happened to saved activations, in bytes and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+__all__ = ["ActivationStats", "Counters"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationStats:
+    """A snapshot of `ActivationOffload.stats()`; byte counts are totals unless said otherwise."""
+
+    offloaded_bytes: int
+    """Sent to the SSD, once a storage region."""
+    reloaded_bytes: int
+    """Read back for a backward."""
+    forwarded_bytes: int
+    """Handed back without a read: the tensor or its staging copy was still there."""
+    kept_bytes: int
+    """Left in memory because the SSD had no space."""
+    deduplicated_bytes: int
+    """Saved again by another operator or view, and not written again."""
+    recast_bytes: int
+    """Low-precision copies of parameters, made again for the backward instead of stored."""
+    still_held_bytes: int
+    """Offloaded, yet still held by someone else when their forward ended: nothing was saved."""
+    passed_through_bytes: Mapping[str, int]
+    """Left alone, by reason."""
+    stall_s: float
+    """Seconds the training thread waited, for a read or for room in staging."""
+    ssd_write_bytes: int
+    ssd_read_bytes: int
+    native_bytes: int
+    """Every native buffer now: the arena as far as it was touched, and what lies outside of it."""
+    native_peak_bytes: int
+    staging_peak_bytes: int
+    """The most of the arena that was in use at once."""
+    spill_bytes: int
+    """Live in the spill files at this moment."""
+    spill_peak_bytes: int
+    page_cache_bytes: int
+    """Pages of the spill files in the page cache: 0 where O_DIRECT works."""
+    copy_s: float
+    """CPU seconds copying into staging and checksumming."""
+    verify_s: float
+    """CPU seconds comparing checksums."""
+    io_engine: str
+    io_engine_reason: str
+    direct: bool
+    direct_reason: str
+    registered_buffers: bool
+    backing: str
+    """`disk`, or `memory` where the directory is in RAM and nothing is saved."""
+    verify: bool
+
+
+@dataclass
+class Counters:
+    """The counts that Python keeps while training; native code keeps the others."""
+
+    offloaded: int = 0
+    reloaded: int = 0
+    forwarded: int = 0
+    kept: int = 0
+    kept_now: int = 0
+    deduplicated: int = 0
+    recast: int = 0
+    still_held: int = 0
+    read_stall_s: float = 0.0
+    passed_through: dict[str, int] = field(default_factory=dict)
+
+    def frozen_passed_through(self) -> Mapping[str, int]:
+        """Return a read-only copy of the bytes passed through, by reason."""
+        return MappingProxyType(dict(self.passed_through))

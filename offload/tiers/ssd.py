@@ -1,0 +1,118 @@
+"""The ssd tier: bytes out to nameless files in one or several directories, and back.
+
+Knows addresses and extents, not tensors. One arena serves all directories, so its cap bounds the
+staging of the whole tier.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offload.config import ActivationsConfig
+from offload.native import Arena, Extent, FaultPlan, Spill
+
+__all__ = ["SsdTier", "TierFacts"]
+
+
+@dataclass(frozen=True)
+class TierFacts:
+    """The path that transfers take here, chosen once when the tier is opened."""
+
+    io_engine: str
+    io_engine_reason: str
+    direct: bool
+    direct_reason: str
+    registered_buffers: bool
+    backing: str
+    verify: bool
+
+
+class SsdTier:
+    """Spills byte ranges to `config.path` and reads them back.
+
+    Owns the staging arena, the spill files and their I/O threads. Calls may come from any thread.
+
+    Raises OSError with errno, message and path when a directory cannot be used.
+    """
+
+    def __init__(self, config: ActivationsConfig, faults: FaultPlan | None = None) -> None:
+        self._arena = Arena(config.staging_bytes)
+        self._spills: list[Spill] = []
+        self._next = 0
+        self._verify = config.verify
+        try:
+            for directory in config.path:
+                self._spills.append(
+                    Spill(
+                        directory,
+                        self._arena,
+                        engine=config.io_engine,
+                        queue_depth=config.queue_depth,
+                        block_bytes=config.block_bytes,
+                        spill_bytes=config.spill_bytes or 0,
+                        verify=config.verify,
+                        direct=config.direct,
+                        fault_plan=faults,
+                    )
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, address: int, nbytes: int) -> Extent | None:
+        """Copy the bytes at `address` into staging and start writing them.
+
+        The memory is the caller's again on return. Waits while staging is full. Returns None when
+        no directory has space; raises OSError once an earlier write has failed.
+        """
+        spills = self._spills
+        if len(spills) == 1:
+            return spills[0].write(address, nbytes)
+        for _ in spills:
+            spill = spills[self._next % len(spills)]
+            self._next += 1
+            extent = spill.write(address, nbytes)
+            if extent is not None:
+                return extent
+        return None
+
+    def raise_write_error(self) -> None:
+        """Raise the OSError of the first write that failed for another reason than a full disk."""
+        for spill in self._spills:
+            spill.raise_write_error()
+
+    def drain(self) -> None:
+        """Wait until nothing is queued or in flight."""
+        for spill in self._spills:
+            spill.drain()
+
+    def close(self) -> None:
+        """Cancel what has not begun, wait for the rest, and join the I/O threads. Idempotent."""
+        for spill in self._spills:
+            spill.close()
+
+    def facts(self) -> TierFacts:
+        """Say which path transfers take; where directories differ, the weaker one counts."""
+        first = self._spills[0]
+        weakest = next((spill for spill in self._spills if not spill.direct), first)
+        in_memory = any(spill.backing == "memory" for spill in self._spills)
+        return TierFacts(
+            io_engine=first.engine,
+            io_engine_reason=first.engine_reason,
+            direct=weakest.direct,
+            direct_reason=weakest.direct_reason,
+            registered_buffers=all(spill.registered for spill in self._spills),
+            backing="memory" if in_memory else first.backing,
+            verify=self._verify,
+        )
+
+    def counters(self) -> dict[str, int | float]:
+        """Return the sums of all directories' counters and the arena's (`*_bytes`, `*_s`)."""
+        total: dict[str, int | float] = dict(self._arena.stats())
+        for spill in self._spills:
+            for key, value in spill.stats().items():
+                # The arena's own "used_bytes" and the spills' must not be added to each other.
+                name = f"spill_{key}" if key in ("used_bytes", "peak_used_bytes") else key
+                total[name] = total.get(name, 0) + value
+        total["page_cache_bytes"] = sum(spill.page_cache_bytes() for spill in self._spills)
+        return total
