@@ -1,0 +1,65 @@
+"""The `offload` command."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+
+from offload.doctor import CHECKS, examine, system_line
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="offload", description="Offloading for training.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine can do, line by line, and why",
+        description="Say what this machine can do for offloading, line by line, and why.",
+    )
+    doctor.add_argument(
+        "path", nargs="?", default=".", help="the directory to spill to (default: this one)"
+    )
+    doctor.add_argument(
+        "--require",
+        action="append",
+        default=[],
+        metavar="CHECK",
+        help=f"exit 1 unless this one is 'yes'; may be repeated: {', '.join(CHECKS)}",
+    )
+    return parser
+
+
+def _doctor(path: str, required: Sequence[str]) -> int:
+    for name in required:
+        if name not in CHECKS:
+            close = difflib.get_close_matches(name, CHECKS, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            print(
+                f"offload doctor: --require {name} is no check{hint} (checks: {', '.join(CHECKS)})",
+                file=sys.stderr,
+            )
+            return 2
+    print(system_line())
+    missing = []
+    for finding in examine(path):
+        print(f"{finding.name:<11} {'yes' if finding.ok else 'no ':<3}  {finding.why}")
+        if not finding.ok and finding.name in required:
+            missing.append(finding.name)
+    if missing:
+        print(f"offload doctor: required but missing: {', '.join(missing)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status (2 for arguments that cannot be used)."""
+    arguments = _parser().parse_args(argv)
+    return _doctor(arguments.path, arguments.require)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
