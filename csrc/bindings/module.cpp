@@ -169,6 +169,7 @@ void bind_spill(py::module_& module) {
             return self.write(reinterpret_cast<const std::byte*>(address), nbytes);
           },
           py::arg("address"), py::arg("nbytes"), NoGil())
+      .def("flush", &Spill::flush)
       .def("drain", &Spill::drain, NoGil())
       .def("close", &Spill::close, NoGil())
       .def("stats", &spill_stats)

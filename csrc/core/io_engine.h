@@ -66,9 +66,9 @@ struct FaultRule {
   std::uint64_t first = 0;
   std::uint64_t count = 1;
   Action action = Action::kError;
-  int code = 5;               // kError: the errno
-  std::uint64_t nbytes = 0;   // kShort: bytes let through; kCorrupt: offset of the flipped byte
-  double delay_s = 0;         // kDelay
+  int code = 5;              // kError: the errno
+  std::uint64_t nbytes = 0;  // kShort: bytes let through; kCorrupt: offset of the flipped byte
+  double delay_s = 0;        // kDelay
 };
 
 struct FaultPlan {

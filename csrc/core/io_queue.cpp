@@ -65,9 +65,10 @@ void IoQueue::check_process() const {
   }
 }
 
-std::shared_ptr<Transfer> IoQueue::submit(TransferRequest request) {
+std::shared_ptr<Transfer> IoQueue::submit(TransferRequest request, bool lazy) {
   check_process();
   const bool is_write = request.op == IoOp::kWrite;
+  const std::uint64_t nbytes = request.nbytes;
   std::shared_ptr<Transfer> transfer(new Transfer(std::move(request)));
   std::lock_guard lock(mutex_);
   if (broken_) throw *broken_;
@@ -75,13 +76,25 @@ std::shared_ptr<Transfer> IoQueue::submit(TransferRequest request) {
   (is_write ? writes_ : reads_).push_back(transfer);
   ++live_transfers_;
   if (is_write) unfinished_writes_.fetch_add(1);
-  // Under the lock: a close() on another thread destroys the engine.
+  lazy_bytes_ += nbytes;
+  if (!lazy || lazy_bytes_ >= options_.block_bytes) wake_thread();
+  return transfer;
+}
+
+// Under the lock: a close() on another thread destroys the engine.
+void IoQueue::wake_thread() {
+  lazy_bytes_ = 0;
   if (std::exchange(asleep_in_engine_, false)) {
     engine_->wake();
   } else {
     work_->notify_one();
   }
-  return transfer;
+}
+
+void IoQueue::flush() {
+  check_process();
+  std::lock_guard lock(mutex_);
+  if (lazy_bytes_ != 0 && !stopping_) wake_thread();
 }
 
 bool IoQueue::try_cancel(Transfer& transfer) {
@@ -101,7 +114,7 @@ bool IoQueue::try_cancel(Transfer& transfer) {
 }
 
 void IoQueue::wait(const Transfer& transfer) {
-  check_process();
+  flush();
   {
     std::unique_lock lock(mutex_);
     ended_->wait(lock, [&] { return transfer.ended(); });
@@ -114,7 +127,7 @@ void IoQueue::wait(const Transfer& transfer) {
 }
 
 void IoQueue::drain() {
-  check_process();
+  flush();
   std::unique_lock lock(mutex_);
   ended_->wait(lock, [&] { return live_transfers_ == 0; });
 }
@@ -338,6 +351,8 @@ void IoQueue::end_if_idle(const std::shared_ptr<Transfer>& transfer) {
 
 void IoQueue::end(Transfer& transfer, Transfer::State state) {
   TransferRequest& request = transfer.request_;
+  // First, so that whoever is woken by the memory that comes back below sees it gone.
+  if (request.op == IoOp::kWrite) unfinished_writes_.fetch_sub(1);
   if (request.on_end) request.on_end(transfer.error_, state == Transfer::State::kCancelled);
   request.on_end = nullptr;
   // Memory and file space go back before anyone learns of the end, so that a waiter finds them.
@@ -346,7 +361,6 @@ void IoQueue::end(Transfer& transfer, Transfer::State state) {
     std::lock_guard lock(mutex_);
     transfer.state_.store(state, std::memory_order_release);
     --live_transfers_;
-    if (request.op == IoOp::kWrite) unfinished_writes_.fetch_sub(1);
   }
   ended_->notify_all();
 }

@@ -79,7 +79,12 @@ class IoQueue {
   IoQueue(const IoQueue&) = delete;
   IoQueue& operator=(const IoQueue&) = delete;
 
-  std::shared_ptr<Transfer> submit(TransferRequest request);
+  // A `lazy` write need not start at once: it waits until a block's worth has come together, or
+  // until anybody reads, waits, drains or calls flush(). It saves waking the thread for each of
+  // many small ones.
+  std::shared_ptr<Transfer> submit(TransferRequest request, bool lazy = false);
+  // Starts whatever is queued.
+  void flush();
   // True if no block had been handed to the engine: then nothing was or will be moved.
   bool try_cancel(Transfer& transfer);
   // Returns when the transfer has ended; throws its IoError if it failed or was cancelled.
@@ -103,6 +108,7 @@ class IoQueue {
     unsigned stuck = 0;      // completions in a row that moved nothing
   };
 
+  void wake_thread();
   void run();
   void run_guarded();
   bool refill();
@@ -129,6 +135,7 @@ class IoQueue {
   std::deque<std::shared_ptr<Transfer>> reads_;  // ahead of writes: a backward waits for them
   std::deque<std::shared_ptr<Transfer>> writes_;
   bool asleep_in_engine_ = false;
+  std::uint64_t lazy_bytes_ = 0;  // queued since the thread was last told
   bool stopping_ = false;
   bool closed_ = false;
   std::uint64_t live_transfers_ = 0;

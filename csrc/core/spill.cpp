@@ -21,6 +21,8 @@ using Clock = std::chrono::steady_clock;
 constexpr unsigned kPosixThreads = 4;
 // Extending a file a little at a time serialises writers on ext4; a step is reserved at once.
 constexpr std::uint64_t kReserveStep = std::uint64_t{256} << 20;
+// One request carries a block, and the kernel moves less than 2 GiB in one request.
+constexpr std::uint64_t kMaxBlockBytes = std::uint64_t{1} << 30;
 // When staging cannot hold a tensor in one run it goes through in pieces of so many blocks.
 constexpr std::uint64_t kPieceBlocks = 4;
 
@@ -28,9 +30,13 @@ double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-double thread_cpu_s() {
+// Asking for a thread's CPU time is a system call, which would cost more than a small copy; there
+// the plain clock serves.
+constexpr std::uint64_t kCpuClockBytes = 256 << 10;
+
+double copy_clock_s(std::uint64_t nbytes) {
   timespec now{};
-  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  ::clock_gettime(nbytes < kCpuClockBytes ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID, &now);
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
@@ -45,8 +51,9 @@ Spill::Spill(SpillOptions options, std::shared_ptr<Arena> arena)
       arena_(std::move(arena)),
       fork_generation_(fork_generation()),
       space_(std::make_shared<Space>()) {
-  if (options_.block_bytes == 0 || options_.block_bytes % kPageBytes != 0) {
-    throw std::invalid_argument("block_bytes must be a positive multiple of 4096, not " +
+  if (options_.block_bytes == 0 || options_.block_bytes % kPageBytes != 0 ||
+      options_.block_bytes > kMaxBlockBytes) {
+    throw std::invalid_argument("block_bytes must be a multiple of 4096 from 4096 to 1 GiB, not " +
                                 std::to_string(options_.block_bytes));
   }
   if (options_.queue_depth == 0 || options_.queue_depth > 4096) {
@@ -126,6 +133,7 @@ std::shared_ptr<Slice> Spill::stage_memory(std::uint64_t nbytes) {
       auto slice = arena_->try_allocate(nbytes);  // the last write may have ended just now
       return slice ? slice : arena_->allocate_outside(nbytes);
     }
+    queue_->flush();
     const auto begin = Clock::now();
     arena_->wait_release(seen, std::chrono::milliseconds(20));
     std::lock_guard lock(space_->mutex);
@@ -175,7 +183,7 @@ std::shared_ptr<Extent> Spill::write(const std::byte* source, std::uint64_t nbyt
 void Spill::start_piece(Extent& extent, std::size_t index, const std::byte* source) {
   const auto shared = extent.shared_;
   Extent::Piece& piece = shared->pieces[index];
-  const double begin = thread_cpu_s();
+  const double begin = copy_clock_s(piece.nbytes);
   std::byte* to = piece.slice->data();
   const std::uint64_t data_begin = extent.lead_;
   const std::uint64_t data_end = extent.lead_ + extent.nbytes_;
@@ -196,7 +204,7 @@ void Spill::start_piece(Extent& extent, std::size_t index, const std::byte* sour
       shared->checksums[at / options_.block_bytes] = crc32c(crc, block + (last - at), end - last);
     }
   }
-  const double copied = thread_cpu_s() - begin;
+  const double copied = copy_clock_s(piece.nbytes) - begin;
 
   TransferRequest request;
   request.op = IoOp::kWrite;
@@ -211,7 +219,7 @@ void Spill::start_piece(Extent& extent, std::size_t index, const std::byte* sour
     // A cancelled write leaves its staging copy with the extent.
     if (!cancelled) end_write(*space, *state, index, *arena, error);
   };
-  auto write = queue_->submit(std::move(request));
+  auto write = queue_->submit(std::move(request), /*lazy=*/true);
   {
     std::lock_guard lock(shared->mutex);
     piece.write = std::move(write);
@@ -265,6 +273,8 @@ std::optional<IoError> Spill::write_error() const {
 }
 
 void Spill::check_process() const { queue_->check_process(); }
+
+void Spill::flush() { queue_->flush(); }
 
 void Spill::drain() { queue_->drain(); }
 

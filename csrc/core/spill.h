@@ -110,6 +110,8 @@ class Spill : public std::enable_shared_from_this<Spill> {
   // Copies [source, source + nbytes) into staging and starts writing; `source` is free again on
   // return. Waits while staging is full. nullptr when the spill has no space for it.
   std::shared_ptr<Extent> write(const std::byte* source, std::uint64_t nbytes);
+  // Starts writes that still wait for company.
+  void flush();
   void drain();
   void close();
 

@@ -6,6 +6,7 @@ staging of the whole tier.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from offload.config import ActivationsConfig
@@ -36,6 +37,7 @@ class SsdTier:
     """
 
     def __init__(self, config: ActivationsConfig, faults: FaultPlan | None = None) -> None:
+        self._process = os.getpid()
         self._arena = Arena(config.staging_bytes)
         self._spills: list[Spill] = []
         self._next = 0
@@ -81,6 +83,15 @@ class SsdTier:
         for spill in self._spills:
             spill.raise_write_error()
 
+    def kept_bytes(self) -> int:
+        """Return how many live bytes are in memory because their write found the disk full."""
+        return sum(int(spill.stats()["kept_bytes"]) for spill in self._spills)
+
+    def flush(self) -> None:
+        """Start the small writes that still wait for company."""
+        for spill in self._spills:
+            spill.flush()
+
     def drain(self) -> None:
         """Wait until nothing is queued or in flight."""
         for spill in self._spills:
@@ -88,6 +99,8 @@ class SsdTier:
 
     def close(self) -> None:
         """Cancel what has not begun, wait for the rest, and join the I/O threads. Idempotent."""
+        if self._process != os.getpid():
+            return  # a forked child, on its way out, has no part in its parent's files
         for spill in self._spills:
             spill.close()
 
