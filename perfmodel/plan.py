@@ -55,6 +55,15 @@ def require_choice(key: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{key}={value!r} is not known; allowed: {', '.join(allowed)}{hint}")
 
 
+def path_names(value: object) -> tuple[str, ...]:
+    """Return one or several directories as strings; raises ValueError for anything else."""
+    several = value if isinstance(value, (list, tuple)) else (value,)
+    names = tuple(os.fspath(path) for path in several if isinstance(path, (str, os.PathLike)))
+    if len(names) != len(several) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"path={value!r} is not a directory's name, or a list of such names")
+    return names
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActivationsConfig:
     """Where saved activations go, and the bounds that hold while they do.
@@ -93,8 +102,7 @@ class ActivationsConfig:
     def __post_init__(self) -> None:
         """Check every value and replace the aliases of tiers and paths."""
         object.__setattr__(self, "tier", canonical_tier(self.tier))
-        paths = (self.path,) if isinstance(self.path, (str, os.PathLike)) else self.path
-        object.__setattr__(self, "path", tuple(os.fspath(path) for path in paths))
+        object.__setattr__(self, "path", path_names(self.path))
         if self.tier == "ssd" and not self.path:
             raise ValueError(
                 "path=() names no directory; tier 'ssd' needs at least one, on a local SSD"
@@ -110,8 +118,12 @@ class ActivationsConfig:
             if getattr(self, key) is not None:
                 require_bytes(key, getattr(self, key), minimum=0 if key != "spill_bytes" else 1)
         require_choice("io_engine", self.io_engine, IO_ENGINES)
-        if not isinstance(self.queue_depth, int) or not 1 <= self.queue_depth <= 4096:
-            raise ValueError(f"queue_depth={self.queue_depth!r} is not a number from 1 to 4096")
+        depth = self.queue_depth
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= 4096:
+            raise ValueError(f"queue_depth={depth!r} is not a number from 1 to 4096")
+        for key in ("verify", "direct", "recast_parameters"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key}={getattr(self, key)!r} is not allowed; use true or false")
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any]) -> ActivationsConfig:

@@ -40,6 +40,8 @@ class ForwardPass:
         self._pending: list[Region] = []
         self._pending_operator = -1
         self._buffers: set[int] = set()
+        self._noted_modules: set[int] = set()
+        self._noted: dict[int, tuple[torch.Tensor, int, int]] = {}
         self._min_bytes = owner.config.min_tensor_bytes
         self._recast = owner.config.recast_parameters
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
@@ -58,7 +60,7 @@ class ForwardPass:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         hooks.__enter__()
         self._hooks = hooks
-        self._module_hook = register_module_forward_pre_hook(self._note_buffers)
+        self._module_hook = register_module_forward_pre_hook(self._note_module)
         return self
 
     def __exit__(
@@ -73,16 +75,40 @@ class ForwardPass:
         with self.owner.lock:
             if kind is None:
                 self._stage_pending()
+                self.owner.flush()
                 self._expect_backward()
             # After an exception the graph is about to be dropped; what was not staged stays put.
             self._pending.clear()
+        self._noted.clear()
         self.owner.settle()
 
-    def _note_buffers(self, module: torch.nn.Module, _args: object) -> None:
+    def _note_module(self, module: torch.nn.Module, _args: object) -> None:
         for buffer in module._buffers.values():
             if buffer is not None and buffer.layout is torch.strided:
                 # Valid while the module holds the buffer, which it does during its forward.
                 self._buffers.add(buffer.untyped_storage()._cdata)
+        if not self._recast or id(module) in self._noted_modules:
+            return
+        # With the whole tree, since a module may use its children's parameters without calling
+        # them. Held, so that no other tensor can take a noted one's id.
+        number = operator_number()
+        self._noted_modules.update(id(part) for part in module.modules())
+        for parameter in module.parameters():
+            self._noted.setdefault(id(parameter), (parameter, parameter._version, number))
+
+    def _parameter_to_recast(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the parameter that `tensor` was cast from, if it has not changed since the cast.
+
+        That is certain only of a cast made after the parameter's version was noted, while that
+        version stands: autocast hands out stale casts after an optimizer step inside its region.
+        """
+        parameter = parameter_of_cast(tensor)
+        noted = self._noted.get(id(parameter)) if parameter is not None else None
+        if parameter is None or noted is None or parameter._version != noted[1]:
+            return None
+        cast = tensor if tensor._base is None else tensor._base
+        assert cast.grad_fn is not None
+        return parameter if cast.grad_fn._sequence_nr() >= noted[2] else None
 
     def _pack(self, tensor: torch.Tensor) -> Saved:
         # An operator may still write to what it has saved (its own output, a mask, noise), so
@@ -104,7 +130,7 @@ class ForwardPass:
 
     def _pack_large(self, tensor: torch.Tensor) -> Saved:
         owner = self.owner
-        parameter = parameter_of_cast(tensor) if self._recast else None
+        parameter = self._parameter_to_recast(tensor) if self._recast else None
         if parameter is not None:
             owner.counters.recast += tensor.nbytes
             return RecastParameter(tensor, parameter)
@@ -141,10 +167,12 @@ class ForwardPass:
             return SavedView(region, tensor)
 
     def _stage_pending(self) -> None:
-        pending, self._pending = self._pending, []
-        for region in pending:
-            if region.handles:
-                self.owner.stage(region)
+        try:
+            for region in self._pending:
+                if region.handles:
+                    self.owner.stage(region)
+        finally:
+            self._pending.clear()  # what could not be staged stays in memory
 
     # ---- the backward -----------------------------------------------------------------------
 
@@ -177,6 +205,8 @@ class ForwardPass:
         else:
             self.cursor = region.position + 1  # another backward over a retained graph
         owner = self.owner
+        if not owner.wants_read_ahead():
+            return
         while self.cursor < len(self.order) and owner.may_read_ahead():
             ahead = self.regions[self.order[self.cursor]]
             if self._wants_reading(ahead) and not owner.start_reading(ahead):

@@ -24,6 +24,8 @@ __all__ = [
     "drop_memory",
     "inside_recomputing_checkpoint",
     "operator_number",
+    "physical_alias",
+    "sharing_version",
     "tensor_on",
     "version_root",
 ]
@@ -69,6 +71,27 @@ def version_root(tensor: torch.Tensor) -> tuple[int, Any]:
     base = tensor._base
     root = tensor if base is None else base
     return root._cdata, _WeakTensorRef(root)
+
+
+def physical_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` detached, without promises to conjugate or negate: the bytes as they lie."""
+    alias = tensor
+    if alias.is_conj():
+        alias = alias.conj()
+    if alias.is_neg():
+        alias = torch._neg_view(alias)
+    return alias.detach()  # last: a view holds its base, whatever becomes of its data
+
+
+def sharing_version(alias: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor`'s memory under `alias`'s version counter.
+
+    A change in place of either the saved tensor or the restored one is then seen by whoever else
+    saved it, as without hooks.
+    """
+    joined = alias.detach()
+    joined.data = tensor
+    return joined
 
 
 def drop_memory(alias: torch.Tensor) -> None:

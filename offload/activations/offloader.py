@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from offload.activations.region import Region
 from offload.activations.saved import SavedView, changed_in_place
 from offload.activations.stats import ActivationStats, Counters
 from offload.config import ActivationsConfig
-from offload.device import Restored, host_copy, materialise
+from offload.device import KERNEL_ALIGN, Restored, host_copy, materialise
 from offload.native import FaultPlan
 from offload.tiers import SsdTier
 
@@ -25,6 +26,8 @@ __all__ = ["ActivationOffload"]
 
 # How many shapes of forward (bucketed sequence lengths, say) the backward's order is kept for.
 _REMEMBERED_ORDERS = 64
+# Reads ahead start in batches, so that many small ones wake the I/O thread once.
+_READ_BATCH_BYTES = 4 << 20
 
 
 class ActivationOffload:
@@ -94,6 +97,7 @@ class ActivationOffload:
         self._ahead_bytes = 0
         wanted = self.config.read_ahead_bytes
         self._read_ahead_bytes = self.config.staging_bytes // 2 if wanted is None else wanted
+        self._read_batch_bytes = min(self._read_ahead_bytes // 2, _READ_BATCH_BYTES)
 
     # ---- what users call --------------------------------------------------------------------
 
@@ -183,9 +187,13 @@ class ActivationOffload:
 
     def stage(self, region: Region) -> None:
         """Send a region out and let go of its memory, or keep it where the SSD is full."""
+        self.check_open()
         self._tier.raise_write_error()
+        self._require_keeping(0)
         if region.changed():
             return  # its backward will say so; there is no point in storing the wrong bytes
+        if not region.has_memory():
+            return  # emptied since by its owner, who may fill it again before the backward
         copy = host_copy(region.alias.untyped_storage(), region.begin, region.end)
         address = region.address() if copy is None else copy.data_ptr()
         extent = self._tier.write(address, region.nbytes)
@@ -193,21 +201,37 @@ class ActivationOffload:
             self._keep(region)
             return
         region.extent = extent
+        region.residue = address % KERNEL_ALIGN if copy is None else region.address() % KERNEL_ALIGN
         region.leave_memory()
         self.counters.offloaded += region.nbytes
 
     def _keep(self, region: Region) -> None:
-        limit = self.config.keep_bytes
-        if limit is not None and self.counters.kept_now + region.nbytes > limit:
-            raise OSError(
-                28,
-                f"the spill has no space for {region.nbytes} bytes, and keeping them would exceed "
-                f"keep_bytes={limit}; free space, raise spill_bytes or keep_bytes",
-                self.config.path[0],
-            )
+        self._require_keeping(region.nbytes)
         self.counters.kept += region.nbytes
         self.counters.kept_now += region.nbytes
         region.kept = True
+
+    def flush(self) -> None:
+        """Start whatever small writes still wait for company."""
+        self._tier.flush()
+
+    def wants_read_ahead(self) -> bool:
+        """Say whether enough was used since the last reads to start a new batch of them."""
+        return self._ahead_bytes <= self._read_ahead_bytes - self._read_batch_bytes
+
+    def _require_keeping(self, nbytes: int) -> None:
+        limit = self.config.keep_bytes
+        if limit is None:
+            return
+        # What found no space when it was written is kept by the tier.
+        kept = self.counters.kept_now + self._tier.kept_bytes() + nbytes
+        if kept > limit:
+            raise OSError(
+                errno.ENOSPC,
+                f"the spill is full, and keeping {kept} bytes in memory would exceed "
+                f"keep_bytes={limit}; free space, raise spill_bytes or keep_bytes",
+                self.config.path[0],
+            )
 
     def may_read_ahead(self) -> bool:
         """Say whether the bound on unasked reads leaves room."""
@@ -249,6 +273,11 @@ class ActivationOffload:
             storage: torch.UntypedStorage | None = region.alias.untyped_storage()
         else:
             storage = region.storage.alive()
+        if region.in_memory and not region.has_memory():
+            raise RuntimeError(
+                f"a saved tensor [{view.dtype} {list(view.size)}] is asked for, but its storage "
+                "was emptied before it was offloaded and not filled again"
+            )
         if storage is not None and storage.nbytes() >= region.end:
             if not region.in_memory:
                 self.counters.forwarded += region.nbytes
@@ -263,7 +292,8 @@ class ActivationOffload:
     def _fetch(self, region: Region) -> Restored:
         extent = region.extent
         assert extent is not None
-        extent.prefetch()  # ahead of everything that is only expected
+        if not region.ahead:
+            extent.prefetch()  # before everything that is only expected
         region.forward.read_ahead(region)
         if extent.ready():
             buffer = extent.fetch()

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offload.activations.identity import StorageIdentity, drop_memory
-from offload.device import KERNEL_ALIGN, Restored
+from offload.activations.identity import StorageIdentity, drop_memory, physical_alias
+from offload.device import Restored
 from offload.native import Extent
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Region:
         number: int,
     ) -> None:
         self.forward = forward
-        self.alias = tensor.detach()
+        self.alias = physical_alias(tensor)
         self.in_memory = True
         self.kept = False  # because the SSD had no space
         self.storage = StorageIdentity(storage)
@@ -104,6 +104,10 @@ class Region:
         """Say whether the tensor was changed in place since it was saved."""
         return self.alias._version != self.version
 
+    def has_memory(self) -> bool:
+        """Say whether the storage is as long as when the tensor was saved; while `in_memory`."""
+        return self.alias.untyped_storage().nbytes() >= self.end
+
     @property
     def device(self) -> torch.device:
         return self.alias.device
@@ -114,7 +118,6 @@ class Region:
 
     def leave_memory(self) -> None:
         """Let go of the storage; the version counter stays to be checked."""
-        self.residue = self.address() % KERNEL_ALIGN
         drop_memory(self.alias)
         self.in_memory = False
 

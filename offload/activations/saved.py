@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from offload.activations.identity import drop_memory, tensor_on
+from offload.activations.identity import drop_memory, sharing_version, tensor_on
 from offload.device import Restored, view_over
 
 if TYPE_CHECKING:
@@ -32,12 +32,15 @@ def changed_in_place(what: str, found: int, expected: int) -> RuntimeError:
 
 
 class Kept:
-    """A tensor that stays where it is. Held detached: holding it whole would keep its graph."""
+    """A tensor that stays where it is. Held detached: holding it whole would keep its graph.
+
+    A leaf has no graph and is held itself: its owner may replace its `data` before the backward.
+    """
 
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: torch.Tensor, version: int) -> None:
-        self.tensor = tensor.detach()
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = version
 
     def unpack(self) -> torch.Tensor:
@@ -104,14 +107,15 @@ class SavedView:
 
     def over_storage(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """Return this view of the storage it was saved from."""
-        return self._flagged(tensor_on(storage, self.dtype, self.size, self.stride, self.offset))
+        return self._joined(tensor_on(storage, self.dtype, self.size, self.stride, self.offset))
 
     def over_restored(self, restored: Restored) -> torch.Tensor:
         """Return this view of the region's restored bytes, which it keeps alive."""
         first_byte = self.offset - self.region.begin
-        return self._flagged(view_over(restored, self.dtype, self.size, self.stride, first_byte))
+        return self._joined(view_over(restored, self.dtype, self.size, self.stride, first_byte))
 
-    def _flagged(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _joined(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = sharing_version(self.region.alias, tensor)
         if self.conj:
             tensor = tensor.conj()
         if self.neg:
