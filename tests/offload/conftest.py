@@ -1,0 +1,47 @@
+"""Fixtures of these tests: a piece of a test in a forked child, where limits may be lowered."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+# A child that hangs is ended, and the test with it.
+PATIENCE_S = 60
+
+
+def run_in_child(function: Callable[[], Any]) -> Any:
+    """Call `function` in a forked child and return its (picklable) result or raise its failure."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(PATIENCE_S)
+        try:
+            answer = (True, function())
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        with os.fdopen(writer, "wb") as pipe:
+            pickle.dump(answer, pipe)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise AssertionError(f"the child ended with {os.waitstatus_to_exitcode(status)}")
+    worked, answer = pickle.loads(data)
+    if not worked:
+        raise AssertionError(f"in the child: {answer}")
+    return answer
+
+
+@pytest.fixture
+def in_child() -> Callable[[Callable[[], Any]], Any]:
+    """`in_child(function)` calls it in a forked child and returns what it returned there."""
+    return run_in_child

@@ -1,0 +1,25 @@
+"""The settings live in `perfmodel.plan` and are the same objects here."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import offload
+import perfmodel.plan
+from offload import config
+
+
+def test_the_settings_are_those_of_the_plan() -> None:
+    assert config.ActivationsConfig is perfmodel.plan.ActivationsConfig
+    assert config.canonical_tier is perfmodel.plan.canonical_tier
+    assert config.TIERS is perfmodel.plan.TIERS
+    assert offload.ActivationsConfig is config.ActivationsConfig
+
+
+def test_the_constructor_takes_every_setting_with_its_default() -> None:
+    parameters = inspect.signature(offload.ActivationOffload).parameters
+    fields = dataclasses.fields(config.ActivationsConfig)
+    assert list(parameters) == [field.name for field in fields]
+    for field in fields:
+        assert parameters[field.name].default == field.default
