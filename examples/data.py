@@ -1,0 +1,103 @@
+"""Text as tokens: where it comes from, its two splits, and which windows a step trains on.
+
+A token is one byte, or one entry of a `.bin` file of uint16. Which windows a step gets depends on
+the seed, the step and the rank only, so that runs can be compared to the bit.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = ["Corpus", "evenly_spaced", "load_corpus", "random_windows"]
+
+Tokens = NDArray[np.uint8] | NDArray[np.uint16]
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+BYTE_VOCAB_SIZE = 256
+VALIDATION_SHARE = 0.05
+# What lies in the standard library's folder besides the library: other packages, and tests.
+NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens to train on, and the last part of the text, which is only looked at."""
+
+    name: str
+    train: Tokens
+    validation: Tokens
+    vocab_size: int
+
+
+def load_corpus(source: str, seq_len: int) -> Corpus:
+    """Read `stdlib`, a text file, a folder of them, or a `.bin` file of uint16 tokens.
+
+    Raises OSError for what cannot be read, ValueError for what is no such data, or is too short
+    for one window of `seq_len` tokens and its successors in each split.
+    """
+    if source == "stdlib":
+        tokens = _read_folder(sysconfig.get_path("stdlib"), ".py", NOT_THE_LIBRARY)
+    elif os.path.isdir(source):
+        tokens = _read_folder(source)
+    else:
+        tokens = _map_file(source)
+    boundary = int(len(tokens) * (1 - VALIDATION_SHARE))
+    train, validation = tokens[:boundary], tokens[boundary:]
+    if min(len(train), len(validation)) <= seq_len:
+        raise ValueError(
+            f"{source} has {len(tokens)} tokens, too few for windows of {seq_len} in a training "
+            f"and a validation part ({1 - VALIDATION_SHARE:.0%} and {VALIDATION_SHARE:.0%})"
+        )
+    vocab_size = BYTE_VOCAB_SIZE
+    if tokens.dtype != np.uint8:
+        vocab_size = max(vocab_size, int(tokens.max()) + 1)
+    return Corpus(source, train, validation, vocab_size)
+
+
+def _map_file(source: str) -> Tokens:
+    nbytes = os.stat(source).st_size
+    if nbytes == 0:
+        raise ValueError(f"{source} is empty")
+    if not source.endswith(".bin"):
+        return np.memmap(source, dtype=np.uint8, mode="r")
+    if nbytes % 2:
+        raise ValueError(f"{source} has {nbytes} bytes; a .bin file holds tokens of 2 bytes each")
+    return np.memmap(source, dtype="<u2", mode="r")
+
+
+def _read_folder(folder: str, suffix: str = "", skip: frozenset[str] = frozenset()) -> Tokens:
+    """Read every file under `folder` that ends in `suffix` and is text, in a fixed order."""
+    texts: list[bytes] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in skip and name[0] != ".")
+        chosen = sorted(name for name in files if name.endswith(suffix) and name[0] != ".")
+        texts += [Path(place, name).read_bytes() for name in chosen]
+    text = b"\n".join(text for text in texts if b"\0" not in text)
+    if not text:
+        raise ValueError(f"{folder} holds no text files")
+    return np.frombuffer(text, dtype=np.uint8)
+
+
+def random_windows(tokens: Tokens, seq_len: int, count: int, seed: tuple[int, ...]) -> Batch:
+    """Return `count` random windows as inputs and their successors, the same for the same seed."""
+    starts = np.random.default_rng(seed).integers(len(tokens) - seq_len, size=count)
+    return _windows(tokens, seq_len, starts)
+
+
+def evenly_spaced(tokens: Tokens, seq_len: int, count: int, part: int, num_parts: int) -> Batch:
+    """Return every `num_parts`-th of the windows that are spread over all of `tokens`."""
+    starts = np.linspace(0, len(tokens) - seq_len - 1, count * num_parts).astype(np.int64)
+    return _windows(tokens, seq_len, starts[part::num_parts])
+
+
+def _windows(tokens: Tokens, seq_len: int, starts: NDArray[np.int64]) -> Batch:
+    rows = np.stack([tokens[start : start + seq_len + 1] for start in starts])
+    batch = torch.from_numpy(rows.astype(np.int64))
+    return batch[:, :-1], batch[:, 1:]

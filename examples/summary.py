@@ -1,0 +1,91 @@
+"""What a training run shows, and the JSON that is kept of it."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from dataclasses import dataclass, field
+from importlib import metadata
+
+from memory import process_peak_bytes
+
+from offload import ActivationStats
+
+__all__ = ["Measured", "summarize"]
+
+# Taken as they are from the offload engine's counts; all 0 where nothing is offloaded.
+COUNTED = (
+    "offloaded_bytes",
+    "reloaded_bytes",
+    "forwarded_bytes",
+    "deduplicated_bytes",
+    "kept_bytes",
+    "stall_s",
+    "ssd_write_bytes",
+)
+
+
+@dataclass
+class Measured:
+    """What the steps showed; one of them was slow, because its memory was watched."""
+
+    watched_step: int
+    tokens_per_step: int
+    losses: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    tensor_bytes: int = 0
+    """Above the beginning of the watched step, at its worst moment."""
+    native_bytes: int = 0
+    """Buffers of the offload engine, and pages of its spill files in the page cache."""
+    resident_bytes: int = 0
+    """What stays between steps."""
+
+    def note_native(self, stats: ActivationStats) -> None:
+        """Take in what the offload engine holds after a step."""
+        now = stats.native_peak_bytes + stats.page_cache_bytes
+        self.native_bytes = max(self.native_bytes, now)
+
+    def usual_step_s(self) -> float:
+        """Return the median time of the steps that nobody watched."""
+        usual = [s for step, s in enumerate(self.step_s) if step != self.watched_step]
+        return statistics.median(usual or self.step_s)
+
+    def peak_activation_bytes(self) -> int:
+        """Return what a step takes at its worst moment above what stays."""
+        return self.tensor_bytes + self.native_bytes
+
+    def peak_device_bytes(self, device_type: str) -> int:
+        """Return what the device holds at the worst moment; a GPU has no native buffers."""
+        native_bytes = self.native_bytes if device_type == "cpu" else 0
+        return self.resident_bytes + self.tensor_bytes + native_bytes
+
+
+def summarize(
+    measured: Measured, stats: ActivationStats | None, *, device_type: str, command: str
+) -> dict[str, object]:
+    """Return the summary of a run; its bytes and stalls are those of one rank."""
+    step_s = measured.usual_step_s()
+    return {
+        "losses": measured.losses,
+        "step_s": step_s,
+        "tokens_per_s": measured.tokens_per_step / step_s,
+        "peak_activation_bytes": measured.peak_activation_bytes(),
+        "peak_device_bytes": measured.peak_device_bytes(device_type),
+        "peak_rss_bytes": process_peak_bytes(),
+        **{key: getattr(stats, key) if stats else 0 for key in COUNTED},
+        "framework": "torch",
+        "io_engine": stats.io_engine if stats else None,
+        "predicted": None,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "numpy", "offload")},
+        },
+        "command": command,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed, found on the path"

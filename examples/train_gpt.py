@@ -1,0 +1,364 @@
+"""Train a GPT on text, with its saved activations in memory, recomputed, or on an SSD.
+
+    python examples/train_gpt.py --offload none
+    torchrun --nproc_per_node 2 examples/train_gpt.py --offload ssd --offload-path /mnt/nvme
+
+The losses are the same to the bit; memory and time differ, and both are measured. From here on
+down: the flags, the training step with its two lines of offloading, the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from data import Corpus, evenly_spaced, load_corpus, random_windows
+from flags import Parser, at_least, byte_size, one_of
+from memory import StepMemory, resident_bytes
+from models import GPT, GPTConfig
+from summary import Measured, summarize
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import offload
+from offload.native import inspect_directory
+
+MIB = 1 << 20
+VALIDATION_WINDOWS = 32
+
+
+def make_parser() -> Parser:
+    """List the flags."""
+    parser = Parser(
+        prog="train_gpt.py",
+        description="Train a GPT on text. Sizes may be written 64MiB, and count per rank.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    also = {"nvme": "ssd", "cpu": "host"}
+    modes = one_of("none", "recompute", "ssd", later=("host", "auto"), aliases=also)
+    add("--offload", type=modes, default="none", help="none, recompute or ssd")
+    where = "directories on SSDs; spill files have no names, so nothing is ever left there"
+    add("--offload-path", nargs="+", default=["/var/tmp"], metavar="DIR", help=where)
+    add("--min-tensor-bytes", type=byte_size, default="1MiB", help="smaller tensors stay")
+    add("--staging-bytes", type=byte_size, default="64MiB", help="memory on the way to the SSD")
+    add("--spill-bytes", type=byte_size, help="limit on each SSD; without, half of what is free")
+    add(
+        "--io-engine", type=one_of("auto", "uring", "posix"), default="auto", help="or uring, posix"
+    )
+    add("--layers", type=at_least(1), default=6, help="transformer blocks")
+    add("--hidden", type=at_least(1), default=384, help="channels")
+    add("--heads", type=at_least(1), default=6, help="attention heads; divides --hidden")
+    add("--seq-len", type=at_least(1), default=256, help="tokens in a window")
+    add("--micro-batch", type=at_least(1), default=8, help="windows in a forward, on each rank")
+    add("--grad-accum", type=at_least(1), default=1, help="forwards in a step")
+    add("--steps", type=at_least(1), default=200, help="optimizer steps")
+    add("--dtype", type=one_of("fp32", "bf16"), default="fp32", help="fp32, or bf16 by autocast")
+    add("--seed", type=at_least(0), default=0, help="of the first weights and the data's order")
+    add("--lr", type=at_least(0, float), default=1e-3, help="highest learning rate")
+    add("--max-norm", type=at_least(0, float), default=1.0, help="of the gradients; 0 for any")
+    add("--data", default="stdlib", help="stdlib, a text file, a folder, or .bin of uint16 tokens")
+    add("--eval-every", type=at_least(0), default=50, help="steps between validations; 0 for none")
+    add("--summary", metavar="FILE", help="where to write what was measured, as JSON")
+    for flag, only, later in (
+        ("--model", "gpt", ("bert", "t5", "llama")),
+        ("--framework", "torch", ("deepspeed", "megatron")),
+        ("--optimizer", "torch", ("offload",)),
+        ("--tokens", "off", ("exact", "sparse", "gradient")),
+    ):
+        add(flag, type=one_of(only, later=later), default=only, help=f"only {only} for now")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with status 2 and one line where it cannot be followed."""
+    parser = make_parser()
+    args = parser.parse_known_flags(argv)
+    if args.hidden % args.heads:
+        parser.error(f"--heads {args.heads} does not divide --hidden {args.hidden}; choose both so")
+    if args.summary:
+        summary = Path(args.summary)
+        if summary.is_dir() or not os.access(summary.parent, os.W_OK):
+            parser.error(f"--summary {summary} cannot be written; name a file in a folder that can")
+    return args
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def open_offload(
+    args: argparse.Namespace,
+) -> contextlib.AbstractContextManager[offload.ActivationOffload | None]:
+    """Make what sends saved activations to the SSD, or nothing in the other modes.
+
+    Raises ValueError for a wrong setting or a directory in RAM, OSError for an unusable one,
+    MemoryError where there is not as much as --staging-bytes.
+    """
+    if args.offload != "ssd":
+        return contextlib.nullcontext()
+    for path in args.offload_path:
+        facts = inspect_directory(path)
+        if facts.backing == "memory":
+            raise ValueError(
+                f"--offload-path {path} is in RAM ({facts.filesystem}), where nothing would be "
+                "saved; name a directory on an SSD"
+            )
+    return offload.ActivationOffload(
+        tier="ssd",
+        path=args.offload_path,
+        min_tensor_bytes=args.min_tensor_bytes,
+        staging_bytes=args.staging_bytes,
+        spill_bytes=args.spill_bytes,
+        io_engine=args.io_engine,
+    )
+
+
+def learning_rate(step: int, num_steps: int, highest: float) -> float:
+    """Rise over the first tenth of the steps, then follow a cosine down to a tenth of `highest`."""
+    warmup = max(1, num_steps // 10)
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return highest * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+class Trainer:
+    """What one rank trains with (model, data, optimizer), and one step of it."""
+
+    def __init__(
+        self, args: argparse.Namespace, corpus: Corpus, act: offload.ActivationOffload | None
+    ) -> None:
+        self.args, self.corpus, self.act = args, corpus, act
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.tokens_per_step = args.micro_batch * args.grad_accum * args.seq_len * self.num_ranks
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
+        torch.manual_seed(args.seed)
+        config = GPTConfig(
+            vocab_size=corpus.vocab_size,
+            seq_len=args.seq_len,
+            num_layers=args.layers,
+            hidden_size=args.hidden,
+            num_heads=args.heads,
+        )
+        self.gpt = GPT(config, recompute=args.offload == "recompute").to(self.device)
+        parameters = list(self.gpt.parameters())
+        # Made now and never set to None: what a step then needs on top is its activations.
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.model: nn.Module = self.gpt
+        if self.num_ranks > 1:
+            self.model = DistributedDataParallel(self.gpt, gradient_as_bucket_view=True)
+        decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1}
+        others = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+        # Fused, because the default makes temporary copies of all gradients.
+        self.optimizer = torch.optim.AdamW(
+            [decayed, others], lr=args.lr, betas=(0.9, 0.95), fused=True
+        )
+
+    def step(self, step: int) -> float:
+        """Train on the batch of this step and return its loss, the mean over all ranks."""
+        args = self.args
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        self.optimizer.zero_grad(set_to_none=False)
+        total = torch.zeros((), device=self.device)
+        for micro in range(args.grad_accum):
+            seed = (args.seed, self.rank, step, micro)
+            batch = random_windows(self.corpus.train, args.seq_len, args.micro_batch, seed)
+            # Ranks exchange gradients once a step, in its last backward.
+            with self.no_exchange() if micro + 1 < args.grad_accum else contextlib.nullcontext():
+                # What autograd saves in here goes to the SSD ...
+                with self.act.forward() if self.act else contextlib.nullcontext():
+                    loss = self.loss(self.model, batch) / args.grad_accum
+                # ... and comes back in here.
+                loss.backward()
+            total += loss.detach()
+        if args.max_norm:
+            nn.utils.clip_grad_norm_(self.gpt.parameters(), args.max_norm)
+        self.optimizer.step()
+        return self.mean_over_ranks(total)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return how badly `model` predicts each token's successor."""
+        tokens, successors = (part.to(self.device) for part in batch)
+        bf16 = self.args.dtype == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return F.cross_entropy(model(tokens).flatten(0, 1), successors.flatten())
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Return the loss on text that is never trained on, the mean over all ranks."""
+        windows = evenly_spaced(
+            self.corpus.validation, self.args.seq_len, VALIDATION_WINDOWS, self.rank, self.num_ranks
+        )
+        total = torch.zeros((), device=self.device)
+        tokens, successors = (torch.split(part, self.args.micro_batch) for part in windows)
+        for batch in zip(tokens, successors, strict=True):
+            total += self.loss(self.gpt, batch) * len(batch[0]) / VALIDATION_WINDOWS
+        return self.mean_over_ranks(total)
+
+    def no_exchange(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which a backward keeps its gradients to this rank."""
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def mean_over_ranks(self, value: Tensor) -> float:
+        """Return the mean of a scalar over all ranks, the same on each."""
+        if self.num_ranks > 1:
+            dist.all_reduce(value)
+        return value.item() / self.num_ranks
+
+
+# ---- The run -------------------------------------------------------------------------------------
+
+
+def train(trainer: Trainer) -> Measured:
+    """Run all steps and show how they go."""
+    args, act = trainer.args, trainer.act
+    # By the third step the optimizer has its state and DDP its buckets.
+    measured = Measured(min(2, args.steps - 1), trainer.tokens_per_step)
+    with tqdm(total=args.steps, disable=trainer.rank > 0, unit="step", dynamic_ncols=True) as bar:
+        for step in range(args.steps):
+            memory = StepMemory(trainer.device)
+            begin = time.perf_counter()
+            with memory if step == measured.watched_step else contextlib.nullcontext():
+                loss = trainer.step(step)
+            measured.step_s.append(time.perf_counter() - begin)
+            measured.losses.append(loss)
+            measured.tensor_bytes = max(measured.tensor_bytes, memory.peak_bytes)
+            shown = {"loss": f"{loss:.3f}"}
+            shown["tokens/s"] = f"{trainer.tokens_per_step / measured.step_s[-1]:,.0f}"
+            if act:
+                measured.note_native(act.stats())
+                shown["stall"] = f"{act.stats().stall_s:.1f}s"
+            if step >= measured.watched_step:
+                shown["peak"] = f"{measured.peak_activation_bytes() / MIB:,.0f}MiB"
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+                validation = trainer.validate()
+                if trainer.rank == 0:
+                    bar.write(f"step {step + 1}: loss {loss:.4f}, validation {validation:.4f}")
+    measured.resident_bytes = resident_bytes(trainer.gpt, trainer.optimizer)
+    return measured
+
+
+def introduce(trainer: Trainer) -> None:
+    """Say what is trained on what, and which path the activations take."""
+    args, corpus = trainer.args, trainer.corpus
+    num_parameters = sum(parameter.numel() for parameter in trainer.gpt.parameters())
+    print(
+        f"GPT of {num_parameters / 1e6:.1f} M parameters, {args.dtype}, on {trainer.num_ranks} x "
+        f"{trainer.device.type}; {corpus.name}: {len(corpus.train) / 1e6:.1f} M tokens to train on"
+    )
+    if trainer.act:
+        stats = trainer.act.stats()
+        direct = "past" if stats.direct else "through"
+        print(
+            f"activations go to {', '.join(args.offload_path)} by {stats.io_engine} "
+            f"({stats.io_engine_reason}), {direct} the page cache ({stats.direct_reason})"
+        )
+
+
+def conclude(trainer: Trainer, measured: Measured, summary: Mapping[str, Any]) -> None:
+    """Say what the run took."""
+    print(
+        f"{summary['step_s']:.3f} s a step, {summary['tokens_per_s']:,.0f} tokens/s; at its worst "
+        f"moment {summary['peak_activation_bytes'] / MIB:,.0f} MiB of activations, and "
+        f"{summary['peak_device_bytes'] / MIB:,.0f} MiB with parameters, gradients and optimizer"
+    )
+    if trainer.act:
+        print(
+            f"{summary['offloaded_bytes'] / MIB:,.0f} MiB were offloaded, "
+            f"{summary['kept_bytes'] / MIB:,.0f} MiB kept in memory because the SSD was full; "
+            f"stalled for {summary['stall_s']:.1f} s of {sum(measured.step_s):.1f} s"
+        )
+
+
+def first_problem(problem: str | None) -> str | None:
+    """Return what is wrong on some rank, so that all ranks end together."""
+    if not dist.is_initialized():
+        return problem
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((each for each in problems if each), None)
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Set up, train and report; returns the exit status."""
+    problem, flag = None, "--data"
+    with contextlib.ExitStack() as resources:
+        try:
+            corpus = load_corpus(args.data, args.seq_len)
+            flag = "--offload-path"
+            act = resources.enter_context(open_offload(args))
+        except OSError as error:
+            problem = f"{flag} {error.filename or ''}: {error.strerror}; name another"
+        except ValueError as error:
+            problem = str(error)
+        except MemoryError:
+            problem = f"--staging-bytes {args.staging_bytes} is more memory than there is; ask less"
+        if problem := first_problem(problem):
+            if dist.get_node_local_rank(fallback_rank=0) == 0:
+                complain(problem)
+            return 2
+        trainer = Trainer(args, corpus, act)
+        if trainer.rank == 0:
+            introduce(trainer)
+        measured = train(trainer)
+        stats = act.stats() if act else None
+        summary = summarize(measured, stats, device_type=trainer.device.type, command=command)
+        if trainer.rank == 0:
+            conclude(trainer, measured, summary)
+            if args.summary:
+                Path(args.summary).write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    return 0
+
+
+def complain(problem: str) -> None:
+    """Print the one line that says why the run ends."""
+    print(f"train_gpt.py: error: {problem}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as `argv` says (None: the command line); returns the exit status."""
+    args = parse_arguments(argv)
+    command = ["python", *sys.argv] if argv is None else ["train_gpt.py", *argv]
+    distributed = dist.is_torchelastic_launched()
+    if distributed:
+        dist.init_process_group()
+        command[:1] = ["torchrun", "--nproc_per_node", str(dist.get_world_size())]
+    try:
+        return run(args, shlex.join(command))
+    except OSError as error:
+        complain(str(error))
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # in gloo's words for a rank that is gone
+            raise
+        complain("another rank has ended; its own line says why")
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
