@@ -1,0 +1,208 @@
+"""Trains a GPT with its activations in memory, recomputed, and on the SSD: step time and peak.
+
+Every mode trains in a process of its own, one step at a time in turns, on the same windows; mode
+none stands twice, for the noise. Losses and gradients are compared to the bit before anything is
+timed and once more after it; peaks come from a step of their own that is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.activations_worker import Training, open_worker
+from benchmarks.record import (
+    Claim,
+    Interval,
+    Record,
+    add_record_arguments,
+    median_interval,
+    paired_ratios,
+    positive,
+    quartiles_text,
+    round_order,
+    table,
+    write_record,
+)
+from benchmarks.spill_directory import spill_directory
+from benchmarks.worker import Worker, WorkerError, number
+
+MODES = {"none": "none", "ssd": "ssd", "recompute": "recompute", "none again": "none"}
+PEAK_GOAL = 0.20
+TIME_GOALS = {"none": 1.03, "recompute": 0.88}
+NUM_DIGESTS = 2  # the first step of AdamW starts from nothing, the second from its state
+MIB = 1 << 20
+
+Samples = dict[str, dict[str, list[float]]]
+
+
+def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_record_arguments(parser, warm_up=6)
+    for flag, default in (
+        ("--layers", 8),
+        ("--hidden", 1024),
+        ("--heads", 16),
+        ("--seq-len", 512),
+        ("--micro-batch", 4),
+        ("--vocab", 256),
+        ("--threads", 2),
+        ("--staging-bytes", 96 * MIB),
+        ("--min-tensor-bytes", MIB),
+    ):
+        parser.add_argument(flag, type=positive, default=default, metavar="N", help=f"({default})")
+    parser.add_argument("--io-engine", choices=("auto", "uring", "posix"), default="auto")
+    parser.add_argument("--no-verify", action="store_true", help="without checksums")
+    parser.add_argument(
+        "--offload-path", type=Path, metavar="DIR", help="on the drive to use (build/spill)"
+    )
+    arguments = parser.parse_args()
+    if arguments.hidden % arguments.heads:
+        parser.error(f"--heads {arguments.heads} does not divide --hidden {arguments.hidden}")
+    return arguments, parser
+
+
+def require_same_numbers(workers: Mapping[str, Worker]) -> None:
+    """Let everyone take a step; raises WorkerError where loss or gradients differ in a bit."""
+    digests = {name: worker.ask("digest") for name, worker in workers.items()}
+    for name, digest in digests.items():
+        for key, value in digest.items():
+            if value != digests["none"][key]:
+                raise WorkerError(f"{name}: {key} {value}, but in none {digests['none'][key]}")
+
+
+def measure(workers: Mapping[str, Worker], *, warm_up: int, pairs: int) -> Samples:
+    """Let everyone take steps in turns; returns the seconds of the timed ones."""
+    samples: Samples = {name: {} for name in workers}
+    for index in tqdm(range(warm_up + pairs), desc="rounds"):
+        for name in round_order(list(workers), index):
+            answer = workers[name].ask("step")
+            if index >= warm_up:
+                for key in answer:
+                    samples[name].setdefault(key, []).append(number(answer, key))
+    return samples
+
+
+def peaks_of(answers: Mapping[str, Mapping[str, object]]) -> dict[str, float]:
+    """Return each mode's worst moment above the process at rest in mode none, in bytes."""
+    resting_bytes = number(answers["none"], "resting_bytes")
+    return {
+        name: number(answer, "resting_bytes")
+        - resting_bytes
+        + number(answer, "torch_peak_bytes")
+        + number(answer, "native_peak_bytes")
+        + number(answer, "page_cache_bytes")
+        for name, answer in answers.items()
+    }
+
+
+def step_ratio(samples: Samples, name: str, other: str) -> Interval:
+    """Return the paired ratio of two modes' step times."""
+    return median_interval(paired_ratios(samples[name]["step_s"], samples[other]["step_s"]))
+
+
+def make_record(
+    training: Training,
+    samples: Samples,
+    peak_answers: Mapping[str, Mapping[str, object]],
+    facts: Mapping[str, object],
+) -> Record:
+    """Put the samples, the claims and the ratios together."""
+    peaks = peaks_of(peak_answers)
+    times = {name: step_ratio(samples, "ssd", name) for name in ("none", "recompute")}
+    peak = peaks["ssd"] / peaks["none"]
+    exactly = Interval(median=peak, low=peak, high=peak, coverage=1.0, count=1)
+    claims = [
+        Claim(
+            name="peak, ssd / none", sense="at most", goal=PEAK_GOAL, interval=exactly, exact=True
+        ),
+        *(
+            Claim(name=f"step time, ssd / {name}", sense="at most", goal=goal, interval=times[name])
+            for name, goal in TIME_GOALS.items()
+        ),
+    ]
+    return Record(
+        claim="activations on the SSD take a fifth of the memory and no time",
+        goal=(
+            f"peak <= {PEAK_GOAL} of none, step time <= {TIME_GOALS['none']} of none and <= "
+            f"{TIME_GOALS['recompute']} of recompute"
+        ),
+        claims=claims,
+        value=times["none"].median,
+        floor=times["none"].median,
+        peers={
+            "step time, none": times["none"].median,
+            "step time, recompute": times["recompute"].median,
+            "peak, none": peak,
+            "peak, recompute": peaks["ssd"] / peaks["recompute"],
+        },
+        noise={
+            f"step time, {name} / none": step_ratio(samples, name, "none")
+            for name in ("none again", "recompute")
+        },
+        samples={**samples, "peak_bytes": peaks, "peaks": dict(peak_answers)},
+        # The directory is a temporary name that means nothing to anyone else.
+        settings={key: value for key, value in asdict(training).items() if key != "directory"},
+        facts=facts,
+    )
+
+
+def mode_table(samples: Samples, peaks: Mapping[str, float]) -> str:
+    """Return everyone's peak and seconds: medians, quartiles beside them."""
+    rows = []
+    for name, figures in samples.items():
+        cells = [name, f"{peaks[name] / MIB:.0f}", f"{peaks[name] / peaks['none']:.1%}"]
+        cells += [quartiles_text(figures[key], 3) for key in ("step_s", "cpu_s")]
+        spent = [key for key in figures if key not in {"step_s", "cpu_s"}]
+        cells.append(", ".join(f"{key} {quartiles_text(figures[key], 3)}" for key in spent))
+        rows.append(cells)
+    return table(["", "peak MiB", "of none", "step s", "CPU s", ""], rows)
+
+
+def open_workers(training: Training, names: Sequence[str], stack: ExitStack) -> dict[str, Worker]:
+    """Start one process a mode; they stay until `stack` is left."""
+    return {name: stack.enter_context(open_worker(name, MODES[name], training)) for name in names}
+
+
+def main() -> None:
+    """Measure and record; exits with 0 whether the goal is met or not."""
+    arguments, parser = parse_arguments()
+    with ExitStack() as stack:
+        training = Training(
+            layers=arguments.layers,
+            hidden=arguments.hidden,
+            heads=arguments.heads,
+            seq_len=arguments.seq_len,
+            micro_batch=arguments.micro_batch,
+            vocab=arguments.vocab,
+            threads=arguments.threads,
+            directory=stack.enter_context(spill_directory(arguments.offload_path, parser)),
+            staging_bytes=arguments.staging_bytes,
+            min_tensor_bytes=arguments.min_tensor_bytes,
+            io_engine=arguments.io_engine,
+            verify=not arguments.no_verify,
+        )
+        workers = open_workers(training, list(MODES), stack)
+        for _ in tqdm(range(NUM_DIGESTS), desc="comparing bits"):
+            require_same_numbers(workers)
+        samples = measure(workers, warm_up=arguments.warm_up, pairs=arguments.pairs)
+        peak_answers = {
+            name: worker.ask("peak") for name, worker in tqdm(workers.items(), desc="peaks")
+        }
+        require_same_numbers(workers)
+        facts = {name: worker.facts for name, worker in workers.items()}
+    print(mode_table(samples, peaks_of(peak_answers)), end="\n\n")
+    write_record(make_record(training, samples, peak_answers, facts), arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The process in which one mode trains: none, recompute or ssd, a step at each request."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import offload
+from benchmarks.worker import Answer, Subject, Worker, serve
+from examples.memory import StepMemory
+from examples.models import GPT, GPTConfig
+
+__all__ = ["Trainee", "Training", "open_worker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every mode trains alike; the last five are for ssd alone."""
+
+    layers: int
+    hidden: int
+    heads: int
+    seq_len: int
+    micro_batch: int
+    vocab: int
+    threads: int
+    directory: str
+    staging_bytes: int
+    min_tensor_bytes: int
+    io_engine: str
+    verify: bool
+
+
+class Trainee:
+    """A model with preallocated gradients, its optimizer, and one mode of keeping activations."""
+
+    def __init__(self, training: Training, mode: str) -> None:
+        torch.set_num_threads(training.threads)
+        torch.manual_seed(0)
+        self._training = training
+        config = GPTConfig(
+            vocab_size=training.vocab,
+            seq_len=training.seq_len,
+            num_layers=training.layers,
+            hidden_size=training.hidden,
+            num_heads=training.heads,
+        )
+        self._model = GPT(config, recompute=mode == "recompute")
+        self._parameters = list(self._model.parameters())
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-4, fused=True)
+        self._num_steps = 0
+        self._act: offload.ActivationOffload | None = None
+        if mode == "ssd":
+            self._act = offload.ActivationOffload(
+                tier="ssd",
+                path=training.directory,
+                staging_bytes=training.staging_bytes,
+                min_tensor_bytes=training.min_tensor_bytes,
+                io_engine=training.io_engine,
+                verify=training.verify,
+            )
+
+    def facts(self) -> Answer:
+        """Return the path that activations take."""
+        if self._act is None:
+            return {"parameters": sum(parameter.numel() for parameter in self._parameters)}
+        stats = self._act.stats()
+        names = ("io_engine", "io_engine_reason", "direct", "direct_reason", "registered_buffers")
+        return {name: getattr(stats, name) for name in (*names, "backing", "verify")}
+
+    def answer(self, request: str) -> Answer:
+        """Do one step: "step" timed, "digest" hashed, or "peak" with its memory written down."""
+        if request == "step":
+            return self.timed_step()
+        return self.digested_step() if request == "digest" else self.measured_step()
+
+    def timed_step(self) -> Answer:
+        """Return the wall and CPU seconds of one step, and where those of ssd went."""
+        tokens = self._next_tokens()
+        before = self._seconds_spent()
+        start, start_cpu = time.perf_counter(), time.process_time()
+        self._backward(tokens)
+        self._optimizer.step()
+        step_s, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
+        spent = {key: after - before[key] for key, after in self._seconds_spent().items()}
+        return {"step_s": step_s, "cpu_s": cpu_s, **spent}
+
+    def digested_step(self) -> Answer:
+        """Return the loss and a hash of all gradients of one step, to the bit."""
+        loss = self._backward(self._next_tokens())
+        digest = hashlib.blake2b()
+        for parameter in self._parameters:
+            assert parameter.grad is not None
+            digest.update(parameter.grad.numpy().data)
+        self._optimizer.step()
+        return {"loss": loss.hex(), "gradients": digest.hexdigest()}
+
+    def measured_step(self) -> Answer:
+        """Return the worst moment of one step: torch's above its start, and what is not torch's."""
+        tokens = self._next_tokens()
+        resting_bytes = live_tensor_bytes()
+        with StepMemory() as memory:
+            self._backward(tokens)
+            page_cache_bytes = self._page_cache_bytes()
+            self._optimizer.step()
+        native_bytes = 0
+        if self._act is not None:
+            native_bytes = self._act.stats().native_peak_bytes
+            page_cache_bytes = max(page_cache_bytes, self._page_cache_bytes())
+        return {
+            "resting_bytes": resting_bytes,
+            "torch_peak_bytes": memory.peak_bytes,
+            "native_peak_bytes": native_bytes,
+            "page_cache_bytes": page_cache_bytes,
+        }
+
+    def close(self) -> None:
+        """Give back the spill."""
+        if self._act is not None:
+            self._act.close()
+
+    def _next_tokens(self) -> torch.Tensor:
+        # The same windows in every mode: all of them are at the same step.
+        self._num_steps += 1
+        generator = torch.Generator().manual_seed(self._num_steps)
+        shape = (self._training.micro_batch, self._training.seq_len + 1)
+        return torch.randint(self._training.vocab, shape, generator=generator)
+
+    def _forward(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._act is None else self._act.forward()
+
+    def _backward(self, tokens: torch.Tensor) -> float:
+        # Kept allocated: what a step needs on top of the process at rest are its activations.
+        self._optimizer.zero_grad(set_to_none=False)
+        with self._forward():
+            logits = self._model(tokens[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            del logits
+        torch.autograd.backward(loss)
+        return loss.item()
+
+    def _seconds_spent(self) -> dict[str, float]:
+        if self._act is None:
+            return {}
+        stats = self._act.stats()
+        return {"stall_s": stats.stall_s, "copy_s": stats.copy_s, "verify_s": stats.verify_s}
+
+    def _page_cache_bytes(self) -> int:
+        return 0 if self._act is None else self._act.stats().page_cache_bytes
+
+
+def live_tensor_bytes() -> int:
+    """Return the bytes of every tensor alive in this process, a storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):  # isinstance() wakes lazy modules by asking them
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            if thing.grad is not None:
+                gradient = thing.grad.untyped_storage()
+                storages[gradient.data_ptr()] = gradient.nbytes()
+    return sum(storages.values())
+
+
+def open_worker(name: str, mode: str, training: Training) -> Worker:
+    """Start the worker `name` that trains in `mode`; raises WorkerError if it cannot."""
+    return Worker(name, __name__, {"mode": mode, **asdict(training)})
+
+
+def _open_subject(settings: Mapping[str, object]) -> tuple[Subject, Answer]:
+    rest: dict[str, Any] = dict(settings)
+    mode = rest.pop("mode")
+    trainee = Trainee(Training(**rest), mode)
+    return trainee, trainee.facts()
+
+
+if __name__ == "__main__":
+    serve(_open_subject)

@@ -1,0 +1,130 @@
+"""Each benchmark, run as its users run it but tiny, writes a record that keeps the contract."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from benchmarks import activations, hooks, io
+from benchmarks.record import ROOT, Interval, median_interval
+
+CONTRACT = {
+    *("claim", "goal", "value", "met", "peers", "floor", "machine", "versions", "commit"),
+    *("command", "samples"),
+}
+ROUNDS = ["--pairs", "6", "--warm-up", "1"]
+TINY_IO = ["--bytes", "2097152", "--tensor-bytes", "524288", "--block-bytes", "65536"]
+TINY_GPT = [
+    *("--layers", "2", "--hidden", "64", "--heads", "2", "--seq-len", "32"),
+    *("--micro-batch", "2", "--threads", "1", "--min-tensor-bytes", "4096"),
+]
+
+
+def record_of(name: str, directory: Path, out: Path, *flags: str) -> dict[str, Any]:
+    """Run a benchmark and check what every record has to have."""
+    where = "--offload-path" if name == "activations" else "--path"
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *ROUNDS]
+    command += ["--json", str(out), where, str(directory), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert set(found) >= CONTRACT
+    assert found["command"].startswith(f"python benchmarks/{name}.py --pairs 6")
+    assert str(ROOT) not in found["command"].split(" --json")[0]
+    assert found["met"] in {True, False, None}
+    verdicts = {None: "undecided", True: "met", False: "not met"}
+    assert f"{found['claim']}: {verdicts[found['met']]}" in done.stdout
+    assert all(claim["name"] in done.stdout for claim in found["claims"])
+    assert not list(directory.iterdir()), "the benchmark left files behind"
+    return found
+
+
+def test_io_compares_in_pairs_and_decides_nothing_without_a_peer(
+    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("record") / "io.json"
+    found = record_of("io", spill_dir, out, *TINY_IO, "--peers", "fio")
+    assert found["met"] is None
+    assert found["absent"]["aio"] == "not asked for"
+    assert found["peers"]["aio write"] is None
+    assert found["facts"]["ours"]["io_engine"] in {"uring", "posix"}
+    for figures in found["samples"].values():
+        assert {len(samples) for samples in figures.values()} == {6}
+    assert {"ours", "ours again"} <= set(found["samples"])
+    if shutil.which("fio") is None:
+        assert found["absent"]["fio"] == "fio is not installed"
+        return
+    fio, ours = (found["samples"][name]["write_wall_s"] for name in ("fio", "ours"))
+    expected = median_interval([their_s / our_s for their_s, our_s in zip(fio, ours, strict=True)])
+    by_name = {claim["name"]: claim for claim in found["claims"]}
+    assert Interval(**by_name["write bandwidth / fio"]["interval"]) == expected
+
+
+def test_hooks_compares_every_length_with_an_identity_hook(
+    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("record") / "hooks.json"
+    found = record_of("hooks", spill_dir, out, "--tensors", "50", "200")
+    assert found["met"] in {True, False}
+    assert set(found["samples"]) == {
+        *("none", "identity", "passed through", "offloaded", "identity again", "none again"),
+    }
+    for by_length in found["samples"].values():
+        assert {length: len(samples) for length, samples in by_length.items()} == {
+            "50": 6,
+            "200": 6,
+        }
+    assert len(found["claims"]) == 2 * 2 + 2
+
+
+def test_activations_compares_bits_time_and_peak(
+    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("record") / "activations.json"
+    found = record_of("activations", spill_dir, out, *TINY_GPT, "--staging-bytes", "8388608")
+    assert found["met"] in {True, False}
+    for name in ("none", "ssd", "recompute", "none again"):
+        assert len(found["samples"][name]["step_s"]) == 6
+    peaks = found["samples"]["peak_bytes"]
+    assert peaks["none"] == peaks["none again"] > peaks["recompute"] > 0
+    # Staging counts even where, as here, it dwarfs the activations.
+    assert peaks["ssd"] > found["samples"]["peaks"]["ssd"]["native_peak_bytes"] > 0
+    peak = next(claim for claim in found["claims"] if claim["name"] == "peak, ssd / none")
+    assert peak["value"] == peaks["ssd"] / peaks["none"]
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "named"),
+    [
+        (io, ["--path", "/no/such/directory"], "/no/such/directory"),
+        (io, ["--path", "/proc"], "/proc"),
+        (io, ["--bytes", "1000"], "--bytes 1000"),
+        (io, ["--block-bytes", "1000"], "--block-bytes 1000"),
+        (io, ["--pairs", "0"], "'0'"),
+        (io, ["--peers", "dd"], "'dd'"),
+        (hooks, ["--path", "/no/such/directory"], "/no/such/directory"),
+        (hooks, ["--tensors", "0"], "'0'"),
+        (activations, ["--offload-path", "/no/such/directory"], "/no/such/directory"),
+        (activations, ["--heads", "3"], "--heads 3"),
+        (activations, ["--json", "/no/such/directory/a.json"], "/no/such/directory/a.json"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(
+    program: ModuleType,
+    flags: list[str],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        program.main()
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
