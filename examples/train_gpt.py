@@ -312,6 +312,8 @@ def run(args: argparse.Namespace, command: str) -> int:
             act = resources.enter_context(open_offload(args))
         except OSError as error:
             problem = f"{flag} {error.filename or ''}: {error.strerror}; name another"
+            if error.filename in ("io_uring", "posix"):
+                problem = f"--io-engine {args.io_engine}: {error.strerror}; use --io-engine auto"
         except ValueError as error:
             problem = str(error)
         except MemoryError:

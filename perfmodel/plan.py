@@ -18,6 +18,7 @@ TIERS = ("device", "host", "ssd")
 TIER_ALIASES = {"cpu": "host", "nvme": "ssd"}
 IO_ENGINES = ("auto", "uring", "posix")
 PAGE_BYTES = 4096
+MOST_BYTES = 1 << 60  # no machine has more, and native sizes end a little above
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
@@ -41,8 +42,9 @@ def canonical_tier(name: str) -> str:
 
 
 def require_bytes(key: str, value: object, *, minimum: int = 0) -> None:
-    """Raise ValueError unless `value` is a whole number of bytes of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    """Raise ValueError unless `value` is a whole number of bytes from `minimum` to 1 EiB."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not minimum <= value <= MOST_BYTES:  # type: ignore[operator]
         raise ValueError(
             f"{key}={value!r} is not a size; it must be a whole number of bytes, at least {minimum}"
         )

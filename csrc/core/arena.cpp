@@ -92,6 +92,14 @@ void Arena::mark_resident() {
   note_peak();
 }
 
+void Arena::trim() {
+  std::lock_guard lock(mutex_);
+  if (allocator_.used() != 0) return;
+  ::madvise(mapping_.data(), mapping_.nbytes(), MADV_DONTNEED);
+  resident_ = false;
+  allocator_.forget_high_water();
+}
+
 std::uint64_t Arena::native_now() const {
   // A huge page is resident as a whole once any of it is touched.
   const std::uint64_t touched =

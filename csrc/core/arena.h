@@ -79,6 +79,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::byte* data() const { return mapping_.data(); }
   std::size_t capacity() const { return mapping_.nbytes(); }
   void mark_resident();
+  // Gives the memory back to the system if no slice is in use.
+  void trim();
   ArenaStats stats() const;
 
  private:

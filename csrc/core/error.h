@@ -6,6 +6,9 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
 
 namespace offload {
 
@@ -28,6 +31,16 @@ inline IoError io_error(int code, const std::string& op, const std::string& path
                  op + " of " + std::to_string(nbytes) + " bytes at offset " +
                      std::to_string(offset) + " failed: " + std::strerror(code),
                  path);
+}
+
+// A thread for I/O, or an IoError where the system refuses one (a process limit, a cgroup).
+template <typename Work>
+std::thread start_thread(Work work, const std::string& path) {
+  try {
+    return std::thread(std::move(work));
+  } catch (const std::system_error& error) {
+    throw IoError(error.code().value(), "the system refuses a thread for I/O", path);
+  }
 }
 
 // A file system has no room left for us in four ways, and all mean: keep the bytes in memory.

@@ -25,6 +25,7 @@ class ExtentAllocator {
   std::uint64_t peak_used() const { return peak_used_; }
   // One past the highest byte ever handed out: what was touched.
   std::uint64_t high_water() const { return high_water_; }
+  void forget_high_water() { high_water_ = 0; }
   std::size_t free_ranges() const { return free_.size(); }
 
  private:

@@ -197,6 +197,12 @@ int SpillFile::reserve(std::uint64_t offset, std::uint64_t nbytes) {
   return code;
 }
 
+void SpillFile::discard() {
+  // The only possible failure, EIO of the metadata, leaves the space to the closing of the file.
+  [[maybe_unused]] const int code = ::ftruncate(fd_, 0);
+  reserved_ = 0;
+}
+
 std::uint64_t SpillFile::page_cache_bytes() const {
   if (facts_.direct || reserved_ == 0) return 0;
   void* at = ::mmap(nullptr, reserved_, PROT_READ, MAP_SHARED, fd_, 0);

@@ -30,6 +30,8 @@ class SpillFile {
 
   // Reserves [offset, offset + nbytes); returns 0 or the errno.
   int reserve(std::uint64_t offset, std::uint64_t nbytes);
+  // Gives all space back to the file system. Nothing may be in flight.
+  void discard();
   // Bytes of this file that lie in the page cache: 0 under O_DIRECT.
   std::uint64_t page_cache_bytes() const;
 

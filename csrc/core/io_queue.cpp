@@ -44,7 +44,7 @@ IoQueue::IoQueue(std::unique_ptr<IoEngine> engine, Options options)
       fork_generation_(fork_generation()),
       flights_(options_.depth) {
   for (std::size_t slot = options_.depth; slot != 0; --slot) free_slots_.push_back(slot - 1);
-  thread_ = std::thread([this] { run_guarded(); });
+  thread_ = start_thread([this] { run_guarded(); }, options_.path);
 }
 
 IoQueue::~IoQueue() {

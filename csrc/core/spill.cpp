@@ -278,7 +278,12 @@ void Spill::flush() { queue_->flush(); }
 
 void Spill::drain() { queue_->drain(); }
 
-void Spill::close() { queue_->close(); }
+void Spill::close() {
+  queue_->close();
+  // Nothing is in flight any more, so the space goes back even while tensors still name extents.
+  file_->discard();
+  arena_->trim();
+}
 
 SpillStats Spill::stats() const {
   check_process();

@@ -66,7 +66,9 @@ def parameter_of_cast(tensor: torch.Tensor) -> torch.Tensor | None:
         source.shape == cast.shape
         and source.stride() == cast.stride()
         and cast.storage_offset() == 0
-        and source.device == cast.device
+        # Only bytes in host memory can be compared before they are cast again.
+        and source.is_cpu
+        and cast.is_cpu
         and cast.data_ptr() % 64 == 0
         # A dense parameter keeps its strides when cast; an expanded one would not.
         and source.untyped_storage().nbytes() >= source.nbytes

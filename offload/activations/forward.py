@@ -15,7 +15,7 @@ from offload.activations.identity import (
     version_root,
 )
 from offload.activations.region import Region
-from offload.activations.saved import Kept, RecastParameter, Saved, SavedView
+from offload.activations.saved import Kept, RecastParameter, Saved, SavedView, checksum_of
 
 if TYPE_CHECKING:
     from offload.activations.offloader import ActivationOffload
@@ -42,6 +42,7 @@ class ForwardPass:
         self._buffers: set[int] = set()
         self._noted_modules: set[int] = set()
         self._noted: dict[int, tuple[torch.Tensor, int, int]] = {}
+        self._sums: dict[int, int] = {}  # checksums of recast parameters, by id
         self._min_bytes = owner.config.min_tensor_bytes
         self._recast = owner.config.recast_parameters
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
@@ -75,11 +76,12 @@ class ForwardPass:
         with self.owner.lock:
             if kind is None:
                 self._stage_pending()
-                self.owner.flush()
                 self._expect_backward()
             # After an exception the graph is about to be dropped; what was not staged stays put.
             self._pending.clear()
+            self.owner.flush()
         self._noted.clear()
+        self._sums.clear()
         self.owner.settle()
 
     def _note_module(self, module: torch.nn.Module, _args: object) -> None:
@@ -133,7 +135,10 @@ class ForwardPass:
         parameter = self._parameter_to_recast(tensor) if self._recast else None
         if parameter is not None:
             owner.counters.recast += tensor.nbytes
-            return RecastParameter(tensor, parameter)
+            checksum = self._sums.get(id(parameter))
+            if checksum is None:
+                checksum = self._sums[id(parameter)] = checksum_of(parameter)
+            return RecastParameter(tensor, parameter, checksum)
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._buffers:
@@ -145,13 +150,16 @@ class ForwardPass:
         root = version_root(tensor)
         with owner.lock:
             for region in owner.regions.get(key, ()):
-                if region.covers(root[0], version, begin, end):
+                # Only within one forward: a buffer refilled behind the version counter (through
+                # numpy, say) is other data in the next one.
+                if region.forward is self and region.covers(root[0], version, begin, end):
                     owner.counters.deduplicated += end - begin
                     return SavedView(region, tensor)
             for region in self._pending:
                 overlaps = region.begin < end and begin < region.end
                 if (
-                    overlaps
+                    region.handles
+                    and overlaps
                     and region.storage.key == key
                     and region.root[0] == root[0]
                     and region.version == version

@@ -8,11 +8,12 @@ import torch
 
 from offload.activations.identity import drop_memory, sharing_version, tensor_on
 from offload.device import Restored, view_over
+from offload.native import crc32c
 
 if TYPE_CHECKING:
     from offload.activations.region import Region
 
-__all__ = ["Kept", "RecastParameter", "Saved", "SavedView", "changed_in_place"]
+__all__ = ["Kept", "RecastParameter", "Saved", "SavedView", "changed_in_place", "checksum_of"]
 
 
 class Saved(Protocol):
@@ -29,6 +30,11 @@ def changed_in_place(what: str, found: int, expected: int) -> RuntimeError:
         f"operation: {what} is at version {found}; expected version {expected} instead. Clone the "
         "tensor before changing it, or change it after the backward."
     )
+
+
+def checksum_of(parameter: torch.Tensor) -> int:
+    """Return the CRC32C of a dense host tensor's bytes."""
+    return crc32c(parameter.data_ptr(), parameter.nbytes)
 
 
 class Kept:
@@ -55,10 +61,19 @@ class Kept:
 class RecastParameter:
     """A low-precision copy of a parameter, to be made again from the parameter."""
 
-    __slots__ = ("alias", "dtype", "geometry", "parameter", "parameter_version", "version")
+    __slots__ = (
+        "alias",
+        "checksum",
+        "dtype",
+        "geometry",
+        "parameter",
+        "parameter_version",
+        "version",
+    )
 
-    def __init__(self, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, parameter: torch.Tensor, checksum: int) -> None:
         self.parameter = parameter
+        self.checksum = checksum
         self.parameter_version = parameter._version
         self.dtype = tensor.dtype
         self.geometry = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
@@ -71,13 +86,13 @@ class RecastParameter:
         if self.alias._version != self.version:
             what = f"[a {self.dtype} copy of a parameter, {list(self.geometry[0])}]"
             raise changed_in_place(what, self.alias._version, self.version)
+        # The version does not see `parameter.data` change, for which a stored copy would not care.
         found = self.parameter._version
-        if found != self.parameter_version:
-            what = f"[parameter {list(self.parameter.shape)}]"
-            error = changed_in_place(what, found, self.parameter_version)
+        if found != self.parameter_version or checksum_of(self.parameter) != self.checksum:
             raise RuntimeError(
-                f"{error} With recast_parameters=False its copy is stored, and the parameter may "
-                "be changed."
+                f"a parameter {list(self.parameter.shape)} was modified by an inplace operation "
+                "between a forward that cast it and the backward, which would cast it again; "
+                "change it after the backward, or set recast_parameters=False to store its copy"
             )
         with torch.no_grad():
             return self.parameter.detach().to(self.dtype).as_strided(*self.geometry)
