@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,20 @@ def test_a_wrong_setting_is_refused_by_name(
         program.main()
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_benchmark_that_is_told_to_end_leaves_nothing_behind(spill_dir: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "io.py"), "--path", str(spill_dir)]
+    command += [*TINY_IO, "--peers", "--pairs", "1000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        said = b""
+        while b"rounds" not in said:  # the progress bar of the timed part
+            piece = process.stderr.read(1)
+            assert piece, said
+            said += piece
+        assert list(spill_dir.iterdir())
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(spill_dir.iterdir())
