@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from offload.native import Buffer, tensor_over
+from offload.native import Buffer, tensor_at, tensor_over
 
 __all__ = ["Restored", "can_offload", "device_facts", "host_copy", "materialise", "view_over"]
 
@@ -24,10 +24,8 @@ def can_offload(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu or tensor.is_cuda
 
 
-def host_copy(storage: torch.UntypedStorage, begin: int, end: int) -> torch.Tensor | None:
-    """Return a host copy of the storage's bytes [begin, end), or None if they are on the host."""
-    if storage.device.type == "cpu":
-        return None
+def host_copy(storage: torch.UntypedStorage, begin: int, end: int) -> torch.Tensor:
+    """Return a copy of the storage's bytes [begin, end) on the host: 1-d, uint8."""
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
     return flat.set_(storage, begin, (end - begin,), (1,)).cpu()
 
@@ -58,7 +56,7 @@ def view_over(
         if first_byte % dtype.itemsize:
             raise RuntimeError(f"a restored {dtype} would begin at byte {first_byte}")
         return tensor.set_(storage, first_byte // dtype.itemsize, size, stride)
-    return tensor_over(restored, dtype).as_strided(size, stride, first_byte // dtype.itemsize)
+    return tensor_at(restored, dtype, size, stride, first_byte)
 
 
 def device_facts() -> tuple[bool, str]:

@@ -35,6 +35,7 @@ __all__ = [
     "crc32c_path",
     "inspect_directory",
     "probe_engines",
+    "tensor_at",
     "tensor_over",
 ]
 
@@ -66,6 +67,44 @@ def probe_engines() -> dict[str, tuple[bool, str]]:
     return _probe_engines()
 
 
+# DLPack's type code and width. What is not here (float8 and the like) not every torch takes.
+_DLPACK_TYPES = {
+    torch.bool: (6, 8),
+    torch.uint8: (1, 8),
+    torch.int8: (0, 8),
+    torch.int16: (0, 16),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.complex64: (5, 64),
+    torch.complex128: (5, 128),
+}
+# torch.from_dlpack() does the same after looking for a protocol that a capsule does not have.
+_from_dlpack = torch._C._from_dlpack
+
+
 def tensor_over(buffer: Buffer, dtype: torch.dtype) -> torch.Tensor:
     """Return a 1-d tensor over the whole elements of `buffer`, which it keeps alive."""
     return torch.frombuffer(buffer, dtype=dtype, count=buffer.nbytes // dtype.itemsize)
+
+
+def tensor_at(
+    buffer: Buffer,
+    dtype: torch.dtype,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    first_byte: int,
+) -> torch.Tensor:
+    """Return a tensor over `buffer` from `first_byte` on; it keeps the memory alive.
+
+    `first_byte` is a multiple of the element's size. Raises ValueError or RuntimeError when the
+    tensor would reach beyond the end.
+    """
+    kind = _DLPACK_TYPES.get(dtype)
+    if kind is None:
+        return tensor_over(buffer, dtype).as_strided(size, stride, first_byte // dtype.itemsize)
+    tensor: torch.Tensor = _from_dlpack(buffer.dlpack(*kind, size, stride, first_byte))
+    return tensor

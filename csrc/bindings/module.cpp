@@ -10,6 +10,7 @@
 #include "../core/error.h"
 #include "../core/file.h"
 #include "../core/spill.h"
+#include "extent_type.h"
 
 namespace py = pybind11;
 using namespace offload;  // NOLINT: one file, one purpose
@@ -17,11 +18,6 @@ using namespace offload;  // NOLINT: one file, one purpose
 namespace {
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
-
-void raise_os_error(const IoError& error) {
-  py::object arguments = py::make_tuple(error.code(), error.what(), error.path());
-  PyErr_SetObject(PyExc_OSError, arguments.ptr());
-}
 
 FaultRule make_rule(const std::string& op, std::uint64_t first, std::uint64_t count,
                     const std::string& action, int code, std::uint64_t nbytes, double delay_s) {
@@ -69,6 +65,10 @@ std::shared_ptr<Spill> open_spill(const std::string& directory, std::shared_ptr<
   options.direct = direct;
   options.register_buffers = register_buffers;
   options.faults = fault_plan;
+  options.poll = [] {
+    py::gil_scoped_acquire gil;  // Ctrl-C must end a wait for a drive that hangs
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
   return Spill::open(std::move(options), std::move(arena));
 }
 
@@ -97,6 +97,7 @@ py::dict spill_stats(const Spill& spill) {
   out["peak_used_bytes"] = stats.peak_used_bytes;
   out["reserved_bytes"] = stats.reserved_bytes;
   out["limit_bytes"] = stats.limit_bytes;
+  out["reloaded_bytes"] = stats.reloaded_bytes;
   out["forwarded_bytes"] = stats.forwarded_bytes;
   out["cancelled_bytes"] = stats.cancelled_bytes;
   out["kept_bytes"] = stats.kept_bytes;
@@ -123,17 +124,6 @@ void bind_memory(py::module_& module) {
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init([](std::size_t nbytes) { return Arena::create(nbytes); }), py::arg("nbytes"))
       .def("stats", &arena_stats);
-  // Its memory lives as long as this object or anything that exported its buffer.
-  py::class_<Restored>(module, "Buffer", py::buffer_protocol())
-      .def_property_readonly(
-          "address",
-          [](const Restored& self) { return reinterpret_cast<std::uintptr_t>(self.address); })
-      .def_readonly("nbytes", &Restored::nbytes)
-      .def_readonly("forwarded", &Restored::forwarded)
-      .def_buffer([](Restored& self) {
-        return py::buffer_info(reinterpret_cast<unsigned char*>(self.address),
-                               static_cast<py::ssize_t>(self.nbytes));
-      });
 }
 
 void bind_faults(py::module_& module) {
@@ -150,13 +140,6 @@ void bind_faults(py::module_& module) {
 }
 
 void bind_spill(py::module_& module) {
-  py::class_<Extent, std::shared_ptr<Extent>>(module, "Extent")
-      .def("prefetch", &Extent::prefetch, NoGil())
-      .def("fetch", &Extent::fetch, NoGil())
-      .def("ready", &Extent::ready)
-      .def("wait_written", &Extent::wait_written, NoGil())
-      .def_property_readonly("nbytes", &Extent::nbytes)
-      .def_property_readonly("offset", &Extent::offset);
   py::class_<Spill, std::shared_ptr<Spill>>(module, "Spill")
       .def(py::init(&open_spill), py::arg("directory"), py::arg("arena"), py::kw_only(),
            py::arg("engine") = "auto", py::arg("queue_depth") = 32,
@@ -166,17 +149,21 @@ void bind_spill(py::module_& module) {
       .def(
           "write",
           [](Spill& self, std::uintptr_t address, std::uint64_t nbytes) {
-            return self.write(reinterpret_cast<const std::byte*>(address), nbytes);
+            std::shared_ptr<Extent> extent;
+            {
+              py::gil_scoped_release nogil;
+              extent = self.write(reinterpret_cast<const std::byte*>(address), nbytes);
+            }
+            PyObject* made = make_extent(std::move(extent));
+            if (made == nullptr) throw py::error_already_set();
+            return py::reinterpret_steal<py::object>(made);
           },
-          py::arg("address"), py::arg("nbytes"), NoGil())
+          py::arg("address"), py::arg("nbytes"))
       .def("flush", &Spill::flush)
       .def("drain", &Spill::drain, NoGil())
       .def("close", &Spill::close, NoGil())
       .def("stats", &spill_stats)
-      .def("raise_write_error",
-           [](const Spill& self) {
-             if (const auto error = self.write_error()) throw *error;
-           })
+      .def("raise_write_error", &Spill::raise_write_error)
       .def("page_cache_bytes", [](const Spill& self) { return self.file().page_cache_bytes(); })
       .def_property_readonly("engine", &Spill::engine_name)
       .def_property_readonly("engine_reason", &Spill::engine_reason)
@@ -199,9 +186,10 @@ PYBIND11_MODULE(_C, module) {
     try {
       if (pending) std::rethrow_exception(pending);
     } catch (const IoError& error) {
-      raise_os_error(error);
+      set_os_error(error);
     }
   });
+  if (!add_extent_types(module.ptr())) throw py::error_already_set();
   bind_memory(module);
   bind_faults(module);
   bind_spill(module);

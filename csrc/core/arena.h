@@ -2,6 +2,7 @@
 // that restored tensors live in. One mapping, so that one registration serves all I/O.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -71,6 +72,11 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::shared_ptr<Slice> try_allocate(std::size_t nbytes);
   // A mapping of its own, for a tensor that must exist now though the arena is full. Any thread.
   std::shared_ptr<Slice> allocate_outside(std::size_t nbytes);
+  // Counts writes under way from staging, whichever file they go to: while there are any, waiting
+  // for memory makes sense. A write ends after its slice has come back.
+  void begin_write() { writes_.fetch_add(1); }
+  void end_write() { writes_.fetch_sub(1); }
+  bool writing() const { return writes_.load() != 0; }
   // Returns when some slice has come back since `seen` (a releases() value), or at the deadline.
   void wait_release(std::uint64_t seen, std::chrono::milliseconds limit);
   std::uint64_t releases() const;
@@ -99,6 +105,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::uint64_t native_peak_ = 0;
   std::uint64_t releases_ = 0;
   bool resident_ = false;
+  std::atomic<std::uint64_t> writes_{0};
 };
 
 }  // namespace offload

@@ -1,23 +1,13 @@
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <utility>
 
+#include "clock.h"
 #include "fork_guard.h"
 #include "spill.h"
 #include "spill_state.h"
 
 namespace offload {
-namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-}  // namespace
-
 Extent::~Extent() {
   if (!spill_ || spill_->fork_generation_ != fork_generation()) return;
   std::vector<std::shared_ptr<Transfer>> writes;
@@ -81,12 +71,12 @@ std::shared_ptr<Transfer> Extent::start_read(std::shared_ptr<Slice> slice, std::
   }
   request.owner = std::make_shared<std::pair<std::shared_ptr<Shared>, std::shared_ptr<Slice>>>(
       shared_, std::move(slice));
-  return spill_->queue_->submit(std::move(request));
+  return spill_->queue_->submit(std::move(request), /*lazy=*/true);
 }
 
 bool Extent::prefetch() {
   spill_->check_process();
-  if (read_ || held_) return true;
+  if (read_ || held_ || !handed_out_.expired()) return true;
   held_ = forward();
   if (held_) return true;
   {
@@ -116,10 +106,22 @@ std::optional<Restored> Extent::forward() {
     write = shared_->pieces[0].write;
   }
   const bool cancelled = !write->ended() && spill_->queue_->try_cancel(*write);
-  std::lock_guard lock(spill_->space_->mutex);
-  spill_->space_->counters.forwarded_bytes += nbytes_;
-  if (cancelled) spill_->space_->counters.cancelled_bytes += nbytes_;
-  return Restored{slice, slice->data() + lead_, nbytes_, true};
+  if (cancelled) {
+    std::lock_guard lock(spill_->space_->mutex);
+    spill_->space_->counters.cancelled_bytes += nbytes_;
+  }
+  return hand_out(std::move(slice), true);
+}
+
+Restored Extent::hand_out(std::shared_ptr<Slice> slice, bool forwarded) {
+  {
+    std::lock_guard lock(spill_->space_->mutex);
+    SpillStats& counters = spill_->space_->counters;
+    (forwarded ? counters.forwarded_bytes : counters.reloaded_bytes) += nbytes_;
+  }
+  handed_out_ = slice;
+  std::byte* first = slice->data() + lead_;
+  return {std::move(slice), first, nbytes_, forwarded};
 }
 
 void Extent::copy_unwritten(std::byte* to) const {
@@ -130,11 +132,13 @@ void Extent::copy_unwritten(std::byte* to) const {
 
 Restored Extent::fetch() {
   spill_->check_process();
+  spill_->raise_write_error();
   if (held_) return *std::exchange(held_, std::nullopt);
   if (!read_) {
+    if (auto slice = handed_out_.lock()) return hand_out(std::move(slice), true);
     if (auto restored = forward()) return *restored;
   }
-  const auto begin = Clock::now();
+  const double begin = wall_s();
   if (!read_) {
     wait_written();
     auto slice = spill_->arena_->try_allocate(extent_bytes_);
@@ -152,7 +156,7 @@ Restored Extent::fetch() {
       }
       std::lock_guard lock(shared_->mutex);
       copy_unwritten(slice->data());
-      return Restored{slice, slice->data() + lead_, nbytes_, false};
+      return hand_out(std::move(slice), false);
     }
     read_ = start_read(slice, 0, extent_bytes_);
     read_slice_ = std::move(slice);
@@ -163,9 +167,9 @@ Restored Extent::fetch() {
   spill_->queue_->wait(*read);
   if (waited) {
     std::lock_guard lock(spill_->space_->mutex);
-    spill_->space_->counters.read_wait_s += seconds_since(begin);
+    spill_->space_->counters.read_wait_s += wall_s() - begin;
   }
-  return Restored{slice, slice->data() + lead_, nbytes_, false};
+  return hand_out(std::move(slice), false);
 }
 
 }  // namespace offload

@@ -46,9 +46,18 @@ constexpr std::array kKnown = {
     KnownFileSystem{0x65735546, "fuse", "network"},
     KnownFileSystem{0x5346414F, "afs", "network"},
     KnownFileSystem{0x73757245, "coda", "network"},
+    KnownFileSystem{0x0BD00BD0, "lustre", "network"},
+    KnownFileSystem{0x00C36400, "ceph", "network"},
+    KnownFileSystem{0x47504653, "gpfs", "network"},
+    KnownFileSystem{0x19830326, "beegfs", "network"},
+    KnownFileSystem{0x6B414653, "afs", "network"},
+    KnownFileSystem{0x7461636F, "ocfs2", "network"},
+    KnownFileSystem{0x01161970, "gfs2", "network"},
+    KnownFileSystem{0xAAD7AAEA, "panfs", "network"},
+    KnownFileSystem{0x786F4256, "vboxsf", "network"},
 };
 
-int open_nameless(const std::string& directory, int flags) {
+int create_nameless(const std::string& directory, int flags) {
   constexpr mode_t kOwnerOnly = S_IRUSR | S_IWUSR;
   const int fd = ::open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC | flags, kOwnerOnly);
   // EISDIR is how kernels and file systems without O_TMPFILE answer.
@@ -58,6 +67,10 @@ int open_nameless(const std::string& directory, int flags) {
   const int named = ::mkostemp(buffer.data(), O_CLOEXEC | flags);
   if (named >= 0) ::unlink(buffer.data());
   return named;
+}
+
+int open_nameless(const std::string& directory, int flags) {
+  return open_here([&] { return create_nameless(directory, flags); });
 }
 
 std::uint32_t direct_alignment(int fd) {
@@ -102,7 +115,7 @@ Opened open_best(const std::string& directory, bool want_direct) {
     if (fd >= 0) {
       const int code = try_direct(fd);
       if (code == 0) return {fd, true, "a page was written and read past the page cache"};
-      ::close(fd);
+      close_here(fd);
       if (is_no_space(code)) throw io_error(code, "write", directory, 0, kPageBytes);
       reason = std::string("the first direct transfer failed: ") + std::strerror(code);
     } else if (errno == EINVAL) {
@@ -118,6 +131,10 @@ Opened open_best(const std::string& directory, bool want_direct) {
                   directory);
   }
   return {fd, false, reason};
+}
+
+std::uint64_t unit_bytes(const struct statfs& system) {
+  return static_cast<std::uint64_t>(system.f_frsize ? system.f_frsize : system.f_bsize);
 }
 
 DirectoryFacts classify(const std::string& path) {
@@ -143,9 +160,8 @@ DirectoryFacts classify(const std::string& path) {
     facts.filesystem = hex;
     facts.backing = "disk";
   }
-  const auto unit = static_cast<std::uint64_t>(system.f_frsize ? system.f_frsize : system.f_bsize);
-  facts.free_bytes = unit * system.f_bavail;
-  facts.total_bytes = unit * system.f_blocks;
+  facts.free_bytes = unit_bytes(system) * system.f_bavail;
+  facts.total_bytes = unit_bytes(system) * system.f_blocks;
   return facts;
 }
 
@@ -156,7 +172,7 @@ DirectoryFacts inspect_directory(const std::string& path) {
   const Opened opened = open_best(path, true);
   facts.direct = opened.direct;
   facts.direct_reason = opened.reason;
-  ::close(opened.fd);
+  close_here(opened.fd);
   return facts;
 }
 
@@ -175,7 +191,6 @@ SpillFile::SpillFile(const std::string& directory, bool want_direct)
   facts_.direct = opened.direct;
   facts_.direct_reason = std::move(opened.reason);
   if (facts_.direct) alignment_ = direct_alignment(fd_);
-  close_in_child(fd_);
 }
 
 SpillFile::~SpillFile() {
@@ -193,8 +208,20 @@ int SpillFile::reserve(std::uint64_t offset, std::uint64_t nbytes) {
   if (code == EOPNOTSUPP || code == ENOSYS) {
     code = ::ftruncate(fd_, static_cast<off_t>(offset + nbytes)) == 0 ? 0 : errno;
   }
-  if (code == 0) reserved_ = std::max(reserved_, offset + nbytes);
+  if (code == 0) {
+    reserved_ = std::max(reserved_, offset + nbytes);
+  } else {
+    // What was found before the space ran out is of no use; should this fail too, it stays ours
+    // until the file is closed.
+    [[maybe_unused]] const int left = ::ftruncate(fd_, static_cast<off_t>(reserved_));
+  }
   return code;
+}
+
+std::uint64_t SpillFile::free_bytes() const {
+  struct statfs system{};
+  if (::fstatfs(fd_, &system) != 0) return 0;
+  return unit_bytes(system) * system.f_bavail;
 }
 
 void SpillFile::discard() {

@@ -32,6 +32,8 @@ class SpillFile {
   int reserve(std::uint64_t offset, std::uint64_t nbytes);
   // Gives all space back to the file system. Nothing may be in flight.
   void discard();
+  // What the file system has left for us; 0 if it does not say.
+  std::uint64_t free_bytes() const;
   // Bytes of this file that lie in the page cache: 0 under O_DIRECT.
   std::uint64_t page_cache_bytes() const;
 

@@ -38,10 +38,13 @@ Registry& registry() {
 
 int fork_generation() { return registry().generation.load(std::memory_order_relaxed); }
 
-void close_in_child(int fd) {
+int open_here(const std::function<int()>& open) {
   Registry& self = registry();
   std::lock_guard lock(self.mutex);
-  self.descriptors.push_back(fd);
+  self.descriptors.reserve(self.descriptors.size() + 1);  // what throws must come before open()
+  const int fd = open();
+  if (fd >= 0) self.descriptors.push_back(fd);
+  return fd;
 }
 
 void close_here(int fd) {

@@ -2,6 +2,7 @@
 // killed, and our locks may be held by threads that do not exist in the child.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 namespace offload {
@@ -10,8 +11,9 @@ namespace offload {
 // nothing in a process where the value differs.
 int fork_generation();
 
-// From now on a forked child closes this descriptor at once.
-void close_in_child(int fd);
+// Calls `open` and returns its descriptor (negative: errno says why), which forked children close
+// at once. Nobody forks in between, so no child keeps what it does not know of.
+int open_here(const std::function<int()>& open);
 // Closes the descriptor; a child forked at the same moment has it closed as well.
 void close_here(int fd);
 

@@ -1,25 +1,26 @@
 #include "io_queue.h"
 
-#include <time.h>
-
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <utility>
 
 #include "align.h"
+#include "clock.h"
 #include "crc32c.h"
 
 namespace offload {
 namespace {
 
-// Completions in a row that moved nothing before a transfer is given up: EINTR and EAGAIN are
-// passing states, but a drive that never makes progress is broken.
+// Completions in a row that moved nothing before a transfer is given up, a fifth of a second after
+// the first: EINTR and EAGAIN are passing states, but a drive that never makes progress is broken.
 constexpr unsigned kMaxStuck = 64;
 
-double thread_cpu_s() {
-  timespec now{};
-  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+constexpr std::chrono::milliseconds kPollInterval{100};
+
+std::chrono::microseconds pause_before_retry(unsigned stuck) {
+  constexpr unsigned kDoublings = 5;
+  return std::chrono::microseconds(100) * (1u << std::min(stuck, kDoublings));
 }
 
 IoError mismatch(const TransferRequest& request, const std::string& path, std::uint64_t block,
@@ -75,7 +76,6 @@ std::shared_ptr<Transfer> IoQueue::submit(TransferRequest request, bool lazy) {
   if (stopping_) throw std::runtime_error("the I/O queue is closed");
   (is_write ? writes_ : reads_).push_back(transfer);
   ++live_transfers_;
-  if (is_write) unfinished_writes_.fetch_add(1);
   lazy_bytes_ += nbytes;
   if (!lazy || lazy_bytes_ >= options_.block_bytes) wake_thread();
   return transfer;
@@ -99,26 +99,29 @@ void IoQueue::flush() {
 
 bool IoQueue::try_cancel(Transfer& transfer) {
   check_process();
-  std::shared_ptr<Transfer> removed;
   {
     std::lock_guard lock(mutex_);
-    auto& queue = transfer.request_.op == IoOp::kWrite ? writes_ : reads_;
-    const auto found = std::find_if(queue.begin(), queue.end(),
-                                    [&](const auto& queued) { return queued.get() == &transfer; });
-    if (found == queue.end()) return false;
-    removed = *found;
-    queue.erase(found);
+    if (transfer.withdrawn_ || transfer.state() != Transfer::State::kQueued) return false;
+    transfer.withdrawn_ = true;  // its place in the queue goes when the thread comes by
   }
-  end(*removed, Transfer::State::kCancelled);
+  end(transfer, Transfer::State::kCancelled);
   return true;
 }
 
-void IoQueue::wait(const Transfer& transfer) {
+// `condition` is asked under the lock.
+void IoQueue::wait_until(const std::function<bool()>& condition) {
   flush();
-  {
-    std::unique_lock lock(mutex_);
-    ended_->wait(lock, [&] { return transfer.ended(); });
+  for (;;) {
+    {
+      std::unique_lock lock(mutex_);
+      if (ended_->wait_for(lock, kPollInterval, condition)) return;
+    }
+    if (options_.poll) options_.poll();
   }
+}
+
+void IoQueue::wait(const Transfer& transfer) {
+  wait_until([&] { return transfer.ended(); });
   if (transfer.state() == Transfer::State::kFailed) throw *transfer.error_;
   if (transfer.state() == Transfer::State::kCancelled) {
     throw io_error(ECANCELED, name_of(transfer.request_.op), options_.path,
@@ -127,9 +130,7 @@ void IoQueue::wait(const Transfer& transfer) {
 }
 
 void IoQueue::drain() {
-  flush();
-  std::unique_lock lock(mutex_);
-  ended_->wait(lock, [&] { return live_transfers_ == 0; });
+  wait_until([this] { return live_transfers_ == 0; });
 }
 
 void IoQueue::close() {
@@ -143,7 +144,9 @@ void IoQueue::close() {
     dropped.insert(dropped.end(), reads_.begin(), reads_.end());
     reads_.clear();
   }
-  for (auto& transfer : dropped) end(*transfer, Transfer::State::kCancelled);
+  for (auto& transfer : dropped) {
+    if (!transfer->withdrawn_) end(*transfer, Transfer::State::kCancelled);
+  }
   engine_->wake();
   work_->notify_one();
   thread_.join();
@@ -179,8 +182,8 @@ void IoQueue::run() {
     }
     {
       std::unique_lock lock(mutex_);
-      stats_.verify_s = verify_s_;
-      stats_.thread_cpu_s = thread_cpu_s();
+      counted_.thread_cpu_s = thread_cpu_s();
+      stats_ = counted_;
       const bool more = !reads_.empty() || !writes_.empty() || current_ || !again_.empty();
       if (more && in_engine_ < options_.depth && !backpressure_) continue;
       if (in_engine_ == 0) {
@@ -214,11 +217,9 @@ bool IoQueue::refill() {
   }
   const auto slot = next_flight();
   if (!slot) return false;
-  if (!stage(*slot)) {
-    again_.push_back(*slot);
-    return false;
-  }
-  return true;
+  if (stage(*slot)) return true;
+  again_.push_back(*slot);
+  return false;
 }
 
 // Takes a slot for the next block of the current or the next transfer.
@@ -226,10 +227,12 @@ std::optional<std::size_t> IoQueue::next_flight() {
   if (free_slots_.empty()) return std::nullopt;
   if (current_ == nullptr) {
     std::lock_guard lock(mutex_);
-    auto& queue = !reads_.empty() ? reads_ : writes_;
-    if (queue.empty()) return std::nullopt;
-    current_ = std::move(queue.front());
-    queue.pop_front();
+    while (current_ == nullptr) {
+      auto& queue = !reads_.empty() ? reads_ : writes_;
+      if (queue.empty()) return std::nullopt;
+      if (!queue.front()->withdrawn_) current_ = std::move(queue.front());
+      queue.pop_front();
+    }
     current_->state_.store(Transfer::State::kRunning, std::memory_order_release);
   }
   const std::size_t slot = free_slots_.back();
@@ -253,8 +256,7 @@ bool IoQueue::stage(std::size_t slot) {
     return false;
   }
   ++in_engine_;
-  std::lock_guard lock(mutex_);
-  ++stats_.requests;
+  ++counted_.requests;
   return true;
 }
 
@@ -266,8 +268,10 @@ void IoQueue::handle(const Completion& completion) {
     if (flight.transfer->error_) release(slot);
     return;
   }
-  finish_block(flight);
-  if (flight.transfer->request_.op == IoOp::kRead && flight.transfer->request_.checksums) {
+  const TransferRequest& request = flight.transfer->request_;
+  const std::uint64_t length = block_bytes_of(*flight.transfer, flight.block);
+  (request.op == IoOp::kRead ? counted_.read_bytes : counted_.write_bytes) += length;
+  if (request.op == IoOp::kRead && request.checksums) {
     to_verify_.push_back(slot);
   } else {
     release(slot);
@@ -298,17 +302,10 @@ bool IoQueue::resume(std::size_t slot, std::int64_t result) {
                                     options_.path, at, left));
     return true;
   }
-  if (flight.stuck > 1) std::this_thread::sleep_for(std::chrono::microseconds(100));
+  if (flight.stuck > 1) std::this_thread::sleep_for(pause_before_retry(flight.stuck - 2));
   again_.push_back(slot);
-  std::lock_guard lock(mutex_);
-  ++stats_.resumed;
+  ++counted_.resumed;
   return true;
-}
-
-void IoQueue::finish_block(Flight& flight) {
-  const std::uint64_t length = block_bytes_of(*flight.transfer, flight.block);
-  std::lock_guard lock(mutex_);
-  (flight.transfer->request_.op == IoOp::kRead ? stats_.read_bytes : stats_.write_bytes) += length;
 }
 
 void IoQueue::verify(const Flight& flight) {
@@ -317,7 +314,7 @@ void IoQueue::verify(const Flight& flight) {
   const double begin = thread_cpu_s();
   const std::uint32_t read =
       crc32c(0, request.address + flight.block * options_.block_bytes, length);
-  verify_s_ += thread_cpu_s() - begin;
+  counted_.verify_s += thread_cpu_s() - begin;
   const std::uint32_t stored = request.checksums[flight.block];
   if (read != stored) {
     fail(*flight.transfer, mismatch(request, options_.path, flight.block, options_.block_bytes,
@@ -346,13 +343,15 @@ void IoQueue::end_if_idle(const std::shared_ptr<Transfer>& transfer) {
       transfer->next_block_ * options_.block_bytes < transfer->request_.nbytes) {
     return;
   }
+  {
+    std::lock_guard lock(mutex_);
+    stats_ = counted_;  // whoever waited for the transfer finds it counted
+  }
   end(*transfer, transfer->error_ ? Transfer::State::kFailed : Transfer::State::kDone);
 }
 
 void IoQueue::end(Transfer& transfer, Transfer::State state) {
   TransferRequest& request = transfer.request_;
-  // First, so that whoever is woken by the memory that comes back below sees it gone.
-  if (request.op == IoOp::kWrite) unfinished_writes_.fetch_sub(1);
   if (request.on_end) request.on_end(transfer.error_, state == Transfer::State::kCancelled);
   request.on_end = nullptr;
   // Memory and file space go back before anyone learns of the end, so that a waiter finds them.
@@ -377,17 +376,17 @@ void IoQueue::fail_everything(const IoError& error) {
     reads_.clear();
     writes_.clear();
   }
+  const auto add = [&](const std::shared_ptr<Transfer>& transfer) {
+    if (!transfer || std::find(victims.begin(), victims.end(), transfer) != victims.end()) return;
+    victims.push_back(transfer);
+  };
   for (Flight& flight : flights_) {
-    if (!flight.transfer) continue;
-    new std::shared_ptr<void>(flight.transfer->request_.owner);
-    if (std::find(victims.begin(), victims.end(), flight.transfer) == victims.end()) {
-      victims.push_back(flight.transfer);
-    }
+    if (flight.transfer) new std::shared_ptr<void>(flight.transfer->request_.owner);
+    add(flight.transfer);
   }
-  if (current_ && std::find(victims.begin(), victims.end(), current_) == victims.end()) {
-    victims.push_back(current_);
-  }
+  add(current_);
   for (auto& transfer : victims) {
+    if (transfer->withdrawn_) continue;
     if (!transfer->error_) transfer->error_ = error;
     end(*transfer, Transfer::State::kFailed);
   }

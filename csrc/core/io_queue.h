@@ -50,6 +50,7 @@ class Transfer {
 
   TransferRequest request_;
   std::atomic<State> state_{State::kQueued};
+  bool withdrawn_ = false;        // cancelled while queued; the queue's mutex guards it
   std::uint64_t next_block_ = 0;  // the queue thread's, like all below
   std::uint64_t blocks_out_ = 0;
   std::optional<IoError> error_;  // written before state_ says kFailed
@@ -72,6 +73,8 @@ class IoQueue {
     std::uint64_t block_bytes;
     std::uint32_t alignment;  // a resumed request starts at a multiple of this
     unsigned depth;
+    // Called now and then by a thread that waits, without locks; what it throws ends the waiting.
+    std::function<void()> poll = nullptr;
   };
 
   IoQueue(std::unique_ptr<IoEngine> engine, Options options);
@@ -79,9 +82,9 @@ class IoQueue {
   IoQueue(const IoQueue&) = delete;
   IoQueue& operator=(const IoQueue&) = delete;
 
-  // A `lazy` write need not start at once: it waits until a block's worth has come together, or
-  // until anybody reads, waits, drains or calls flush(). It saves waking the thread for each of
-  // many small ones.
+  // A `lazy` transfer need not start at once: it waits until a block's worth has come together, or
+  // until anybody waits, drains or calls flush(). It saves waking the thread for each of many
+  // small ones.
   std::shared_ptr<Transfer> submit(TransferRequest request, bool lazy = false);
   // Starts whatever is queued.
   void flush();
@@ -96,7 +99,6 @@ class IoQueue {
 
   // A forked child has neither the thread nor the memory: there, everything above throws this too.
   void check_process() const;
-  std::uint64_t unfinished_writes() const { return unfinished_writes_.load(); }
   QueueStats stats() const;
 
  private:
@@ -108,6 +110,7 @@ class IoQueue {
     unsigned stuck = 0;      // completions in a row that moved nothing
   };
 
+  void wait_until(const std::function<bool()>& condition);
   void wake_thread();
   void run();
   void run_guarded();
@@ -116,7 +119,6 @@ class IoQueue {
   bool stage(std::size_t slot);
   void handle(const Completion& completion);
   bool resume(std::size_t slot, std::int64_t result);
-  void finish_block(Flight& flight);
   void verify(const Flight& flight);
   void fail(Transfer& transfer, IoError error);
   void release(std::size_t slot);
@@ -142,8 +144,6 @@ class IoQueue {
   QueueStats stats_;
   std::optional<IoError> broken_;
 
-  std::atomic<std::uint64_t> unfinished_writes_{0};
-
   // The queue thread's own.
   std::vector<Flight> flights_;
   std::vector<std::size_t> free_slots_;
@@ -152,7 +152,7 @@ class IoQueue {
   std::shared_ptr<Transfer> current_;  // blocks of it are still to be handed out
   std::size_t in_engine_ = 0;
   bool backpressure_ = false;  // the engine refused a block that it had room for
-  double verify_s_ = 0;
+  QueueStats counted_;         // what stats_ will say next
 
   std::thread thread_;
 };

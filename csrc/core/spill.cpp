@@ -1,7 +1,5 @@
 #include "spill.h"
 
-#include <time.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -9,14 +7,13 @@
 #include <utility>
 
 #include "align.h"
+#include "clock.h"
 #include "crc32c.h"
 #include "fork_guard.h"
 #include "spill_state.h"
 
 namespace offload {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 constexpr unsigned kPosixThreads = 4;
 // Extending a file a little at a time serialises writers on ext4; a step is reserved at once.
@@ -26,18 +23,11 @@ constexpr std::uint64_t kMaxBlockBytes = std::uint64_t{1} << 30;
 // When staging cannot hold a tensor in one run it goes through in pieces of so many blocks.
 constexpr std::uint64_t kPieceBlocks = 4;
 
-double seconds_since(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-// Asking for a thread's CPU time is a system call, which would cost more than a small copy; there
-// the plain clock serves.
+// Asking for CPU time would cost more than a small copy; there the plain clock serves.
 constexpr std::uint64_t kCpuClockBytes = 256 << 10;
 
 double copy_clock_s(std::uint64_t nbytes) {
-  timespec now{};
-  ::clock_gettime(nbytes < kCpuClockBytes ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+  return nbytes < kCpuClockBytes ? wall_s() : thread_cpu_s();
 }
 
 }  // namespace
@@ -72,7 +62,7 @@ Spill::Spill(SpillOptions options, std::shared_ptr<Arena> arena)
   engine_name_ = engine->name();
   queue_ = std::make_unique<IoQueue>(
       std::move(engine), IoQueue::Options{file_->fd(), file_->path(), options_.block_bytes,
-                                          file_->alignment(), options_.queue_depth});
+                                          file_->alignment(), options_.queue_depth, options_.poll});
 }
 
 Spill::~Spill() = default;
@@ -100,7 +90,12 @@ std::unique_ptr<IoEngine> Spill::choose_engine() {
 
 bool Spill::grow(std::uint64_t nbytes) {
   const std::uint64_t reserved = space_->extents.capacity();
-  const std::uint64_t left = limit_ > reserved ? limit_ - reserved : 0;
+  std::uint64_t left = limit_ > reserved ? limit_ - reserved : 0;
+  if (options_.spill_bytes == 0) {
+    // Others may share the drive by the same rule: together they leave what each would leave.
+    const std::uint64_t free = file_->free_bytes();
+    left = std::min(left, free > limit_ ? align_down(free - limit_, kPageBytes) : 0);
+  }
   // A step need not be used up: the last free range of the file may be continued by it.
   for (const std::uint64_t step : {std::max(kReserveStep, nbytes), nbytes}) {
     const std::uint64_t grown = std::min(align_up(step, kPageBytes), left);
@@ -120,29 +115,34 @@ std::shared_ptr<Spill::FileRange> Spill::allocate(std::uint64_t nbytes) {
   auto offset = space_->extents.allocate(nbytes);
   while (!offset && grow(nbytes)) offset = space_->extents.allocate(nbytes);
   if (!offset) return nullptr;
-  return std::shared_ptr<FileRange>(new FileRange{space_, *offset, nbytes});
+  return std::make_shared<FileRange>(space_, *offset, nbytes);
 }
 
-// Waits for staging memory to come back from finished writes. When none is in flight, waiting
-// would be for ever (restored tensors hold the arena), so a piece is taken outside of it.
+// Waits for staging memory to come back from finished writes, to any directory. When none is in
+// flight, waiting would be for ever (restored tensors hold the arena), so a piece is taken outside
+// of it.
 std::shared_ptr<Slice> Spill::stage_memory(std::uint64_t nbytes) {
   for (;;) {
     const std::uint64_t seen = arena_->releases();
     if (auto slice = arena_->try_allocate(nbytes)) return slice;
-    if (queue_->unfinished_writes() == 0) {
+    if (!arena_->writing()) {
       auto slice = arena_->try_allocate(nbytes);  // the last write may have ended just now
       return slice ? slice : arena_->allocate_outside(nbytes);
     }
     queue_->flush();
-    const auto begin = Clock::now();
+    const double begin = wall_s();
     arena_->wait_release(seen, std::chrono::milliseconds(20));
-    std::lock_guard lock(space_->mutex);
-    space_->counters.write_wait_s += seconds_since(begin);
+    {
+      std::lock_guard lock(space_->mutex);
+      space_->counters.write_wait_s += wall_s() - begin;
+    }
+    if (options_.poll) options_.poll();
   }
 }
 
 std::shared_ptr<Extent> Spill::write(const std::byte* source, std::uint64_t nbytes) {
   check_process();
+  raise_write_error();
   if (nbytes == 0) throw std::invalid_argument("an extent of 0 bytes cannot be written");
   const std::uint64_t lead = reinterpret_cast<std::uintptr_t>(source) % kTensorAlign;
   const std::uint64_t whole = align_up(lead + nbytes, kPageBytes);
@@ -214,10 +214,11 @@ void Spill::start_piece(Extent& extent, std::size_t index, const std::byte* sour
   request.owner = shared;
   // `shared` is the transfer's owner, so it outlives this call; the slice is named here too, so
   // that it comes back to the arena when the transfer ends even if the extent is long gone.
-  request.on_end = [space = space_, state = shared.get(), index, arena = arena_,
-                    slice = piece.slice](const std::optional<IoError>& error, bool cancelled) {
+  auto staged = std::make_shared<StagedWrite>(arena_, piece.slice);
+  request.on_end = [space = space_, state = shared.get(), index, staged = std::move(staged)](
+                       const std::optional<IoError>& error, bool cancelled) {
     // A cancelled write leaves its staging copy with the extent.
-    if (!cancelled) end_write(*space, *state, index, *arena, error);
+    if (!cancelled) end_write(*space, *state, index, *staged->arena, error);
   };
   auto write = queue_->submit(std::move(request), /*lazy=*/true);
   {
@@ -247,6 +248,7 @@ void Spill::end_write(Space& space, Extent::Shared& shared, std::size_t piece, A
   if (error && !is_no_space(error->code())) {
     std::lock_guard lock(space.mutex);
     if (!space.write_error) space.write_error = error;
+    space.write_failed.store(true);
     return;
   }
   std::shared_ptr<Slice> staged;
@@ -268,8 +270,13 @@ void Spill::end_write(Space& space, Extent::Shared& shared, std::size_t piece, A
 }
 
 std::optional<IoError> Spill::write_error() const {
+  if (!space_->write_failed.load()) return std::nullopt;
   std::lock_guard lock(space_->mutex);
   return space_->write_error;
+}
+
+void Spill::raise_write_error() const {
+  if (const auto error = write_error()) throw *error;
 }
 
 void Spill::check_process() const { queue_->check_process(); }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -21,11 +22,12 @@ struct SpillOptions {
   std::string engine = "auto";  // "auto", "uring", "posix"
   unsigned queue_depth = 32;
   std::uint64_t block_bytes = std::uint64_t{1} << 20;
-  std::uint64_t spill_bytes = 0;  // 0: half of the free space
+  std::uint64_t spill_bytes = 0;  // 0: half of the free space, less what others took of it since
   bool verify = true;
   bool direct = true;
   bool register_buffers = true;
   std::optional<FaultPlan> faults;
+  std::function<void()> poll;  // see IoQueue::Options
 };
 
 struct SpillStats {
@@ -34,7 +36,8 @@ struct SpillStats {
   std::uint64_t peak_used_bytes = 0;
   std::uint64_t reserved_bytes = 0;  // of the file system
   std::uint64_t limit_bytes = 0;
-  std::uint64_t forwarded_bytes = 0;   // handed back from staging, never read
+  std::uint64_t reloaded_bytes = 0;    // handed back after a read
+  std::uint64_t forwarded_bytes = 0;   // handed back without one
   std::uint64_t cancelled_bytes = 0;   // of those, never written either
   std::uint64_t kept_bytes = 0;        // live in memory because a write found no space
   std::uint64_t kept_total_bytes = 0;  // the same, of all time
@@ -60,10 +63,13 @@ class Extent {
   Extent(const Extent&) = delete;
   Extent& operator=(const Extent&) = delete;
 
-  // Starts reading back; false when there is no room in the arena or the write is still going on
-  // piece by piece. Needless calls are harmless.
+  // Queues reading back, to begin with the next Spill::flush() or once a block's worth has come
+  // together; false when there is no room in the arena or the write is still going on piece by
+  // piece. Needless calls are harmless.
   bool prefetch();
-  // Waits until the bytes are here. Throws IoError; the extent stays readable afterwards.
+  // Waits until the bytes are here; while an earlier answer is still in use, returns it again.
+  // Throws IoError, also that of a failed write of another extent: the drive has begun to lose
+  // tensors. After a failed read the extent stays readable.
   Restored fetch();
   // Whether fetch() would return without waiting.
   bool ready() const;
@@ -91,13 +97,15 @@ class Extent {
                                        std::uint64_t nbytes);
   void copy_unwritten(std::byte* to) const;  // under Shared::mutex
   std::optional<Restored> forward();
+  Restored hand_out(std::shared_ptr<Slice> slice, bool forwarded);
 
   std::shared_ptr<Spill> spill_;
   std::shared_ptr<Shared> shared_;
   std::uint64_t lead_ = 0;  // bytes before the tensor's first, keeping its address modulo 64
   std::uint64_t nbytes_ = 0;
   std::uint64_t extent_bytes_ = 0;
-  std::optional<Restored> held_;  // forwarded by prefetch(), waiting for fetch()
+  std::optional<Restored> held_;     // forwarded by prefetch(), waiting for fetch()
+  std::weak_ptr<Slice> handed_out_;  // by the last fetch()
   std::shared_ptr<Slice> read_slice_;
   std::shared_ptr<Transfer> read_;
 };
@@ -108,7 +116,8 @@ class Spill : public std::enable_shared_from_this<Spill> {
   ~Spill();
 
   // Copies [source, source + nbytes) into staging and starts writing; `source` is free again on
-  // return. Waits while staging is full. nullptr when the spill has no space for it.
+  // return. Waits while staging is full. nullptr when the spill has no space for it. Throws the
+  // IoError of an earlier write that failed.
   std::shared_ptr<Extent> write(const std::byte* source, std::uint64_t nbytes);
   // Starts writes that still wait for company.
   void flush();
@@ -118,6 +127,7 @@ class Spill : public std::enable_shared_from_this<Spill> {
   SpillStats stats() const;
   // The first failed write other than a full drive, if any: its tensor is lost.
   std::optional<IoError> write_error() const;
+  void raise_write_error() const;
   const SpillFile& file() const { return *file_; }
   const std::string& engine_name() const { return engine_name_; }
   const std::string& engine_reason() const { return engine_reason_; }
@@ -127,6 +137,7 @@ class Spill : public std::enable_shared_from_this<Spill> {
  private:
   friend class Extent;
   struct FileRange;
+  struct StagedWrite;
   struct Space;  // of the file, with the counters: outlives the Spill while transfers use it
 
   explicit Spill(SpillOptions options, std::shared_ptr<Arena> arena);

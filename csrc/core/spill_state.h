@@ -1,10 +1,12 @@
 // What a spill's transfers share with it and may outlive it: not for use outside the spill.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "extent_allocator.h"
@@ -18,11 +20,17 @@ struct Spill::Space {
   ExtentAllocator extents{0};
   SpillStats counters;
   std::optional<IoError> write_error;
+  std::atomic<bool> write_failed{false};  // write_error is set; to be asked without the lock
   int made_in = fork_generation();
 };
 
 // A run of the file; its space returns when the extent and all transfers on it are gone.
 struct Spill::FileRange {
+  FileRange(std::shared_ptr<Space> of, std::uint64_t at, std::uint64_t length)
+      : space(std::move(of)), offset(at), nbytes(length) {}
+  FileRange(const FileRange&) = delete;
+  FileRange& operator=(const FileRange&) = delete;
+
   std::shared_ptr<Space> space;
   std::uint64_t offset;
   std::uint64_t nbytes;
@@ -34,6 +42,23 @@ struct Spill::FileRange {
   }
 };
 
+// A write from staging: its slice comes back first, then it no longer counts as under way.
+struct Spill::StagedWrite {
+  StagedWrite(std::shared_ptr<Arena> of, std::shared_ptr<Slice> from)
+      : arena(std::move(of)), slice(std::move(from)) {
+    arena->begin_write();
+  }
+  ~StagedWrite() {
+    slice.reset();
+    arena->end_write();
+  }
+  StagedWrite(const StagedWrite&) = delete;
+  StagedWrite& operator=(const StagedWrite&) = delete;
+
+  std::shared_ptr<Arena> arena;
+  std::shared_ptr<Slice> slice;
+};
+
 struct Extent::Shared {
   std::shared_ptr<Spill::FileRange> range;
   std::vector<std::uint32_t> checksums;  // one a block, empty when not verifying
@@ -42,9 +67,10 @@ struct Extent::Shared {
 
   ~Shared() {
     if (range->space->made_in != fork_generation()) return;
-    std::lock_guard lock(range->space->mutex);
     for (const Piece& piece : pieces) {
-      if (piece.no_space) range->space->counters.kept_bytes -= piece.nbytes;
+      if (!piece.no_space) continue;
+      std::lock_guard lock(range->space->mutex);
+      range->space->counters.kept_bytes -= piece.nbytes;
     }
   }
 };

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 #include "error.h"
@@ -58,12 +59,10 @@ class RingMapping {
 
 class Descriptor {
  public:
-  explicit Descriptor(int fd) : fd_(fd) {
-    if (fd_ >= 0) close_in_child(fd_);
+  Descriptor(const char* call, const std::function<int()>& open) : fd_(open_here(open)) {
+    if (fd_ < 0) throw ring_error(errno, call);
   }
-  ~Descriptor() {
-    if (fd_ >= 0) close_here(fd_);
-  }
+  ~Descriptor() { close_here(fd_); }
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
   int get() const { return fd_; }
@@ -72,19 +71,16 @@ class Descriptor {
   int fd_;
 };
 
-int setup_ring(unsigned entries, io_uring_params& params) {
-  const long fd = ::syscall(__NR_io_uring_setup, entries, &params);
-  if (fd < 0) throw ring_error(errno, "io_uring_setup");
-  return static_cast<int>(fd);
-}
-
 class UringEngine final : public IoEngine {
  public:
   explicit UringEngine(unsigned depth)
       : depth_(depth),
-        ring_(setup_ring(std::bit_ceil(depth + 1), params_)),  // one entry more, for waking
-        event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-    if (event_.get() < 0) throw ring_error(errno, "eventfd");
+        ring_("io_uring_setup",
+              [this] {
+                const unsigned entries = std::bit_ceil(depth_ + 1);  // one more, for waking
+                return static_cast<int>(::syscall(__NR_io_uring_setup, entries, &params_));
+              }),
+        event_("eventfd", [] { return ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }) {
     constexpr unsigned kNeeded =
         IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_EXT_ARG | IORING_FEAT_RW_CUR_POS;
     if ((params_.features & kNeeded) != kNeeded) {

@@ -9,26 +9,33 @@ from offload.device import can_offload
 
 __all__ = ["parameter_of_cast", "reason_to_pass", "span_of"]
 
+# Looked up once, since every saved tensor passes here.
+_Tensor = torch.Tensor
+_STRIDED = torch.strided
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def reason_to_pass(tensor: torch.Tensor, min_bytes: int) -> str | None:
-    """Return why `tensor` stays where it is, or None if it can go and come back exactly."""
-    if tensor.__class__ is not torch.Tensor:
+    """Return why `tensor` stays where it is, or None if it can go and come back exactly.
+
+    `min_bytes` is at least 1: there is nothing to move of an empty tensor.
+    """
+    if tensor.__class__ is not _Tensor:
         return "parameter" if isinstance(tensor, Parameter) else "subclass"
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not _STRIDED:
         return "sparse"
-    if tensor.nbytes < min_bytes or not tensor.numel():
+    if tensor.nbytes < min_bytes:
         return "small"
-    if isinstance(tensor._base, Parameter):
+    base = tensor._base
+    if base is not None and isinstance(base, Parameter):
         return "parameter"
     if tensor.is_nested:
         return "nested"
     if tensor.is_quantized:
         return "quantized"
-    if not can_offload(tensor):
+    if not tensor.is_cpu and not can_offload(tensor):
         return "device"
-    if tensor.is_leaf and tensor.requires_grad:
+    if tensor.requires_grad and tensor.is_leaf:
         return "parameter"
     return None
 
@@ -38,7 +45,7 @@ def span_of(tensor: torch.Tensor) -> tuple[int, int]:
     itemsize = tensor.dtype.itemsize
     first = int(tensor.storage_offset())
     if tensor.is_contiguous():
-        return first * itemsize, (first + tensor.numel()) * itemsize
+        return first * itemsize, first * itemsize + tensor.nbytes
     last = first + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

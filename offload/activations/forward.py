@@ -12,7 +12,11 @@ from offload.activations.classify import parameter_of_cast, reason_to_pass, span
 from offload.activations.identity import (
     inside_recomputing_checkpoint,
     operator_number,
-    version_root,
+    physical_alias,
+    release_weak_storage,
+    root_of,
+    storage_alive,
+    weak_storage,
 )
 from offload.activations.region import Region
 from offload.activations.saved import Kept, RecastParameter, Saved, SavedView, checksum_of
@@ -21,6 +25,10 @@ if TYPE_CHECKING:
     from offload.activations.offloader import ActivationOffload
 
 __all__ = ["ForwardPass"]
+
+
+# Of one storage, when bytes saved before are looked for.
+_PIECES_LOOKED_AT = 16
 
 
 def _unpack(saved: Saved) -> torch.Tensor:
@@ -37,15 +45,20 @@ class ForwardPass:
         self.order: list[int] = []  # of region numbers, as the backward is expected to want them
         self.used: list[int] = []  # the same, as it really did
         self.cursor = 0
+        # Weak references to storages: keys, unique while they are held, which is until nobody can
+        # ask for any region.
+        self._weak: list[int] = []
+        self._newest: dict[int, Region] = {}  # of a storage
         self._pending: list[Region] = []
         self._pending_operator = -1
         self._buffers: set[int] = set()
         self._noted_modules: set[int] = set()
         self._noted: dict[int, tuple[torch.Tensor, int, int]] = {}
         self._sums: dict[int, int] = {}  # checksums of recast parameters, by id
-        self._min_bytes = owner.config.min_tensor_bytes
+        self._min_bytes = max(1, owner.config.min_tensor_bytes)
         self._recast = owner.config.recast_parameters
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+        self._done = False
 
     # ---- the forward ------------------------------------------------------------------------
 
@@ -80,6 +93,7 @@ class ForwardPass:
             # After an exception the graph is about to be dropped; what was not staged stays put.
             self._pending.clear()
             self.owner.flush()
+            self._done = True
         self._noted.clear()
         self._sums.clear()
         self.owner.settle()
@@ -98,89 +112,123 @@ class ForwardPass:
         for parameter in module.parameters():
             self._noted.setdefault(id(parameter), (parameter, parameter._version, number))
 
-    def _parameter_to_recast(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return the parameter that `tensor` was cast from, if it has not changed since the cast.
+    def _unchanged_since_cast(self, parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
+        """Say whether `parameter` is as it was when `tensor` was cast from it.
 
         That is certain only of a cast made after the parameter's version was noted, while that
         version stands: autocast hands out stale casts after an optimizer step inside its region.
         """
-        parameter = parameter_of_cast(tensor)
-        noted = self._noted.get(id(parameter)) if parameter is not None else None
-        if parameter is None or noted is None or parameter._version != noted[1]:
-            return None
-        cast = tensor if tensor._base is None else tensor._base
+        noted = self._noted.get(id(parameter))
+        if noted is None or parameter._version != noted[1]:
+            return False
+        cast = root_of(tensor)
         assert cast.grad_fn is not None
-        return parameter if cast.grad_fn._sequence_nr() >= noted[2] else None
+        return cast.grad_fn._sequence_nr() >= noted[2]
 
     def _pack(self, tensor: torch.Tensor) -> Saved:
-        # An operator may still write to what it has saved (its own output, a mask, noise), so
-        # copying waits until the next operator has made its node.
+        reason = reason_to_pass(tensor, self._min_bytes)
+        if reason is None and self._recast:
+            parameter = parameter_of_cast(tensor)
+            if parameter is not None and self._unchanged_since_cast(parameter, tensor):
+                reason = "recast"
+        if reason is None:
+            return self._pack_large(tensor)
         if self._pending and self._pending_operator != operator_number():
             with self.owner.lock:
                 self._stage_pending()
             self.owner.settle()
-        reason = reason_to_pass(tensor, self._min_bytes)
-        if reason is None:
-            return self._pack_large(tensor)
+        if reason == "recast":
+            assert parameter is not None
+            return self._recast_later(tensor, parameter)
         return self._pass(tensor, reason)
 
     def _pass(self, tensor: torch.Tensor, reason: str) -> Kept:
-        nbytes = 0 if reason == "sparse" else tensor.numel() * tensor.dtype.itemsize
+        nbytes = 0 if reason == "sparse" else tensor.nbytes
         passed = self.owner.counters.passed_through
         passed[reason] = passed.get(reason, 0) + nbytes
         return Kept(tensor, tensor._version)
 
+    def _recast_later(self, tensor: torch.Tensor, parameter: torch.Tensor) -> RecastParameter:
+        self.owner.counters.recast += tensor.nbytes
+        checksum = self._sums.get(id(parameter))
+        if checksum is None:
+            checksum = self._sums[id(parameter)] = checksum_of(parameter)
+        return RecastParameter(tensor, parameter, checksum)
+
     def _pack_large(self, tensor: torch.Tensor) -> Saved:
         owner = self.owner
-        parameter = self._parameter_to_recast(tensor) if self._recast else None
-        if parameter is not None:
-            owner.counters.recast += tensor.nbytes
-            checksum = self._sums.get(id(parameter))
-            if checksum is None:
-                checksum = self._sums[id(parameter)] = checksum_of(parameter)
-            return RecastParameter(tensor, parameter, checksum)
         storage = tensor.untyped_storage()
         key = storage._cdata
+        begin, end = span_of(tensor)
         if key in self._buffers:
             return self._pass(tensor, "buffer")
-        begin, end = span_of(tensor)
         if storage.nbytes() < end:
             return self._pass(tensor, "emptied")
-        version = tensor._version
-        root = version_root(tensor)
+        conj = tensor.is_conj()
+        neg = tensor.is_neg()
         with owner.lock:
-            for region in owner.regions.get(key, ()):
-                # Only within one forward: a buffer refilled behind the version counter (through
-                # numpy, say) is other data in the next one.
-                if region.forward is self and region.covers(root[0], version, begin, end):
-                    owner.counters.deduplicated += end - begin
-                    return SavedView(region, tensor)
-            for region in self._pending:
-                overlaps = region.begin < end and begin < region.end
-                if (
-                    region.handles
-                    and overlaps
-                    and region.storage.key == key
-                    and region.root[0] == root[0]
-                    and region.version == version
-                ):
-                    owner.counters.deduplicated += end - begin - region.extend(begin, end)
-                    return SavedView(region, tensor)
-            region = Region(self, tensor, storage, root, (begin, end), len(self.regions))
-            self.regions.append(region)
-            self.live += 1
-            owner.regions.setdefault(key, []).append(region)
-            self._pending.append(region)
-            self._pending_operator = operator_number()
-            return SavedView(region, tensor)
+            # An operator may still write to what it has saved (its own output, a mask, noise), so
+            # copying waits until the next operator has made its node.
+            if self._pending and self._pending_operator != operator_number():
+                self._stage_pending()
+            region = self._saved_before(tensor, key, begin, end) if key in self._newest else None
+            if region is None:
+                alias = physical_alias(tensor) if conj or neg else tensor.detach()
+                self._weak.append(weak_storage(storage))
+                region = Region(self, alias, key, root_of(tensor), begin, end)
+                self._register(region)
+            view = SavedView(region, tensor, begin, conj, neg)
+        if owner.unsettled:
+            owner.settle()
+        return view
+
+    def _saved_before(self, tensor: torch.Tensor, key: int, begin: int, end: int) -> Region | None:
+        """Return a region with these bytes of the storage, grown to hold them if need be.
+
+        Only of this forward: a buffer refilled behind the version counter (through numpy, say) is
+        other data in the next one. Not all regions of the storage are looked at, since one of very
+        many pieces would make that quadratic.
+        """
+        region: Region | None = self._newest[key]
+        root_key = root_of(tensor)._cdata
+        version = tensor._version
+        for _ in range(_PIECES_LOOKED_AT):
+            if region is None:
+                break
+            if region.handles and region.version == version and region.root_key == root_key:
+                if region.begin <= begin and end <= region.end:
+                    self.owner.counters.deduplicated += end - begin
+                    return region
+                if region.pending and region.begin < end and begin < region.end:
+                    self.owner.counters.deduplicated += end - begin - region.extend(begin, end)
+                    return region
+            region = region.older
+        return None
+
+    def _register(self, region: Region) -> None:
+        if not self.live:
+            self.owner.forwards.add(self)
+        self.live += 1
+        region.number = len(self.regions)
+        self.regions.append(region)
+        region.older = self._newest.get(region.storage)
+        self._newest[region.storage] = region
+        self._pending.append(region)
+        self._pending_operator = operator_number()
 
     def _stage_pending(self) -> None:
+        """Send out what is due; the owner's lock is held."""
+        owner = self.owner
+        if owner.closed:
+            owner.check_open()
+        pending = self._pending
         try:
-            for region in self._pending:
+            for region in pending:
+                region.pending = False
                 if region.handles:
-                    self.owner.stage(region)
+                    owner.stage(region)
         finally:
-            self._pending.clear()  # what could not be staged stays in memory
+            pending.clear()  # what could not be staged stays in memory
 
     # ---- the backward -----------------------------------------------------------------------
 
@@ -194,7 +242,7 @@ class ForwardPass:
             self.regions[number].position = position
         held = 0
         for region in self.regions:
-            if not region.in_memory and region.handles and region.storage.alive() is not None:
+            if not region.in_memory and region.handles and storage_alive(region.storage):
                 held += region.nbytes
         self.owner.counters.still_held += held
 
@@ -202,8 +250,8 @@ class ForwardPass:
         """Return what two forwards must share to be expected to run backward alike."""
         return tuple(region.nbytes for region in self.regions)
 
-    def read_ahead(self, region: Region) -> None:
-        """Note that the backward wants `region`; start reading what should come next, in bounds."""
+    def want(self, region: Region) -> None:
+        """Note that the backward wants `region` now; what comes next follows from it."""
         if region.position < 0:
             return
         if not region.used:
@@ -212,29 +260,37 @@ class ForwardPass:
             self.cursor = max(self.cursor, region.position + 1)
         else:
             self.cursor = region.position + 1  # another backward over a retained graph
-        owner = self.owner
-        if not owner.wants_read_ahead():
-            return
-        while self.cursor < len(self.order) and owner.may_read_ahead():
-            ahead = self.regions[self.order[self.cursor]]
-            if self._wants_reading(ahead) and not owner.start_reading(ahead):
-                return
+
+    def next_to_read(self) -> Region | None:
+        """Return the region that the backward should want next of those that must be read."""
+        while self.cursor < len(self.order):
+            region = self.regions[self.order[self.cursor]]
+            if (
+                region.extent is not None
+                and not region.ahead
+                and region.restored is None
+                and storage_alive(region.storage) is None
+            ):
+                return region
             self.cursor += 1
+        return None
 
-    @staticmethod
-    def _wants_reading(region: Region) -> bool:
-        return (
-            region.extent is not None
-            and not region.ahead
-            and region.shared() is None
-            and region.storage.alive() is None
-        )
+    def all_freed(self) -> None:
+        """Take leave of the last region; teach the owner the order that was used."""
+        self.owner.forwards.discard(self)
+        if not self._done:
+            return  # more may come
+        if self.order and len(self.used) == len(self.regions):
+            self.owner.learn_order(self.signature(), self.used)
+        self.regions = []
+        self.order = []
+        self._newest = {}
+        self._release_keys()
 
-    def region_freed(self) -> None:
-        """Take leave of one region; with the last one, teach the owner the order that was used."""
-        self.live -= 1
-        if self.live == 0 and self._hooks is not None and self.order:
-            if len(self.used) == len(self.regions):
-                self.owner.learn_order(self.signature(), self.used)
-            self.regions = []
-            self.order = []
+    def _release_keys(self) -> None:
+        weak, self._weak = self._weak, []
+        for key in weak:
+            release_weak_storage(key)
+
+    def __del__(self) -> None:
+        self._release_keys()

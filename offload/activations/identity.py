@@ -20,57 +20,61 @@ from typing import Any
 import torch
 
 __all__ = [
-    "StorageIdentity",
+    "WeakTensorRef",
     "drop_memory",
     "inside_recomputing_checkpoint",
     "operator_number",
     "physical_alias",
+    "release_weak_storage",
+    "root_of",
     "sharing_version",
+    "storage_alive",
     "tensor_on",
-    "version_root",
+    "weak_storage",
 ]
 
 # Untyped in torch; looked up once, since every saved tensor passes here.
-_Storage: Any = torch.UntypedStorage
-_WeakTensorRef: Any = torch._C._WeakTensorRef  # type: ignore[attr-defined]
+_new_with_weak_ptr: Any = torch.UntypedStorage._new_with_weak_ptr
+release_weak_storage: Any = torch.UntypedStorage._free_weak_ref
+WeakTensorRef: Any = torch._C._WeakTensorRef  # type: ignore[attr-defined]
 # Grows when an autograd node is made, which every operator does before it saves its arguments: two
 # tensors saved at the same number may be of one operator that is still running.
 operator_number: Any = torch._C._autograd._get_sequence_nr
 _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 
+# What stands in for memory that was let go of. Its dtype does not matter.
+_NOTHING = torch.empty(0)
+
+
 @functools.cache
-def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype, device=device)
+def _nothing_on(device: torch.device) -> torch.Tensor:
+    return torch.empty(0, device=device)
 
 
-class StorageIdentity:
-    """A storage by weak reference: its key stays unique while this object lives."""
+def weak_storage(storage: torch.UntypedStorage) -> int:
+    """Return a weak reference to `storage`, which is also its key: nothing else has it meanwhile.
 
-    __slots__ = ("key",)
-
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        weak: Any = storage._weak_ref()
-        self.key: int = weak
-
-    def alive(self) -> torch.UntypedStorage | None:
-        """Return the storage if anybody still holds it."""
-        storage: torch.UntypedStorage | None = _Storage._new_with_weak_ptr(self.key)
-        return storage
-
-    def __del__(self) -> None:
-        _Storage._free_weak_ref(self.key)
+    Whoever takes one gives it back with `release_weak_storage`.
+    """
+    weak: Any = storage._weak_ref()  # torch's annotation is wrong: it is an int
+    return int(weak)
 
 
-def version_root(tensor: torch.Tensor) -> tuple[int, Any]:
-    """Return the key of the tensor whose views share `tensor`'s version counter, and its weak ref.
+def storage_alive(weak: int) -> torch.UntypedStorage | None:
+    """Return the storage if anybody still holds it."""
+    storage: torch.UntypedStorage | None = _new_with_weak_ptr(weak)
+    return storage
 
-    `x` and `x.data` share a storage and have equal version numbers, yet count separately; they
-    differ here.
+
+def root_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor whose views share `tensor`'s version counter.
+
+    `x` and `x.data` share a storage and have equal version numbers, yet count separately; their
+    roots differ, and so do the `_cdata` of these while weak references to both are held.
     """
     base = tensor._base
-    root = tensor if base is None else base
-    return root._cdata, _WeakTensorRef(root)
+    return tensor if base is None else base
 
 
 def physical_alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,7 +100,7 @@ def sharing_version(alias: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def drop_memory(alias: torch.Tensor) -> None:
     """Let go of the memory under `alias` (a detached tensor) and keep its version counter."""
-    alias.data = _empty(alias.dtype, alias.device)
+    alias.data = _NOTHING if alias.is_cpu else _nothing_on(alias.device)
 
 
 def tensor_on(

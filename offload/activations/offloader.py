@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -88,16 +88,19 @@ class ActivationOffload:
         # Joins the I/O threads when this object dies, at the interpreter's exit at the latest.
         self._finalizer = weakref.finalize(self, self._tier.close)
         self._process = os.getpid()
-        self._closed = False
-        self.lock = threading.Lock()
+        self.closed = False
+        # Reentrant only so that it can say whether this thread holds it; see `close` and `dropped`.
+        self.lock: Any = threading.RLock()
         self.counters = Counters()
-        self.regions: dict[int, list[Region]] = {}
-        self._dropped: deque[tuple[Region, bool]] = deque()
+        self.forwards: set[ForwardPass] = set()  # with regions that somebody may want
+        # Views dropped while somebody held the lock; None: close.
+        self.unsettled: deque[tuple[Region, bool] | None] = deque()
         self._orders: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()
         self._ahead_bytes = 0
         wanted = self.config.read_ahead_bytes
         self._read_ahead_bytes = self.config.staging_bytes // 2 if wanted is None else wanted
-        self._read_batch_bytes = min(self._read_ahead_bytes // 2, _READ_BATCH_BYTES)
+        batch = min(self._read_ahead_bytes // 2, _READ_BATCH_BYTES)
+        self._read_more_below = self._read_ahead_bytes - batch
 
     # ---- what users call --------------------------------------------------------------------
 
@@ -121,14 +124,14 @@ class ActivationOffload:
 
         return ActivationStats(
             offloaded_bytes=counts.offloaded,
-            reloaded_bytes=counts.reloaded,
-            forwarded_bytes=counts.forwarded,
+            reloaded_bytes=whole("reloaded_bytes"),
+            forwarded_bytes=counts.forwarded + whole("forwarded_bytes"),
             kept_bytes=counts.kept + whole("kept_total_bytes"),
             deduplicated_bytes=counts.deduplicated,
             recast_bytes=counts.recast,
             still_held_bytes=counts.still_held,
             passed_through_bytes=counts.frozen_passed_through(),
-            stall_s=counts.read_stall_s + float(native["write_wait_s"]),
+            stall_s=float(native["read_wait_s"]) + float(native["write_wait_s"]),
             ssd_write_bytes=whole("write_bytes"),
             ssd_read_bytes=whole("read_bytes"),
             native_bytes=whole("native_bytes"),
@@ -149,17 +152,23 @@ class ActivationOffload:
         )
 
     def close(self) -> None:
-        """Drain the I/O, join its threads and free the space. Graphs still open become unusable."""
+        """Drain the I/O, join its threads and free the space. Graphs still open become unusable.
+
+        From a signal handler that interrupted a method of this object, closing begins when that
+        method ends.
+        """
         if self._process != os.getpid():
             return
+        if self.lock._is_owned():
+            self.closed = True
+            self.unsettled.append(None)
+            return
         with self.lock:
-            if self._closed:
-                return
-            self._closed = True
-            for regions in self.regions.values():
-                for region in regions:
+            self.closed = True
+            for forward in self.forwards:
+                for region in forward.regions:
                     region.free()
-            self.regions.clear()
+            self.forwards.clear()
         self._finalizer()
 
     def __enter__(self) -> ActivationOffload:
@@ -182,28 +191,36 @@ class ActivationOffload:
                 f"this ActivationOffload belongs to process {self._process}; a forked child has to "
                 "make its own"
             )
-        if self._closed:
+        if self.closed:
             raise RuntimeError("this ActivationOffload is closed; make a new one")
 
     def stage(self, region: Region) -> None:
-        """Send a region out and let go of its memory, or keep it where the SSD is full."""
-        self.check_open()
-        self._tier.raise_write_error()
-        self._require_keeping(0)
-        if region.changed():
+        """Send a region out and let go of its memory, or keep it where the SSD is full.
+
+        Raises OSError once an earlier write has failed, or when keeping would exceed its bound.
+        """
+        alias = region.alias
+        if alias._version != region.version:
             return  # its backward will say so; there is no point in storing the wrong bytes
-        if not region.has_memory():
+        storage = region.original()
+        if storage is None:
             return  # emptied since by its owner, who may fill it again before the backward
-        copy = host_copy(region.alias.untyped_storage(), region.begin, region.end)
-        address = region.address() if copy is None else copy.data_ptr()
-        extent = self._tier.write(address, region.nbytes)
+        if self.config.keep_bytes is not None:
+            self._require_keeping(0)
+        begin = region.begin
+        nbytes = region.end - begin
+        if region.on_host:
+            extent = self._tier.write(storage.data_ptr() + begin, nbytes)
+        else:
+            copy = host_copy(storage, begin, region.end)
+            region.residue = (storage.data_ptr() + begin) % KERNEL_ALIGN
+            extent = self._tier.write(copy.data_ptr(), nbytes)
         if extent is None:
             self._keep(region)
             return
         region.extent = extent
-        region.residue = address % KERNEL_ALIGN if copy is None else region.address() % KERNEL_ALIGN
         region.leave_memory()
-        self.counters.offloaded += region.nbytes
+        self.counters.offloaded += nbytes
 
     def _keep(self, region: Region) -> None:
         self._require_keeping(region.nbytes)
@@ -214,10 +231,6 @@ class ActivationOffload:
     def flush(self) -> None:
         """Start whatever small writes still wait for company."""
         self._tier.flush()
-
-    def wants_read_ahead(self) -> bool:
-        """Say whether enough was used since the last reads to start a new batch of them."""
-        return self._ahead_bytes <= self._read_ahead_bytes - self._read_batch_bytes
 
     def _require_keeping(self, nbytes: int) -> None:
         limit = self.config.keep_bytes
@@ -233,87 +246,87 @@ class ActivationOffload:
                 self.config.path[0],
             )
 
-    def may_read_ahead(self) -> bool:
-        """Say whether the bound on unasked reads leaves room."""
-        return self._ahead_bytes < self._read_ahead_bytes
-
-    def start_reading(self, region: Region) -> bool:
-        """Begin reading a region back unasked; False when there is no room for it now."""
-        over = self._ahead_bytes + region.nbytes > self._read_ahead_bytes
-        if over and self._ahead_bytes:
-            return False
-        if region.extent is None or not region.extent.prefetch():
-            return False
-        region.ahead = True
-        self._ahead_bytes += region.nbytes
-        return True
-
     def restore(self, view: SavedView) -> torch.Tensor:
         """Return a saved tensor. Takes `lock`."""
-        region = view.region
-        with self.lock:
-            if self._closed:
+        lock = self.lock
+        if not lock.acquire(False):
+            if self._process != os.getpid():
+                self.check_open()  # a forked child would wait for a thread that it does not have
+            lock.acquire()
+        try:
+            if self.closed:
                 raise RuntimeError(
                     "a saved activation is asked for after its ActivationOffload was closed; "
                     "close it after the last backward"
                 )
-            if region.changed():
+            region = view.region
+            alias = region.alias
+            if alias._version != region.version:
                 what = f"[{view.dtype} {list(view.size)}]"
-                raise changed_in_place(what, region.alias._version, region.version)
-            tensor = self._restore(view, region)
+                raise changed_in_place(what, alias._version, region.version)
+            storage = region.original()
+            if storage is not None:
+                tensor = self._forward_original(view, region, storage)
+            else:
+                restored = region.restored
+                tensor = view.over_restored(self._fetch(region) if restored is None else restored)
             if not view.read:
                 view.read = True
                 region.first_read()
-        self.settle()
+        finally:
+            lock.release()
+        if self.unsettled:
+            self.settle()
         return tensor
 
-    def _restore(self, view: SavedView, region: Region) -> torch.Tensor:
-        forward = region.forward
-        if region.in_memory:
-            storage: torch.UntypedStorage | None = region.alias.untyped_storage()
-        else:
-            storage = region.storage.alive()
-        if region.in_memory and not region.has_memory():
-            raise RuntimeError(
-                f"a saved tensor [{view.dtype} {list(view.size)}] is asked for, but its storage "
-                "was emptied before it was offloaded and not filled again"
-            )
-        if storage is not None and storage.nbytes() >= region.end:
-            if not region.in_memory:
-                self.counters.forwarded += region.nbytes
-            forward.read_ahead(region)
-            return view.over_storage(storage)
-        restored = region.shared()
-        if restored is None:
-            self._tier.raise_write_error()
-            restored = self._fetch(region)
-        return view.over_restored(restored)
+    def _forward_original(
+        self, view: SavedView, region: Region, storage: torch.UntypedStorage
+    ) -> torch.Tensor:
+        if not region.in_memory:
+            self.counters.forwarded += region.nbytes
+        region.forward.want(region)
+        self._read_ahead(region.forward)
+        return view.over_storage(storage)
 
     def _fetch(self, region: Region) -> Restored:
+        forward = region.forward
         extent = region.extent
-        assert extent is not None
-        if not region.ahead:
-            extent.prefetch()  # before everything that is only expected
-        region.forward.read_ahead(region)
-        if extent.ready():
-            buffer = extent.fetch()
-        else:
-            begin = time.perf_counter()
-            buffer = extent.fetch()
-            self.counters.read_stall_s += time.perf_counter() - begin
-        self._forget_ahead(region)
-        restored = materialise(buffer, region.device, region.residue)
-        region.share(restored)
-        if buffer.forwarded:
-            self.counters.forwarded += region.nbytes
-        else:
-            self.counters.reloaded += region.nbytes
-        return restored
-
-    def _forget_ahead(self, region: Region) -> None:
+        if extent is None:
+            raise RuntimeError(
+                f"a saved tensor of {region.nbytes} bytes is asked for, but its storage was "
+                "emptied before it was offloaded and not filled again"
+            )
+        forward.want(region)
         if region.ahead:
             region.ahead = False
             self._ahead_bytes -= region.nbytes
+        else:
+            extent.prefetch()  # before everything that is only expected
+        if self._ahead_bytes <= self._read_more_below:
+            self._read_ahead(forward)
+        buffer = extent.fetch()
+        restored = buffer if region.on_host else materialise(buffer, region.device, region.residue)
+        # Kept until every saved view has asked once. No longer: a second backward over a retained
+        # graph would hold everything.
+        region.restored = restored
+        return restored
+
+    def _read_ahead(self, forward: ForwardPass) -> None:
+        """Start a batch of reads that the backward should want soon."""
+        limit = self._read_ahead_bytes
+        began = False
+        while self._ahead_bytes <= self._read_more_below or began:
+            region = forward.next_to_read()
+            if region is None or region.extent is None:
+                break
+            ahead = self._ahead_bytes + region.nbytes
+            if (ahead > limit and self._ahead_bytes) or not region.extent.prefetch():
+                break
+            region.ahead = began = True
+            self._ahead_bytes = ahead
+            forward.cursor += 1
+        if began:
+            self._tier.flush()
 
     def learned_order(self, signature: tuple[int, ...]) -> list[int] | None:
         """Return the order in which the last such backward used its regions."""
@@ -331,20 +344,37 @@ class ActivationOffload:
     def dropped(self, region: Region, read: bool) -> None:
         """Note that autograd let go of a view. Called by its finalizer: any thread, any moment.
 
-        That may be inside a method that holds `lock`, so it is put aside and taken care of at once
-        if nobody holds the lock, otherwise by the next caller of `settle`.
+        That may be inside a method of this thread that holds `lock`, and then the view is put aside
+        and taken care of by the next caller of `settle`.
         """
-        self._dropped.append((region, read))
-        self.settle()
+        lock = self.lock
+        if self.unsettled or lock._is_owned() or not lock.acquire(False):
+            self.unsettled.append((region, read))
+            self.settle()
+            return
+        try:
+            self._drop(region, read)
+        finally:
+            lock.release()
+        if self.unsettled:
+            self.settle()
 
     def settle(self) -> None:
         """Free the regions of dropped views. Without `lock`; never waits for it."""
-        while self._dropped and self.lock.acquire(blocking=False):
+        lock = self.lock
+        close = False
+        while self.unsettled and not lock._is_owned() and lock.acquire(False):
             try:
-                while self._dropped:
-                    self._drop(*self._dropped.popleft())
+                while self.unsettled:
+                    item = self.unsettled.popleft()
+                    if item is None:
+                        close = True
+                    else:
+                        self._drop(*item)
             finally:
-                self.lock.release()
+                lock.release()
+        if close:
+            self.close()
 
     def _drop(self, region: Region, read: bool) -> None:
         if not read:
@@ -352,15 +382,14 @@ class ActivationOffload:
         region.handles -= 1
         if region.handles:
             return
-        same_storage = self.regions.get(region.storage.key)
-        if same_storage is not None:
-            if region in same_storage:
-                same_storage.remove(region)
-            if not same_storage:
-                del self.regions[region.storage.key]
-        self._forget_ahead(region)
+        if region.ahead:
+            region.ahead = False
+            self._ahead_bytes -= region.nbytes
         if region.kept:
             region.kept = False
             self.counters.kept_now -= region.nbytes
         region.free()
-        region.forward.region_freed()
+        forward = region.forward
+        forward.live -= 1
+        if not forward.live:
+            forward.all_freed()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from offload.activations.identity import StorageIdentity, drop_memory, physical_alias
+from offload.activations.identity import (
+    WeakTensorRef,
+    drop_memory,
+    storage_alive,
+)
 from offload.device import Restored
 from offload.native import Extent
 
@@ -25,15 +28,13 @@ class Region:
     """The bytes [begin, end) of one storage at one version, and where they are now.
 
     Exactly one of these holds while anybody may still want the bytes: `alias` has memory (pending
-    or kept), or `extent` is set. `buffer` is there in addition while restored bytes are shared.
+    or kept), or `extent` is set. `restored` is there in addition until every view has asked.
     """
 
     __slots__ = (
-        "__weakref__",
         "ahead",
         "alias",
         "begin",
-        "buffer",
         "end",
         "extent",
         "forward",
@@ -41,10 +42,14 @@ class Region:
         "in_memory",
         "kept",
         "number",
+        "older",
+        "on_host",
+        "pending",
         "position",
         "residue",
         "restored",
-        "root",
+        "root_key",
+        "root_ref",
         "storage",
         "unread",
         "used",
@@ -54,44 +59,37 @@ class Region:
     def __init__(
         self,
         forward: ForwardPass,
-        tensor: torch.Tensor,
-        storage: torch.UntypedStorage,
-        root: tuple[int, Any],
-        span: tuple[int, int],
-        number: int,
+        alias: torch.Tensor,
+        storage: int,
+        root: torch.Tensor,
+        begin: int,
+        end: int,
     ) -> None:
         self.forward = forward
-        self.alias = physical_alias(tensor)
+        self.storage = storage  # by weak reference, which its forward holds
+        self.alias = alias
+        # Held, so that no other tensor takes the key.
+        self.root_key = root._cdata
+        self.root_ref = WeakTensorRef(root)
+        self.version: int = alias._version
+        self.begin = begin // ELEMENT_BYTES * ELEMENT_BYTES
+        self.end = end
+        self.on_host = alias.is_cpu
         self.in_memory = True
+        self.pending = True  # saved, and not staged yet
         self.kept = False  # because the SSD had no space
-        self.storage = StorageIdentity(storage)
-        self.root = root
-        self.version: int = tensor._version
-        self.begin = span[0] // ELEMENT_BYTES * ELEMENT_BYTES
-        self.end = span[1]
-        self.number = number
         self.extent: Extent | None = None
-        self.buffer: Restored | None = None
-        self.restored: weakref.ref[Restored] | None = None
-        self.residue = 0  # of its address, modulo what kernels look at
-        self.handles = 0
-        self.unread = 0
-        self.position = -1
+        self.restored: Restored | None = None
+        self.residue = 0  # of its address on a GPU, modulo what kernels look at
+        self.handles = self.unread = 0  # saved views: all, and those that nobody asked for yet
+        self.older: Region | None = None  # the region of this storage saved before
+        self.number = self.position = -1  # in the forward, and in the expected backward
         self.ahead = False  # being read, or read, before anybody asked
         self.used = False  # the backward has asked
 
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
-
-    def covers(self, root_key: int, version: int, begin: int, end: int) -> bool:
-        """Say whether the bytes [begin, end) of a tensor are among these, at the same version."""
-        return (
-            self.begin <= begin
-            and end <= self.end
-            and self.version == version
-            and self.root[0] == root_key
-        )
 
     def extend(self, begin: int, end: int) -> int:
         """Take in more of the storage before it is staged; return by how many bytes it grew."""
@@ -100,51 +98,28 @@ class Region:
         self.end = max(self.end, end)
         return self.nbytes - before
 
-    def changed(self) -> bool:
-        """Say whether the tensor was changed in place since it was saved."""
-        return self.alias._version != self.version
-
-    def has_memory(self) -> bool:
-        """Say whether the storage is as long as when the tensor was saved; while `in_memory`."""
-        return self.alias.untyped_storage().nbytes() >= self.end
-
     @property
     def device(self) -> torch.device:
         return self.alias.device
 
-    def address(self) -> int:
-        """Return where the region begins on its device; only while `in_memory`."""
-        return self.alias.untyped_storage().data_ptr() + self.begin
+    def original(self) -> torch.UntypedStorage | None:
+        """Return the storage that was saved, if it is still somewhere and as long as it was."""
+        storage = self.alias.untyped_storage() if self.in_memory else storage_alive(self.storage)
+        return storage if storage is not None and storage.nbytes() >= self.end else None
 
     def leave_memory(self) -> None:
         """Let go of the storage; the version counter stays to be checked."""
         drop_memory(self.alias)
         self.in_memory = False
 
-    def share(self, buffer: Restored) -> None:
-        """Remember restored bytes: strongly until every saved view has asked once, then weakly.
-
-        The weak half keeps a second backward over a retained graph from holding everything.
-        """
-        self.restored = weakref.ref(buffer)
-        self.buffer = buffer if self.unread else None
-
-    def shared(self) -> Restored | None:
-        """Return the restored bytes if they are still somewhere."""
-        if self.buffer is not None:
-            return self.buffer
-        return self.restored() if self.restored is not None else None
-
     def first_read(self) -> None:
         """Note that one more of the saved views has asked, or never will."""
         self.unread -= 1
         if not self.unread:
-            self.buffer = None
+            self.restored = None
 
     def free(self) -> None:
         """Give back memory and space; nobody will ask again."""
         if self.in_memory:
             self.leave_memory()
-        self.extent = None
-        self.buffer = None
-        self.restored = None
+        self.extent = self.restored = None

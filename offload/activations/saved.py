@@ -103,15 +103,17 @@ class SavedView:
 
     __slots__ = ("conj", "dtype", "neg", "offset", "read", "region", "size", "stride")
 
-    def __init__(self, region: Region, tensor: torch.Tensor) -> None:
+    def __init__(
+        self, region: Region, tensor: torch.Tensor, offset: int, conj: bool, neg: bool
+    ) -> None:
         self.region = region
-        self.size = tuple(tensor.shape)
+        self.size = tensor.shape
         self.stride = tensor.stride()
         self.dtype = tensor.dtype
+        self.offset = offset  # of the first element in its storage, in bytes
         # Both are promises about the bytes, not in them.
-        self.conj = tensor.is_conj()
-        self.neg = tensor.is_neg()
-        self.offset = int(tensor.storage_offset()) * tensor.dtype.itemsize
+        self.conj = conj
+        self.neg = neg
         self.read = False
         region.handles += 1
         region.unread += 1
@@ -129,8 +131,8 @@ class SavedView:
         first_byte = self.offset - self.region.begin
         return self._joined(view_over(restored, self.dtype, self.size, self.stride, first_byte))
 
-    def _joined(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = sharing_version(self.region.alias, tensor)
+    def _joined(self, bare: torch.Tensor) -> torch.Tensor:
+        tensor = sharing_version(self.region.alias, bare)
         if self.conj:
             tensor = tensor.conj()
         if self.neg:
@@ -138,4 +140,5 @@ class SavedView:
         return tensor
 
     def __del__(self) -> None:
-        self.region.forward.owner.dropped(self.region, self.read)
+        region = self.region
+        region.forward.owner.dropped(region, self.read)

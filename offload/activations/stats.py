@@ -62,14 +62,12 @@ class Counters:
     """The counts that Python keeps while training; native code keeps the others."""
 
     offloaded: int = 0
-    reloaded: int = 0
     forwarded: int = 0
     kept: int = 0
     kept_now: int = 0
     deduplicated: int = 0
     recast: int = 0
     still_held: int = 0
-    read_stall_s: float = 0.0
     passed_through: dict[str, int] = field(default_factory=dict)
 
     def frozen_passed_through(self) -> Mapping[str, int]:

@@ -45,8 +45,7 @@ void a_child_closes_what_was_announced_and_only_that() {
   int announced[2];
   int other[2];
   CHECK(::pipe(announced) == 0 && ::pipe(other) == 0);
-  close_in_child(announced[0]);
-  close_in_child(announced[1]);
+  for (const int fd : announced) CHECK_EQ(open_here([fd] { return fd; }), fd);
   CHECK_EQ(status_of_child([&] {
              return (is_open(announced[0]) ? 1 : 0) + (is_open(announced[1]) ? 2 : 0) +
                     (is_open(other[0]) ? 0 : 4);
@@ -60,6 +59,13 @@ void a_child_closes_what_was_announced_and_only_that() {
   CHECK_EQ(status_of_child([&] { return is_open(reused) ? 0 : 1; }), 0);
   close_here(announced[1]);
   for (const int fd : {reused, other[0], other[1]}) ::close(fd);
+}
+
+void a_descriptor_that_does_not_open_is_not_announced() {
+  errno = 0;
+  CHECK_EQ(open_here([] { return ::open("/no/such/file", O_RDONLY | O_CLOEXEC); }), -1);
+  CHECK_EQ(errno, ENOENT);
+  CHECK_EQ(status_of_child([] { return 0; }), 0);
 }
 
 void every_generation_of_children_differs() {
@@ -167,6 +173,7 @@ void a_child_of_a_busy_parent_leaves_without_waiting(const std::string& engine) 
 
 int main() {
   a_child_closes_what_was_announced_and_only_that();
+  a_descriptor_that_does_not_open_is_not_announced();
   every_generation_of_children_differs();
   a_child_drops_a_condition_that_the_parent_waits_on();
   for (const char* engine : {"auto", "posix"}) {

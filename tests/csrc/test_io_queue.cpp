@@ -112,7 +112,6 @@ void threads_share_the_queue(const std::string& engine) {
   }
   for (auto& thread : threads) thread.join();
   rig.queue.drain();
-  CHECK_EQ(rig.queue.unfinished_writes(), 0u);
   const QueueStats stats = rig.queue.stats();
   CHECK_EQ(stats.read_bytes, stats.write_bytes);
 }
@@ -192,7 +191,6 @@ void lazy_writes_start_when_anybody_asks() {
     const auto before_read = lazy(0);
     queue.wait(*queue.submit({IoOp::kRead, memory.data(), 512, 512, nullptr, nullptr, nullptr}));
     while (!before_read->ended()) std::this_thread::yield();
-    CHECK_EQ(queue.unfinished_writes(), 0u);
   }
 }
 

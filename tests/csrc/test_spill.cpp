@@ -105,6 +105,64 @@ void writing_does_not_wait_for_memory_that_restored_tensors_hold(const std::stri
   CHECK(holds(held, bytes.data(), 8 * kBlock));
 }
 
+void staging_waits_for_writes_to_another_directory_too(const std::string& engine) {
+  check::Directory directory;
+  const auto arena = Arena::create(8 * kBlock);
+  SpillOptions options;
+  options.directory = directory.path;
+  options.engine = engine;
+  options.block_bytes = kBlock;
+  options.spill_bytes = 64 << 20;
+  const auto fast = Spill::open(options, arena);
+  options.faults = FaultPlan{};
+  options.faults->bytes_per_s = 40e6;
+  const auto slow = Spill::open(options, arena);
+  const Bytes bytes(8 * kBlock, 3);
+  std::vector<std::shared_ptr<Extent>> extents;
+  for (int i = 0; i < 10; ++i) {
+    extents.push_back(slow->write(bytes.data(), 8 * kBlock));  // all of the arena
+    extents.push_back(fast->write(bytes.data(), kBlock));
+  }
+  CHECK_EQ(arena->stats().native_peak, arena->capacity());  // nothing went outside of it
+  for (const auto& extent : extents) {
+    extent->wait_written();
+    CHECK(holds(extent->fetch(), bytes.data(), extent->nbytes()));
+  }
+}
+
+void an_answer_in_use_is_given_again(const std::string& engine) {
+  Rig rig(engine);
+  const Bytes bytes(kBlock, 4);
+  const auto extent = rig.spill->write(bytes.data(), kBlock);
+  extent->wait_written();
+  auto first = extent->fetch();
+  CHECK(!first.forwarded);
+  const auto again = extent->fetch();
+  CHECK(again.forwarded && again.address == first.address);
+  CHECK_EQ(rig.spill->stats().reloaded_bytes, kBlock);
+  CHECK_EQ(rig.spill->stats().forwarded_bytes, kBlock);
+}
+
+void withdrawn_writes_leave_the_queue_working(const std::string& engine) {
+  SpillOptions options;
+  options.faults = FaultPlan{};
+  options.faults->bytes_per_s = 40e6;
+  Rig rig(engine, 64 * kBlock, options);
+  const Bytes bytes(kBlock, 5);
+  for (int round = 0; round < 5; ++round) {
+    std::vector<std::shared_ptr<Extent>> dropped;
+    for (int i = 0; i < 32; ++i) dropped.push_back(rig.spill->write(bytes.data(), kBlock));
+    dropped.clear();
+    const auto kept = rig.spill->write(bytes.data(), kBlock);
+    kept->wait_written();
+    CHECK(holds(kept->fetch(), bytes.data(), kBlock));
+  }
+  rig.settle();
+  CHECK(rig.spill->stats().queue.write_bytes < 5 * 33 * kBlock);
+  CHECK_EQ(rig.arena->stats().used, 0u);
+  CHECK_EQ(rig.spill->stats().used_bytes, 0u);
+}
+
 void full_spill_space_is_told_and_comes_back(const std::string& engine) {
   SpillOptions options;
   options.spill_bytes = 3 * kBlock;
@@ -244,6 +302,9 @@ int main() {
     every_size_and_residue_comes_back(engine);
     a_tensor_larger_than_staging_goes_through_in_pieces(engine);
     writing_does_not_wait_for_memory_that_restored_tensors_hold(engine);
+    staging_waits_for_writes_to_another_directory_too(engine);
+    an_answer_in_use_is_given_again(engine);
+    withdrawn_writes_leave_the_queue_working(engine);
     full_spill_space_is_told_and_comes_back(engine);
     a_buffer_outlives_extent_spill_and_arena(engine);
     extents_dropped_in_flight_leave_nothing(engine);

@@ -105,14 +105,10 @@ void a_failed_write_is_told_and_never_read_back(const std::string& engine) {
         CHECK_EQ(code_of([&] { extent->wait_written(); }), EIO);
         rig.spill->drain();
         CHECK_EQ(rig.spill->write_error() ? rig.spill->write_error()->code() : 0, EIO);
-        // Whole, it is still in staging; in pieces, the lost one is an error whatever was asked
-        // before.
+        // Even where its bytes are still in staging: the drive has begun to lose tensors.
+        CHECK_EQ(code_of([&] { rig.write(kBlock); }), EIO);
         extent->prefetch();
-        Restored restored;
-        const int code = code_of([&] { restored = extent->fetch(); });
-        CHECK_EQ(code, arena_bytes == kWhole ? 0 : EIO);
-        if (code == 0) CHECK(rig.holds(restored));
-        restored = {};
+        CHECK_EQ(code_of([&] { extent->fetch(); }), EIO);
         extent.reset();
         rig.check_nothing_is_held();
       }
@@ -215,7 +211,12 @@ void random_misfortune_is_an_error_or_the_right_bytes(const std::string& engine)
     Rig rig(engine, (3 + random() % 40) * kBlock, plan);
     std::vector<std::shared_ptr<Extent>> extents;
     for (int i = 0; i < 12; ++i) {
-      extents.push_back(rig.write(1 + random() % (20 * kBlock)));
+      try {
+        extents.push_back(rig.write(1 + random() % (20 * kBlock)));
+      } catch (const IoError& error) {
+        CHECK_EQ(error.code(), EIO);  // of an earlier one
+        break;
+      }
       auto& chosen = extents[random() % extents.size()];
       if (random() % 2) chosen->prefetch();
       try {

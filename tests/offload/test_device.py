@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload import device
+from offload import device, native
 from offload.native import Arena, Buffer, Spill
 
 
@@ -23,8 +23,11 @@ def test_only_real_memory_can_be_offloaded() -> None:
     assert not device.can_offload(torch.ones(2, device="meta"))
 
 
-def test_bytes_on_the_host_need_no_copy() -> None:
-    assert device.host_copy(torch.ones(2).untyped_storage(), 0, 8) is None
+def test_a_host_copy_is_of_the_storages_bytes() -> None:
+    storage = torch.arange(10, dtype=torch.uint8).untyped_storage()
+    copy = device.host_copy(storage, 3, 8)
+    assert copy.is_cpu
+    assert copy.tolist() == [3, 4, 5, 6, 7]
 
 
 def test_on_a_cpu_the_buffer_itself_is_the_memory(buffer: Buffer) -> None:
@@ -38,6 +41,50 @@ def test_a_view_has_the_given_geometry_and_keeps_the_bytes(buffer: Buffer) -> No
     del buffer
     assert torch.equal(view, expected)
     assert view.stride() == (7, 2)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.uint16),
+    ],
+)
+def test_a_view_is_the_same_by_every_way_of_making_it(buffer: Buffer, dtype: torch.dtype) -> None:
+    step = dtype.itemsize
+    for size, stride, first in [((), (), 2), ((3, 2), (2, 1), 0), ((2, 3), (0, 1), 4)]:
+        view = device.view_over(buffer, dtype, size, stride, first * step)
+        flat = native.tensor_over(buffer, torch.uint8)[: buffer.nbytes // step * step].view(dtype)
+        expected = flat.as_strided(size, stride, first)
+        assert (view.dtype, view.shape, view.stride()) == (dtype, size, stride)
+        assert view.data_ptr() == expected.data_ptr()
+
+
+def test_a_view_beyond_the_bytes_is_refused(buffer: Buffer) -> None:
+    for size, stride, first in [
+        ((254,), (1,), 0),
+        ((1,), (1,), 253),
+        ((1,), (1,), 254),
+        ((2,), (2**60,), 0),
+    ]:
+        with pytest.raises(ValueError, match=r"reaches beyond|out of range|too large"):
+            device.view_over(buffer, torch.uint8, size, stride, first)
+
+
+def test_a_view_keeps_the_memory_when_the_buffer_is_gone(spill_dir: object) -> None:
+    arena = Arena(1 << 20)
+    spill = Spill(str(spill_dir), arena)
+    source = torch.arange(1000, dtype=torch.int32)
+    extent = spill.write(source.data_ptr(), source.nbytes)
+    assert extent is not None
+    view = device.view_over(extent.fetch(), torch.int32, (1000,), (1,), 0)
+    del extent
+    spill.drain()
+    assert arena.stats()["used_bytes"] > 0
+    assert torch.equal(view, source)
+    del view
+    assert arena.stats()["used_bytes"] == 0
 
 
 def test_a_view_of_wider_elements_leaves_odd_bytes_at_the_end(buffer: Buffer) -> None:

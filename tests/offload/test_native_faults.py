@@ -130,12 +130,11 @@ def test_eio_on_a_write_is_told_and_never_becomes_wrong_bytes(
         assert str(spill_dir) in str(caught.value.filename)
         with pytest.raises(OSError, match="write of"):
             rig.spill.raise_write_error()
+        with pytest.raises(OSError, match="write of"):
+            rig.write()
         extent.prefetch()
-        if arena_bytes == WHOLE:
-            assert rig.holds(extent.fetch())  # still in staging
-        else:
-            with pytest.raises(OSError, match="write of"):
-                extent.fetch()
+        with pytest.raises(OSError, match="write of"):
+            extent.fetch()
         del extent
         rig.assert_nothing_is_held()
 
@@ -276,8 +275,15 @@ def test_any_script_ends_in_the_right_bytes_or_an_os_error(
     ahead: bool,
 ) -> None:
     rig = Rig(spill_dir, engine, *rules, arena_bytes=arena_blocks * BLOCK, nbytes=10 * BLOCK)
-    extents = [rig.spill.write(rig.data.ctypes.data, nbytes) for nbytes in sizes]
-    for extent, nbytes in zip(extents, sizes, strict=True):
+    extents = []
+    for nbytes in sizes:
+        try:
+            extents.append(rig.spill.write(rig.data.ctypes.data, nbytes))
+        except OSError as error:
+            assert error.errno == errno.EIO  # noqa: PT017  # of an earlier one
+            break
+    extent = None
+    for extent, nbytes in zip(extents, sizes, strict=False):
         assert extent is not None
         if ahead:
             extent.prefetch()

@@ -60,7 +60,6 @@ def test_a_forked_child_is_refused_with_a_reason(
                 here.written.fetch,
                 here.staged.fetch,
                 here.staged.prefetch,
-                here.written.ready,
                 here.written.wait_written,
                 here.spill.drain,
                 here.spill.stats,

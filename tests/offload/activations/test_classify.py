@@ -51,7 +51,7 @@ REASONS = {
 
 @pytest.mark.parametrize("name", PASSED)
 def test_what_stays_is_given_its_reason(name: str) -> None:
-    assert reason_to_pass(PASSED[name](), 0) == REASONS[name]
+    assert reason_to_pass(PASSED[name](), 1) == REASONS[name]
 
 
 def test_the_minimum_is_the_first_size_that_goes() -> None:

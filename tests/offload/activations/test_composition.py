@@ -111,7 +111,7 @@ def test_an_exception_in_the_forward_leaves_nothing_behind(make: Any, same_bits:
             forward_that_fails()
     act._tier.drain()
     assert act.stats().spill_bytes == 0
-    assert act.regions == {}
+    assert act.forwards == set()
 
     def compute(run: Any) -> list[torch.Tensor]:
         weights = leaves(4)

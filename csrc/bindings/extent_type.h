@@ -1,0 +1,23 @@
+// Extent and Buffer as Python sees them. Every saved tensor makes one of each, so they are types of
+// the C API: registering an instance with pybind11 costs more than the calls themselves.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+
+#include "../core/error.h"
+#include "../core/spill.h"
+
+namespace offload {
+
+// Sets the OSError that says what an IoError says.
+void set_os_error(const IoError& error);
+
+// Adds both types to `module`; false with a Python error set.
+bool add_extent_types(PyObject* module);
+
+// A new reference to an Extent, or to None for nullptr; nullptr with a Python error set.
+PyObject* make_extent(std::shared_ptr<Extent> extent);
+
+}  // namespace offload
