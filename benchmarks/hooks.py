@@ -42,10 +42,10 @@ from offload.native import FaultPlan
 
 GOALS = {"passed through": 6.0, "offloaded": 25.0}
 LINEAR_GOAL = 1.2
-# Short chains take several turns a round, and the median turn counts: a difference of two timings
-# needs both of them free of whatever else the machine did.
-ROUND_TENSORS = 10_000
-MAX_TURNS = 10
+# Chains take several turns a round, short ones more, and the median turn counts: a difference of
+# two timings needs both of them free of whatever else the machine did.
+ROUND_TENSORS = 100_000
+MIN_TURNS, MAX_TURNS = 3, 10
 
 Hooks = Callable[[], AbstractContextManager[Any]]
 Samples = dict[str, dict[int, list[float]]]  # mode: length of the chain: seconds a saved tensor
@@ -56,7 +56,7 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_record_arguments(parser, warm_up=3)
     add_path_argument(parser)
-    parser.add_argument("--tensor-bytes", type=positive, default=4096, help="of each (4096)")
+    parser.add_argument("--tensor-bytes", type=positive, default=256, help="of each (256)")
     parser.add_argument(
         "--tensors",
         type=positive,
@@ -143,7 +143,7 @@ def measure(
         for length in arguments.tensors:
             turns: dict[str, list[float]] = {name: [] for name in modes}
             gc.collect()  # everyone begins with the same heap
-            for turn in range(min(MAX_TURNS, max(1, ROUND_TENSORS // length))):
+            for turn in range(min(MAX_TURNS, max(MIN_TURNS, ROUND_TENSORS // length))):
                 for name in round_order(list(modes), index + turn):
                     turns[name].append(seconds_a_tensor(modes[name], start, length))
             if index >= arguments.warm_up:
