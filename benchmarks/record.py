@@ -127,9 +127,10 @@ class Claim:
         """Whether the goal is met, None where this run cannot say."""
         if self.interval is None or not (self.exact or self.interval.coverage >= CONFIDENCE):
             return None
-        if self.sense == "at least":
-            return self.interval.low >= self.goal
-        return self.interval.high <= self.goal
+        return self._meets(self.interval.low if self.sense == "at least" else self.interval.high)
+
+    def _meets(self, ratio: float) -> bool:
+        return ratio >= self.goal if self.sense == "at least" else ratio <= self.goal
 
     def as_json(self) -> dict[str, object]:
         """Return the claim as it stands in the record."""
@@ -155,6 +156,8 @@ class Claim:
             spread = "exact"
         elif self.met is None:
             met += ": too few pairs"
+        elif not self.met and self._meets(self.interval.median):
+            met += " beyond noise: the median meets it, its interval reaches past it"
         return [self.name, f"{self.interval.median:.3f}", spread, goal, met]
 
 

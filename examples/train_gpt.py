@@ -247,8 +247,9 @@ def train(trainer: Trainer) -> Measured:
             shown = {"loss": f"{loss:.3f}"}
             shown["tokens/s"] = f"{trainer.tokens_per_step / measured.step_s[-1]:,.0f}"
             if act:
-                measured.note_native(act.stats())
-                shown["stall"] = f"{act.stats().stall_s:.1f}s"
+                stats = act.stats()
+                measured.note_native(stats)
+                shown["stall"] = f"{stats.stall_s:.1f}s"
             if step >= measured.watched_step:
                 shown["peak"] = f"{measured.peak_activation_bytes() / MIB:,.0f}MiB"
             bar.set_postfix(shown, refresh=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -58,7 +59,14 @@ def _doctor(path: str, required: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status (2 for arguments that cannot be used)."""
     arguments = _parser().parse_args(argv)
-    return _doctor(arguments.path, arguments.require)
+    try:
+        status = _doctor(arguments.path, arguments.require)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has seen enough. What is still buffered must go somewhere at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
 
 
 if __name__ == "__main__":

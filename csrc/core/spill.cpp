@@ -90,12 +90,9 @@ std::unique_ptr<IoEngine> Spill::choose_engine() {
 
 bool Spill::grow(std::uint64_t nbytes) {
   const std::uint64_t reserved = space_->extents.capacity();
-  std::uint64_t left = limit_ > reserved ? limit_ - reserved : 0;
-  if (options_.spill_bytes == 0) {
-    // Others may share the drive by the same rule: together they leave what each would leave.
-    const std::uint64_t free = file_->free_bytes();
-    left = std::min(left, free > limit_ ? align_down(free - limit_, kPageBytes) : 0);
-  }
+  const bool limit_was_set = options_.spill_bytes != 0;
+  const std::uint64_t left = room_to_grow(
+      limit_, reserved, limit_was_set ? std::nullopt : std::optional(file_->free_bytes()));
   // A step need not be used up: the last free range of the file may be continued by it.
   for (const std::uint64_t step : {std::max(kReserveStep, nbytes), nbytes}) {
     const std::uint64_t grown = std::min(align_up(step, kPageBytes), left);

@@ -1,6 +1,7 @@
 // What a spill's transfers share with it and may outlive it: not for use outside the spill.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -9,11 +10,22 @@
 #include <utility>
 #include <vector>
 
+#include "align.h"
 #include "extent_allocator.h"
 #include "fork_guard.h"
 #include "spill.h"
 
 namespace offload {
+
+// How much further a spill may grow. Where nobody set its limit, it is half of what was free at the
+// start, and as many bytes stay free: others on the drive go by the same rule, so that together
+// they take what one of them would.
+inline std::uint64_t room_to_grow(std::uint64_t limit, std::uint64_t reserved,
+                                  std::optional<std::uint64_t> free_now) {
+  const std::uint64_t left = limit > reserved ? limit - reserved : 0;
+  if (!free_now) return left;
+  return std::min(left, *free_now > limit ? align_down(*free_now - limit, kPageBytes) : 0);
+}
 
 struct Spill::Space {
   mutable std::mutex mutex;

@@ -86,16 +86,18 @@ class ForwardPass:
         assert self._hooks is not None
         self._module_hook.remove()
         self._hooks.__exit__(kind, error, trace)
+        self._noted.clear()
+        self._sums.clear()
         with self.owner.lock:
+            self._done = True
             if kind is None:
                 self._stage_pending()
                 self._expect_backward()
             # After an exception the graph is about to be dropped; what was not staged stays put.
             self._pending.clear()
+            if not self.live:
+                self.all_freed()
             self.owner.flush()
-            self._done = True
-        self._noted.clear()
-        self._sums.clear()
         self.owner.settle()
 
     def _note_module(self, module: torch.nn.Module, _args: object) -> None:
@@ -242,7 +244,8 @@ class ForwardPass:
             self.regions[number].position = position
         held = 0
         for region in self.regions:
-            if not region.in_memory and region.handles and storage_alive(region.storage):
+            gone = region.in_memory or not region.handles
+            if not gone and storage_alive(region.storage) is not None:
                 held += region.nbytes
         self.owner.counters.still_held += held
 

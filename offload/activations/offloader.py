@@ -308,7 +308,7 @@ class ActivationOffload:
         restored = buffer if region.on_host else materialise(buffer, region.device, region.residue)
         # Kept until every saved view has asked once. No longer: a second backward over a retained
         # graph would hold everything.
-        region.restored = restored
+        region.restored = restored if region.unread else None
         return restored
 
     def _read_ahead(self, forward: ForwardPass) -> None:

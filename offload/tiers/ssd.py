@@ -7,6 +7,7 @@ staging of the whole tier.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from offload.config import ActivationsConfig
@@ -101,8 +102,9 @@ class SsdTier:
         """Cancel what has not begun, wait for the rest, and join the I/O threads. Idempotent."""
         if self._process != os.getpid():
             return  # a forked child, on its way out, has no part in its parent's files
-        for spill in self._spills:
-            spill.close()
+        with ExitStack() as stack:  # all of them, whatever one of them raises
+            for spill in self._spills:
+                stack.callback(spill.close)
 
     def facts(self) -> TierFacts:
         """Say which path transfers take; where directories differ, the weaker one counts."""

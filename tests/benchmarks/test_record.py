@@ -176,3 +176,15 @@ def test_a_record_that_could_not_be_written_is_refused_before_measuring(
 def test_a_table_is_aligned() -> None:
     lines = record.table(["", "ratio", ""], [["a", "1.0", "met"], ["longer", "10.25", ""]])
     assert lines.splitlines() == ["        ratio", "a         1.0  met", "longer  10.25"]
+
+
+def test_a_row_tells_a_miss_from_a_doubt() -> None:
+    rows = {
+        "met": interval(0.99, 1.0, 1.01),
+        "NOT met": interval(0.90, 0.92, 0.99),
+        "NOT met beyond noise": interval(0.90, 0.98, 1.0),
+    }
+    for verdict, found in rows.items():
+        shown = claim("at least", 0.97, found).row()[-1]
+        assert shown.split(":")[0] == verdict
+        assert claim("at least", 0.97, found).met is (verdict == "met")

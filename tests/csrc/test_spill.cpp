@@ -7,6 +7,7 @@
 #include "align.h"
 #include "check.h"
 #include "spill.h"
+#include "spill_state.h"
 
 using namespace offload;
 
@@ -276,6 +277,23 @@ void threads_write_and_fetch_at_once(const std::string& engine) {
   CHECK_EQ(rig.arena->stats().outside, 0u);
 }
 
+void spills_with_no_limit_set_leave_half_of_the_drive_together() {
+  const std::uint64_t drive = 1000 * kPageBytes;
+  std::uint64_t free = drive;
+  std::vector<std::uint64_t> reserved(3, 0);
+  for (int round = 0; round < 100; ++round) {
+    for (auto& mine : reserved) {
+      const std::uint64_t grown = std::min(room_to_grow(drive / 2, mine, free), 7 * kPageBytes);
+      mine += grown;
+      free -= grown;
+    }
+  }
+  CHECK_EQ(free, drive / 2);
+  // One whose limit was set keeps to it and to nothing else.
+  CHECK_EQ(room_to_grow(10 * kPageBytes, 4 * kPageBytes, std::nullopt), 6 * kPageBytes);
+  CHECK_EQ(room_to_grow(4 * kPageBytes, 10 * kPageBytes, std::nullopt), 0u);
+}
+
 void wrong_settings_are_refused() {
   const check::Directory directory;
   const auto arena = Arena::create(kBlock);
@@ -312,6 +330,7 @@ int main() {
     closing_keeps_what_is_in_memory_and_refuses_the_rest(engine);
     threads_write_and_fetch_at_once(engine);
   }
+  spills_with_no_limit_set_leave_half_of_the_drive_together();
   wrong_settings_are_refused();
   return check::status();
 }

@@ -1,5 +1,8 @@
 """`offload doctor`: a line a capability, with its reason, and an exit status to build upon."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,15 @@ def test_require_exits_1_when_the_answer_is_no(
 def test_require_of_a_typo_names_the_nearest_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", ".", "--require", "urring"]) == 2
     assert "did you mean uring?" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback(spill_dir: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "offload", "doctor", str(spill_dir)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_directory_in_ram_is_no_disk() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import offload
+from offload import native
 
 SIZE = 64
 
@@ -113,3 +118,123 @@ def test_an_unwritable_directory_is_refused() -> None:
         pytest.skip("only root is kept out of nothing but /proc")
     with pytest.raises(OSError, match="/proc"):
         offload.ActivationOffload(path="/proc/self")
+
+
+@pytest.fixture
+def on_signal() -> Iterator[Any]:
+    """Let SIGUSR1 call a function for the length of a test."""
+    before = signal.getsignal(signal.SIGUSR1)
+    yield lambda function: signal.signal(signal.SIGUSR1, lambda *_: function())
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_close_in_a_signal_handler_waits_for_the_method_it_interrupted(
+    make: Any, on_signal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act = make()
+    on_signal(act.close)
+    write = act._tier.write
+    held = []
+
+    def interrupted(address: int, nbytes: int) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        held.append(act.lock._is_owned())
+        return write(address, nbytes)
+
+    monkeypatch.setattr(act._tier, "write", interrupted)
+    with pytest.raises(RuntimeError, match="closed"):
+        chain(act, leaves(2))
+    assert held == [True]
+    with pytest.raises(RuntimeError, match="closed"):
+        act.forward()
+    with pytest.raises(RuntimeError, match="closed"):
+        write(torch.ones(4).data_ptr(), 16)  # the threads are gone, not just told to go
+
+
+def test_a_forked_child_is_refused_though_another_thread_held_the_lock(
+    make: Any, in_child: Any
+) -> None:
+    act = make()
+    loss = chain(act, leaves(2))
+    act._tier.drain()
+    taken, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with act.lock:
+            taken.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+
+    def backward() -> str:
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            return str(error)
+        return "it went through"
+
+    assert "forked child" in in_child(backward)
+    leave.set()
+    thread.join()
+    loss.backward()
+
+
+def test_a_signal_ends_the_wait_for_a_drive_that_hangs(spill_dir: Path, on_signal: Any) -> None:
+    class InterruptionError(Exception):
+        pass
+
+    def interrupt() -> None:
+        raise InterruptionError
+
+    on_signal(interrupt)
+    slow = native.FaultRule(op="read", action="delay", delay_s=3.0)
+    spill = native.Spill(
+        str(spill_dir), native.Arena(1 << 20), fault_plan=native.FaultPlan(rules=[slow])
+    )
+    source = torch.arange(1000, dtype=torch.int32)
+    extent = spill.write(source.data_ptr(), source.nbytes)
+    assert extent is not None
+    extent.wait_written()
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGUSR1))
+    timer.start()
+    with pytest.raises(InterruptionError):
+        extent.fetch()
+    timer.join()
+    assert spill.stats()["read_bytes"] == 0  # it did not wait for the bytes
+    assert native.tensor_at(extent.fetch(), torch.int32, (1000,), (1,), 0).equal(source)
+    del extent
+    spill.close()
+
+
+def test_backwards_over_a_retained_graph_hold_nothing_in_between(make: Any) -> None:
+    act = make()
+    weights = leaves(4)
+    loss = chain(act, weights)
+    for _ in range(3):
+        act._tier.drain()
+        loss.backward(retain_graph=True)
+        act._tier.drain()
+        assert act._tier.counters()["used_bytes"] == 0
+    assert act.stats().reloaded_bytes == 3 * act.stats().offloaded_bytes > 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_pass_whose_graph_went_first_keeps_nothing(make: Any, fails: bool) -> None:
+    act = make()
+    step = act.forward()
+    try:
+        with step:
+            y = torch.ones(SIZE, SIZE, requires_grad=True)
+            for _ in range(4):
+                y = (y * 2).sin()
+            del y
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert (step.regions, step._weak, step._newest, step.live) == ([], [], {}, 0)
+    assert act.forwards == set()

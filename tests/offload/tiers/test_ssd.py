@@ -154,6 +154,21 @@ def test_the_first_failed_write_is_raised_until_the_end(open_tier: Open, spill_d
     assert len(extents) == 3
 
 
+def test_a_directory_that_will_not_close_does_not_keep_the_others_open(open_tier: Open) -> None:
+    class Stubborn:
+        def close(self) -> None:
+            raise OSError(errno.EIO, "it will not close")
+
+    tier = open_tier()
+    stubborn: Any = Stubborn()
+    tier._spills.append(stubborn)
+    with pytest.raises(OSError, match="will not close"):
+        tier.close()
+    tier._spills.remove(stubborn)
+    with pytest.raises(RuntimeError, match="closed"):
+        write(tier, data(4096))
+
+
 def test_closing_twice_is_closing_once(open_tier: Open) -> None:
     tier = open_tier()
     extent = write(tier, data(MIB))
