@@ -100,11 +100,11 @@ def tensor_at(
 ) -> torch.Tensor:
     """Return a tensor over `buffer` from `first_byte` on; it keeps the memory alive.
 
-    `first_byte` is a multiple of the element's size. Raises ValueError or RuntimeError when the
-    tensor would reach beyond the end.
+    `first_byte`, a multiple of the element's size, becomes the storage offset. Raises ValueError or
+    RuntimeError when the tensor would reach beyond the end.
     """
     kind = _DLPACK_TYPES.get(dtype)
-    if kind is None:
-        return tensor_over(buffer, dtype).as_strided(size, stride, first_byte // dtype.itemsize)
-    tensor: torch.Tensor = _from_dlpack(buffer.dlpack(*kind, size, stride, first_byte))
-    return tensor
+    if kind is not None and not first_byte:
+        tensor: torch.Tensor = _from_dlpack(buffer.dlpack(*kind, size, stride, 0))
+        return tensor
+    return tensor_over(buffer, dtype).as_strided(size, stride, first_byte // dtype.itemsize)

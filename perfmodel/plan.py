@@ -83,11 +83,12 @@ class ActivationsConfig:
     staging_bytes: int = 256 << 20
     """Hard cap of the arena that staged and read-ahead tensors share."""
     spill_bytes: int | None = None
-    """Limit of the spill file in each directory; None: half of the free space."""
+    """Limit of the spill file in each directory; None: half of what is free when it is opened."""
     keep_bytes: int | None = None
     """How much may stay in memory when the SSD is full; None: no bound. Beyond it: OSError."""
     read_ahead_bytes: int | None = None
-    """How much the backward may have read before it asks; None: half of `staging_bytes`."""
+    """How much the backward may have read before it asks, or one tensor if that is larger; 0: none;
+    None: half of `staging_bytes`."""
     io_engine: str = "auto"
     """`auto`, `uring` or `posix`."""
     block_bytes: int = 1 << 20

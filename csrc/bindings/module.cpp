@@ -164,7 +164,9 @@ void bind_spill(py::module_& module) {
       .def("close", &Spill::close, NoGil())
       .def("stats", &spill_stats)
       .def("raise_write_error", &Spill::raise_write_error)
-      .def("page_cache_bytes", [](const Spill& self) { return self.file().page_cache_bytes(); })
+      .def(
+          "page_cache_bytes", [](const Spill& self) { return self.file().page_cache_bytes(); },
+          NoGil())
       .def_property_readonly("engine", &Spill::engine_name)
       .def_property_readonly("engine_reason", &Spill::engine_reason)
       .def_property_readonly("direct", [](const Spill& self) { return self.file().direct(); })

@@ -72,6 +72,10 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::shared_ptr<Slice> try_allocate(std::size_t nbytes);
   // A mapping of its own, for a tensor that must exist now though the arena is full. Any thread.
   std::shared_ptr<Slice> allocate_outside(std::size_t nbytes);
+  // Whoever stages through this arena says so; the last one to leave may trim it.
+  void add_user() { users_.fetch_add(1); }
+  std::uint64_t remove_user() { return users_.fetch_sub(1) - 1; }
+  bool shared() const { return users_.load() > 1; }
   // Counts writes under way from staging, whichever file they go to: while there are any, waiting
   // for memory makes sense. A write ends after its slice has come back.
   void begin_write() { writes_.fetch_add(1); }
@@ -85,7 +89,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::byte* data() const { return mapping_.data(); }
   std::size_t capacity() const { return mapping_.nbytes(); }
   void mark_resident();
-  // Gives the memory back to the system if no slice is in use.
+  // Gives the memory back to the system if no slice is in use. Registered memory must not be
+  // trimmed: the kernel would go on using the old pages.
   void trim();
   ArenaStats stats() const;
 
@@ -106,6 +111,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::uint64_t releases_ = 0;
   bool resident_ = false;
   std::atomic<std::uint64_t> writes_{0};
+  std::atomic<std::uint64_t> users_{0};
 };
 
 }  // namespace offload

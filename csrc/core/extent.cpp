@@ -35,10 +35,7 @@ bool Extent::written() const {
 
 bool Extent::ready() const {
   spill_->check_process();
-  if (held_) return true;
-  if (read_) return read_->ended();
-  std::lock_guard lock(shared_->mutex);
-  return whole_in_memory();
+  return held_ || (read_ && read_->ended());
 }
 
 void Extent::wait_written() {
@@ -114,11 +111,6 @@ std::optional<Restored> Extent::forward() {
 }
 
 Restored Extent::hand_out(std::shared_ptr<Slice> slice, bool forwarded) {
-  {
-    std::lock_guard lock(spill_->space_->mutex);
-    SpillStats& counters = spill_->space_->counters;
-    (forwarded ? counters.forwarded_bytes : counters.reloaded_bytes) += nbytes_;
-  }
   handed_out_ = slice;
   std::byte* first = slice->data() + lead_;
   return {std::move(slice), first, nbytes_, forwarded};
@@ -133,13 +125,21 @@ void Extent::copy_unwritten(std::byte* to) const {
 Restored Extent::fetch() {
   spill_->check_process();
   spill_->raise_write_error();
+  const bool at_once = ready();
+  const double begin = at_once ? 0 : wall_s();
+  Restored restored = obtain();
+  std::lock_guard lock(spill_->space_->mutex);
+  SpillStats& counters = spill_->space_->counters;
+  (restored.forwarded ? counters.forwarded_bytes : counters.reloaded_bytes) += nbytes_;
+  if (!at_once) counters.read_wait_s += wall_s() - begin;
+  return restored;
+}
+
+Restored Extent::obtain() {
   if (held_) return *std::exchange(held_, std::nullopt);
   if (!read_) {
     if (auto slice = handed_out_.lock()) return hand_out(std::move(slice), true);
     if (auto restored = forward()) return *restored;
-  }
-  const double begin = wall_s();
-  if (!read_) {
     wait_written();
     auto slice = spill_->arena_->try_allocate(extent_bytes_);
     if (slice == nullptr) slice = spill_->arena_->allocate_outside(extent_bytes_);
@@ -163,12 +163,7 @@ Restored Extent::fetch() {
   }
   const auto read = std::exchange(read_, nullptr);
   auto slice = std::exchange(read_slice_, nullptr);
-  const bool waited = !read->ended();
   spill_->queue_->wait(*read);
-  if (waited) {
-    std::lock_guard lock(spill_->space_->mutex);
-    spill_->space_->counters.read_wait_s += wall_s() - begin;
-  }
   return hand_out(std::move(slice), false);
 }
 

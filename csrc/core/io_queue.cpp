@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <set>
 #include <utility>
 
 #include "align.h"
@@ -15,7 +16,6 @@ namespace {
 // Completions in a row that moved nothing before a transfer is given up, a fifth of a second after
 // the first: EINTR and EAGAIN are passing states, but a drive that never makes progress is broken.
 constexpr unsigned kMaxStuck = 64;
-
 constexpr std::chrono::milliseconds kPollInterval{100};
 
 std::chrono::microseconds pause_before_retry(unsigned stuck) {
@@ -68,15 +68,14 @@ void IoQueue::check_process() const {
 
 std::shared_ptr<Transfer> IoQueue::submit(TransferRequest request, bool lazy) {
   check_process();
-  const bool is_write = request.op == IoOp::kWrite;
-  const std::uint64_t nbytes = request.nbytes;
   std::shared_ptr<Transfer> transfer(new Transfer(std::move(request)));
+  const TransferRequest& asked = transfer->request_;
   std::lock_guard lock(mutex_);
   if (broken_) throw *broken_;
   if (stopping_) throw std::runtime_error("the I/O queue is closed");
-  (is_write ? writes_ : reads_).push_back(transfer);
+  (asked.op == IoOp::kWrite ? writes_ : reads_).push_back(transfer);
   ++live_transfers_;
-  lazy_bytes_ += nbytes;
+  lazy_bytes_ += asked.nbytes;
   if (!lazy || lazy_bytes_ >= options_.block_bytes) wake_thread();
   return transfer;
 }
@@ -108,10 +107,9 @@ bool IoQueue::try_cancel(Transfer& transfer) {
   return true;
 }
 
-// `condition` is asked under the lock.
 void IoQueue::wait_until(const std::function<bool()>& condition) {
-  flush();
   for (;;) {
+    flush();  // again and again: others may submit meanwhile
     {
       std::unique_lock lock(mutex_);
       if (ended_->wait_for(lock, kPollInterval, condition)) return;
@@ -135,22 +133,30 @@ void IoQueue::drain() {
 
 void IoQueue::close() {
   check_process();
-  std::deque<std::shared_ptr<Transfer>> dropped;
+  std::vector<std::shared_ptr<Transfer>> dropped;
   {
     std::lock_guard lock(mutex_);
     if (std::exchange(closed_, true)) return;
     stopping_ = true;
-    dropped.swap(writes_);
-    dropped.insert(dropped.end(), reads_.begin(), reads_.end());
-    reads_.clear();
+    dropped = withdraw_all();
   }
-  for (auto& transfer : dropped) {
-    if (!transfer->withdrawn_) end(*transfer, Transfer::State::kCancelled);
-  }
+  for (auto& transfer : dropped) end(*transfer, Transfer::State::kCancelled);
   engine_->wake();
   work_->notify_one();
   thread_.join();
   engine_.reset();
+}
+
+// Under the lock. Each transfer returned is the caller's alone to end.
+std::vector<std::shared_ptr<Transfer>> IoQueue::withdraw_all() {
+  std::vector<std::shared_ptr<Transfer>> ours;
+  for (auto* queue : {&reads_, &writes_}) {
+    for (auto& transfer : *queue) {
+      if (!std::exchange(transfer->withdrawn_, true)) ours.push_back(std::move(transfer));
+    }
+    queue->clear();
+  }
+  return ours;
 }
 
 QueueStats IoQueue::stats() const {
@@ -371,22 +377,17 @@ void IoQueue::fail_everything(const IoError& error) {
   {
     std::lock_guard lock(mutex_);
     broken_ = error;
-    victims.assign(reads_.begin(), reads_.end());
-    victims.insert(victims.end(), writes_.begin(), writes_.end());
-    reads_.clear();
-    writes_.clear();
+    victims = withdraw_all();
   }
-  const auto add = [&](const std::shared_ptr<Transfer>& transfer) {
-    if (!transfer || std::find(victims.begin(), victims.end(), transfer) != victims.end()) return;
-    victims.push_back(transfer);
-  };
+  std::set<std::shared_ptr<Transfer>> running;
   for (Flight& flight : flights_) {
-    if (flight.transfer) new std::shared_ptr<void>(flight.transfer->request_.owner);
-    add(flight.transfer);
+    if (!flight.transfer) continue;
+    new std::shared_ptr<void>(flight.transfer->request_.owner);
+    running.insert(flight.transfer);
   }
-  add(current_);
+  if (current_) running.insert(current_);
+  victims.insert(victims.end(), running.begin(), running.end());
   for (auto& transfer : victims) {
-    if (transfer->withdrawn_) continue;
     if (!transfer->error_) transfer->error_ = error;
     end(*transfer, Transfer::State::kFailed);
   }

@@ -110,7 +110,7 @@ class IoQueue {
     unsigned stuck = 0;      // completions in a row that moved nothing
   };
 
-  void wait_until(const std::function<bool()>& condition);
+  void wait_until(const std::function<bool()>& condition);  // asked under the lock
   void wake_thread();
   void run();
   void run_guarded();
@@ -125,6 +125,7 @@ class IoQueue {
   void end_if_idle(const std::shared_ptr<Transfer>& transfer);
   void end(Transfer& transfer, Transfer::State state);
   void fail_everything(const IoError& error);
+  std::vector<std::shared_ptr<Transfer>> withdraw_all();
   std::uint64_t block_bytes_of(const Transfer& transfer, std::uint64_t block) const;
 
   std::unique_ptr<IoEngine> engine_;

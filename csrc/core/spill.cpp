@@ -63,9 +63,12 @@ Spill::Spill(SpillOptions options, std::shared_ptr<Arena> arena)
   queue_ = std::make_unique<IoQueue>(
       std::move(engine), IoQueue::Options{file_->fd(), file_->path(), options_.block_bytes,
                                           file_->alignment(), options_.queue_depth, options_.poll});
+  arena_->add_user();
 }
 
-Spill::~Spill() = default;
+Spill::~Spill() {
+  if (fork_generation_ == fork_generation()) close();
+}
 
 std::unique_ptr<IoEngine> Spill::choose_engine() {
   std::unique_ptr<IoEngine> engine;
@@ -217,7 +220,8 @@ void Spill::start_piece(Extent& extent, std::size_t index, const std::byte* sour
     // A cancelled write leaves its staging copy with the extent.
     if (!cancelled) end_write(*space, *state, index, *staged->arena, error);
   };
-  auto write = queue_->submit(std::move(request), /*lazy=*/true);
+  // One directory's small write must not keep the memory that another directory waits for.
+  auto write = queue_->submit(std::move(request), /*lazy=*/!arena_->shared());
   {
     std::lock_guard lock(shared->mutex);
     piece.write = std::move(write);
@@ -283,10 +287,13 @@ void Spill::flush() { queue_->flush(); }
 void Spill::drain() { queue_->drain(); }
 
 void Spill::close() {
+  check_process();
+  std::lock_guard lock(close_mutex_);  // a second caller returns when all is done, too
+  if (std::exchange(closed_, true)) return;
   queue_->close();
   // Nothing is in flight any more, so the space goes back even while tensors still name extents.
   file_->discard();
-  arena_->trim();
+  if (arena_->remove_user() == 0) arena_->trim();
 }
 
 SpillStats Spill::stats() const {

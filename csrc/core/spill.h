@@ -71,7 +71,8 @@ class Extent {
   // Throws IoError, also that of a failed write of another extent: the drive has begun to lose
   // tensors. After a failed read the extent stays readable.
   Restored fetch();
-  // Whether fetch() would return without waiting.
+  // Whether fetch() is certain not to wait. While a write is going on nothing is: its staging copy
+  // may go at any moment.
   bool ready() const;
   void wait_written();
   std::uint64_t nbytes() const { return nbytes_; }
@@ -97,6 +98,7 @@ class Extent {
                                        std::uint64_t nbytes);
   void copy_unwritten(std::byte* to) const;  // under Shared::mutex
   std::optional<Restored> forward();
+  Restored obtain();
   Restored hand_out(std::shared_ptr<Slice> slice, bool forwarded);
 
   std::shared_ptr<Spill> spill_;
@@ -159,6 +161,9 @@ class Spill : public std::enable_shared_from_this<Spill> {
   int register_code_ = 0;
   int fork_generation_;
   std::uint64_t limit_ = 0;
+
+  std::mutex close_mutex_;
+  bool closed_ = false;  // under close_mutex_
 
   std::shared_ptr<Space> space_;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import getpid
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from offload.activations.identity import (
     weak_storage,
 )
 from offload.activations.region import Region
-from offload.activations.saved import Kept, RecastParameter, Saved, SavedView, checksum_of
+from offload.activations.saved import Kept, RecastParameter, Saved, SavedView
 
 if TYPE_CHECKING:
     from offload.activations.offloader import ActivationOffload
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["ForwardPass"]
 
 
-# Of one storage, when bytes saved before are looked for.
-_PIECES_LOOKED_AT = 16
+# How many of a storage's latest regions are looked at for an overlap.
+_LATEST_REGIONS = 16
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _unpack(saved: Saved) -> torch.Tensor:
@@ -49,21 +53,21 @@ class ForwardPass:
         # ask for any region.
         self._weak: list[int] = []
         self._newest: dict[int, Region] = {}  # of a storage
+        self._pieces: dict[tuple[int, int, int], Region] = {}  # of storages with several
+        self._saves = 0
         self._pending: list[Region] = []
         self._pending_operator = -1
-        self._buffers: set[int] = set()
+        self._owned: dict[int, str] = {}  # storages of parameters and buffers
         self._noted_modules: set[int] = set()
         self._noted: dict[int, tuple[torch.Tensor, int, int]] = {}
-        self._sums: dict[int, int] = {}  # checksums of recast parameters, by id
         self._min_bytes = max(1, owner.config.min_tensor_bytes)
         self._recast = owner.config.recast_parameters
-        self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
-        self._done = False
+        self._entered = self._done = False
 
     # ---- the forward ------------------------------------------------------------------------
 
     def __enter__(self) -> ForwardPass:
-        if self._hooks is not None:
+        if self._entered:
             raise RuntimeError("act.forward() is entered a second time; call act.forward() again")
         self.owner.check_open()
         if inside_recomputing_checkpoint():
@@ -71,9 +75,9 @@ class ForwardPass:
                 "act.forward() is inside torch.utils.checkpoint, which would save everything it "
                 "is meant to recompute; open act.forward() around the checkpointed call instead"
             )
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-        hooks.__enter__()
-        self._hooks = hooks
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self._hooks.__enter__()
+        self._entered = True
         self._module_hook = register_module_forward_pre_hook(self._note_module)
         return self
 
@@ -83,36 +87,51 @@ class ForwardPass:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._hooks is not None
         self._module_hook.remove()
         self._hooks.__exit__(kind, error, trace)
-        self._noted.clear()
-        self._sums.clear()
-        with self.owner.lock:
-            self._done = True
-            if kind is None:
-                self._stage_pending()
-                self._expect_backward()
-            # After an exception the graph is about to be dropped; what was not staged stays put.
-            self._pending.clear()
-            if not self.live:
-                self.all_freed()
-            self.owner.flush()
-        self.owner.settle()
+        del self._hooks  # they hold this object
+        for notes in (self._noted, self._noted_modules, self._owned):
+            notes.clear()
+        owner = self.owner
+        try:
+            owner.check_process()
+            with owner.lock:
+                self._done = True
+                if kind is None:
+                    self._stage_pending()
+                    self._expect_backward()
+                # After an exception the graph is about to be dropped; what was not staged stays.
+                self._pending.clear()
+                if not self.live:
+                    self.all_freed()
+                owner.flush()
+        finally:
+            owner.settle()
 
     def _note_module(self, module: torch.nn.Module, _args: object) -> None:
         for buffer in module._buffers.values():
-            if buffer is not None and buffer.layout is torch.strided:
-                # Valid while the module holds the buffer, which it does during its forward.
-                self._buffers.add(buffer.untyped_storage()._cdata)
-        if not self._recast or id(module) in self._noted_modules:
+            if buffer is not None:
+                self._note_owned(buffer, "buffer")
+        if id(module) in self._noted_modules:
             return
         # With the whole tree, since a module may use its children's parameters without calling
         # them. Held, so that no other tensor can take a noted one's id.
         number = operator_number()
         self._noted_modules.update(id(part) for part in module.modules())
         for parameter in module.parameters():
-            self._noted.setdefault(id(parameter), (parameter, parameter._version, number))
+            self._note_owned(parameter, "parameter")
+            if self._recast:
+                self._noted.setdefault(id(parameter), (parameter, parameter._version, number))
+
+    def _note_owned(self, tensor: torch.Tensor, kind: str) -> None:
+        # Others may have no storage to ask for: lazy ones, sparse ones, wrappers.
+        if tensor.__class__ not in _PLAIN or tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._owned:
+            self._owned[key] = kind
+            self._weak.append(weak_storage(storage))  # no other storage takes the key
 
     def _unchanged_since_cast(self, parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
         """Say whether `parameter` is as it was when `tensor` was cast from it.
@@ -136,13 +155,21 @@ class ForwardPass:
         if reason is None:
             return self._pack_large(tensor)
         if self._pending and self._pending_operator != operator_number():
-            with self.owner.lock:
-                self._stage_pending()
-            self.owner.settle()
+            self._stage_earlier()
         if reason == "recast":
             assert parameter is not None
-            return self._recast_later(tensor, parameter)
+            self.owner.counters.recast += tensor.nbytes
+            return RecastParameter(tensor, parameter)
         return self._pass(tensor, reason)
+
+    def _stage_earlier(self) -> None:
+        owner = self.owner
+        owner.check_process()
+        try:
+            with owner.lock:
+                self._stage_pending()
+        finally:
+            owner.settle()
 
     def _pass(self, tensor: torch.Tensor, reason: str) -> Kept:
         nbytes = 0 if reason == "sparse" else tensor.nbytes
@@ -150,61 +177,63 @@ class ForwardPass:
         passed[reason] = passed.get(reason, 0) + nbytes
         return Kept(tensor, tensor._version)
 
-    def _recast_later(self, tensor: torch.Tensor, parameter: torch.Tensor) -> RecastParameter:
-        self.owner.counters.recast += tensor.nbytes
-        checksum = self._sums.get(id(parameter))
-        if checksum is None:
-            checksum = self._sums[id(parameter)] = checksum_of(parameter)
-        return RecastParameter(tensor, parameter, checksum)
-
     def _pack_large(self, tensor: torch.Tensor) -> Saved:
         owner = self.owner
         storage = tensor.untyped_storage()
         key = storage._cdata
         begin, end = span_of(tensor)
-        if key in self._buffers:
-            return self._pass(tensor, "buffer")
+        if key in self._owned:
+            return self._pass(tensor, self._owned[key])
         if storage.nbytes() < end:
             return self._pass(tensor, "emptied")
         conj = tensor.is_conj()
         neg = tensor.is_neg()
-        with owner.lock:
-            # An operator may still write to what it has saved (its own output, a mask, noise), so
-            # copying waits until the next operator has made its node.
-            if self._pending and self._pending_operator != operator_number():
-                self._stage_pending()
-            region = self._saved_before(tensor, key, begin, end) if key in self._newest else None
-            if region is None:
-                alias = physical_alias(tensor) if conj or neg else tensor.detach()
-                self._weak.append(weak_storage(storage))
-                region = Region(self, alias, key, root_of(tensor), begin, end)
-                self._register(region)
-            view = SavedView(region, tensor, begin, conj, neg)
-        if owner.unsettled:
-            owner.settle()
-        return view
+        if owner.process != getpid():
+            owner.check_open()
+        try:
+            with owner.lock:
+                # An operator may still write to what it has saved (its own output, a mask, noise),
+                # so copying waits until the next operator has made its node.
+                if self._pending and self._pending_operator != operator_number():
+                    self._stage_pending()
+                region = (
+                    self._saved_before(tensor, key, begin, end) if key in self._newest else None
+                )
+                if region is None:
+                    alias = physical_alias(tensor) if conj or neg else tensor.detach()
+                    self._weak.append(weak_storage(storage))
+                    region = Region(self, alias, key, root_of(tensor), begin, end)
+                    self._register(region)
+                region.last_save = self._saves = self._saves + 1
+                return SavedView(region, tensor, begin, conj, neg)
+        finally:
+            if owner.unsettled:
+                owner.settle()
 
     def _saved_before(self, tensor: torch.Tensor, key: int, begin: int, end: int) -> Region | None:
         """Return a region with these bytes of the storage, grown to hold them if need be.
 
         Only of this forward: a buffer refilled behind the version counter (through numpy, say) is
-        other data in the next one. Not all regions of the storage are looked at, since one of very
-        many pieces would make that quadratic.
+        other data in the next one. A piece saved before is always found; an overlap only with the
+        latest ones, since looking at all of very many pieces would be quadratic.
         """
-        region: Region | None = self._newest[key]
         root_key = root_of(tensor)._cdata
         version = tensor._version
-        for _ in range(_PIECES_LOOKED_AT):
+        region: Region | None = self._newest[key]
+        for _ in range(_LATEST_REGIONS):
             if region is None:
-                break
-            if region.handles and region.version == version and region.root_key == root_key:
-                if region.begin <= begin and end <= region.end:
-                    self.owner.counters.deduplicated += end - begin
-                    return region
-                if region.pending and region.begin < end and begin < region.end:
-                    self.owner.counters.deduplicated += end - begin - region.extend(begin, end)
-                    return region
+                return None
+            if region.holds(root_key, version, begin, end):
+                self.owner.counters.deduplicated += end - begin
+                return region
+            if region.may_grow(root_key, version, begin, end):
+                self.owner.counters.deduplicated += end - begin - region.extend(begin, end)
+                return region
             region = region.older
+        region = self._pieces.get((key, begin, end))
+        if region is not None and region.holds(root_key, version, begin, end):
+            self.owner.counters.deduplicated += end - begin
+            return region
         return None
 
     def _register(self, region: Region) -> None:
@@ -213,8 +242,11 @@ class ForwardPass:
         self.live += 1
         region.number = len(self.regions)
         self.regions.append(region)
-        region.older = self._newest.get(region.storage)
-        self._newest[region.storage] = region
+        key = region.storage
+        region.older = older = self._newest.get(key)
+        if older is not None:
+            self._pieces[key, older.begin, older.end] = older
+        self._newest[key] = region
         self._pending.append(region)
         self._pending_operator = operator_number()
 
@@ -236,10 +268,7 @@ class ForwardPass:
 
     def _expect_backward(self) -> None:
         """Predict the order of the backward: as last time for the same sizes, else reversed."""
-        signature = self.signature()
-        learned = self.owner.learned_order(signature)
-        count = len(self.regions)
-        self.order = learned if learned is not None else list(range(count - 1, -1, -1))
+        self.order = self.owner.learned_order(self.signature()) or self._reversed()
         for position, number in enumerate(self.order):
             self.regions[number].position = position
         held = 0
@@ -249,20 +278,29 @@ class ForwardPass:
                 held += region.nbytes
         self.owner.counters.still_held += held
 
+    def _reversed(self) -> list[int]:
+        """Return the regions by their last save, the latest first: that node comes first."""
+        regions = self.regions
+        return sorted(range(len(regions)), key=lambda number: -regions[number].last_save)
+
     def signature(self) -> tuple[int, ...]:
         """Return what two forwards must share to be expected to run backward alike."""
         return tuple(region.nbytes for region in self.regions)
 
-    def want(self, region: Region) -> None:
-        """Note that the backward wants `region` now; what comes next follows from it."""
+    def want(self, region: Region, again: bool) -> None:
+        """Note that the backward wants `region` now; what comes next follows from it.
+
+        `again`: by a view that has been asked for before, so it is another backward over a graph
+        that was retained.
+        """
         if region.position < 0:
             return
         if not region.used:
             region.used = True
             self.used.append(region.number)
             self.cursor = max(self.cursor, region.position + 1)
-        else:
-            self.cursor = region.position + 1  # another backward over a retained graph
+        elif again:
+            self.cursor = region.position + 1
 
     def next_to_read(self) -> Region | None:
         """Return the region that the backward should want next of those that must be read."""
@@ -283,11 +321,14 @@ class ForwardPass:
         self.owner.forwards.discard(self)
         if not self._done:
             return  # more may come
-        if self.order and len(self.used) == len(self.regions):
-            self.owner.learn_order(self.signature(), self.used)
+        if self.used:
+            unused = [number for number in self.order if not self.regions[number].used]
+            self.owner.learn_order(self.signature(), self.used + unused)
         self.regions = []
         self.order = []
+        self.used = []
         self._newest = {}
+        self._pieces = {}
         self._release_keys()
 
     def _release_keys(self) -> None:

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -87,7 +88,7 @@ class ActivationOffload:
         self._facts = self._tier.facts()
         # Joins the I/O threads when this object dies, at the interpreter's exit at the latest.
         self._finalizer = weakref.finalize(self, self._tier.close)
-        self._process = os.getpid()
+        self.process = os.getpid()
         self.closed = False
         # Reentrant only so that it can say whether this thread holds it; see `close` and `dropped`.
         self.lock: Any = threading.RLock()
@@ -117,7 +118,6 @@ class ActivationOffload:
         self.settle()
         native = self._tier.counters()
         counts = self.counters
-        facts = self._facts
 
         def whole(key: str) -> int:
             return int(native[key])
@@ -142,13 +142,7 @@ class ActivationOffload:
             page_cache_bytes=whole("page_cache_bytes"),
             copy_s=float(native["copy_s"]),
             verify_s=float(native["verify_s"]),
-            io_engine=facts.io_engine,
-            io_engine_reason=facts.io_engine_reason,
-            direct=facts.direct,
-            direct_reason=facts.direct_reason,
-            registered_buffers=facts.registered_buffers,
-            backing=facts.backing,
-            verify=facts.verify,
+            **asdict(self._facts),
         )
 
     def close(self) -> None:
@@ -157,7 +151,7 @@ class ActivationOffload:
         From a signal handler that interrupted a method of this object, closing begins when that
         method ends.
         """
-        if self._process != os.getpid():
+        if self.process != os.getpid():
             return
         if self.lock._is_owned():
             self.closed = True
@@ -184,13 +178,17 @@ class ActivationOffload:
 
     # ---- for the passes; `lock` is held where not said otherwise -----------------------------
 
-    def check_open(self) -> None:
-        """Raise RuntimeError in a closed instance or in a forked child. Without `lock`."""
-        if self._process != os.getpid():
+    def check_process(self) -> None:
+        """Raise RuntimeError in a forked child, where another thread may hold `lock` for ever."""
+        if self.process != os.getpid():
             raise RuntimeError(
-                f"this ActivationOffload belongs to process {self._process}; a forked child has to "
+                f"this ActivationOffload belongs to process {self.process}; a forked child has to "
                 "make its own"
             )
+
+    def check_open(self) -> None:
+        """Raise RuntimeError in a closed instance or in a forked child. Without `lock`."""
+        self.check_process()
         if self.closed:
             raise RuntimeError("this ActivationOffload is closed; make a new one")
 
@@ -248,47 +246,48 @@ class ActivationOffload:
 
     def restore(self, view: SavedView) -> torch.Tensor:
         """Return a saved tensor. Takes `lock`."""
-        lock = self.lock
-        if not lock.acquire(False):
-            if self._process != os.getpid():
-                self.check_open()  # a forked child would wait for a thread that it does not have
-            lock.acquire()
+        if self.process != os.getpid():
+            self.check_process()
         try:
-            if self.closed:
-                raise RuntimeError(
-                    "a saved activation is asked for after its ActivationOffload was closed; "
-                    "close it after the last backward"
-                )
-            region = view.region
-            alias = region.alias
-            if alias._version != region.version:
-                what = f"[{view.dtype} {list(view.size)}]"
-                raise changed_in_place(what, alias._version, region.version)
-            storage = region.original()
-            if storage is not None:
-                tensor = self._forward_original(view, region, storage)
-            else:
-                restored = region.restored
-                tensor = view.over_restored(self._fetch(region) if restored is None else restored)
-            if not view.read:
-                view.read = True
-                region.first_read()
+            with self.lock:
+                region = view.region
+                self._check_restorable(view, region)
+                storage = region.original()
+                if storage is not None:
+                    tensor = self._forward_original(view, region, storage)
+                else:
+                    restored = region.restored
+                    if restored is None:
+                        restored = self._fetch(region, view.read)
+                    tensor = view.over_restored(restored)
+                if not view.read:
+                    view.read = True
+                    region.first_read()
+                return tensor
         finally:
-            lock.release()
-        if self.unsettled:
-            self.settle()
-        return tensor
+            if self.unsettled:
+                self.settle()
+
+    def _check_restorable(self, view: SavedView, region: Region) -> None:
+        if self.closed:
+            raise RuntimeError(
+                "a saved activation is asked for after its ActivationOffload was closed; "
+                "close it after the last backward"
+            )
+        found = region.alias._version
+        if found != region.version:
+            raise changed_in_place(f"[{view.dtype} {list(view.size)}]", found, region.version)
 
     def _forward_original(
         self, view: SavedView, region: Region, storage: torch.UntypedStorage
     ) -> torch.Tensor:
         if not region.in_memory:
             self.counters.forwarded += region.nbytes
-        region.forward.want(region)
+        region.forward.want(region, view.read)
         self._read_ahead(region.forward)
         return view.over_storage(storage)
 
-    def _fetch(self, region: Region) -> Restored:
+    def _fetch(self, region: Region, again: bool) -> Restored:
         forward = region.forward
         extent = region.extent
         if extent is None:
@@ -296,7 +295,7 @@ class ActivationOffload:
                 f"a saved tensor of {region.nbytes} bytes is asked for, but its storage was "
                 "emptied before it was offloaded and not filled again"
             )
-        forward.want(region)
+        forward.want(region, again)
         if region.ahead:
             region.ahead = False
             self._ahead_bytes -= region.nbytes
@@ -312,8 +311,10 @@ class ActivationOffload:
         return restored
 
     def _read_ahead(self, forward: ForwardPass) -> None:
-        """Start a batch of reads that the backward should want soon."""
+        """Start a batch of reads that the backward should want soon: one at least, if any."""
         limit = self._read_ahead_bytes
+        if not limit:
+            return
         began = False
         while self._ahead_bytes <= self._read_more_below or began:
             region = forward.next_to_read()

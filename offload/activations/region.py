@@ -41,6 +41,7 @@ class Region:
         "handles",
         "in_memory",
         "kept",
+        "last_save",
         "number",
         "older",
         "on_host",
@@ -84,12 +85,34 @@ class Region:
         self.handles = self.unread = 0  # saved views: all, and those that nobody asked for yet
         self.older: Region | None = None  # the region of this storage saved before
         self.number = self.position = -1  # in the forward, and in the expected backward
+        self.last_save = 0  # the forward's count of saves when a view of it was saved last
         self.ahead = False  # being read, or read, before anybody asked
         self.used = False  # the backward has asked
 
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+    def holds(self, root_key: int, version: int, begin: int, end: int) -> bool:
+        """Say whether the bytes [begin, end) of a tensor are among these, at the same version."""
+        return (
+            self.begin <= begin
+            and end <= self.end
+            and self.handles > 0
+            and self.version == version
+            and self.root_key == root_key
+        )
+
+    def may_grow(self, root_key: int, version: int, begin: int, end: int) -> bool:
+        """Say whether a tensor overlaps these bytes, at one version, before they are staged."""
+        return (
+            self.pending
+            and self.begin < end
+            and begin < self.end
+            and self.handles > 0
+            and self.version == version
+            and self.root_key == root_key
+        )
 
     def extend(self, begin: int, end: int) -> int:
         """Take in more of the storage before it is staged; return by how many bytes it grew."""

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from offload.activations.identity import drop_memory, sharing_version, tensor_on
+from offload.activations.identity import drop_memory, root_of, sharing_version, tensor_on
 from offload.device import Restored, view_over
 from offload.native import crc32c
 
 if TYPE_CHECKING:
     from offload.activations.region import Region
 
-__all__ = ["Kept", "RecastParameter", "Saved", "SavedView", "changed_in_place", "checksum_of"]
+__all__ = ["Kept", "RecastParameter", "Saved", "SavedView", "changed_in_place"]
 
 
 class Saved(Protocol):
@@ -32,9 +32,9 @@ def changed_in_place(what: str, found: int, expected: int) -> RuntimeError:
     )
 
 
-def checksum_of(parameter: torch.Tensor) -> int:
+def checksum_of(tensor: torch.Tensor) -> int:
     """Return the CRC32C of a dense host tensor's bytes."""
-    return crc32c(parameter.data_ptr(), parameter.nbytes)
+    return crc32c(tensor.data_ptr(), tensor.nbytes)
 
 
 class Kept:
@@ -59,22 +59,17 @@ class Kept:
 
 
 class RecastParameter:
-    """A low-precision copy of a parameter, to be made again from the parameter."""
+    """A low-precision copy of a parameter, to be made again from the parameter.
 
-    __slots__ = (
-        "alias",
-        "checksum",
-        "dtype",
-        "geometry",
-        "parameter",
-        "parameter_version",
-        "version",
-    )
+    The copy's bytes have a checksum, since its memory is gone and neither it nor the parameter need
+    have moved its version when it was changed through `.data`.
+    """
 
-    def __init__(self, tensor: torch.Tensor, parameter: torch.Tensor, checksum: int) -> None:
+    __slots__ = ("alias", "checksum", "dtype", "geometry", "parameter", "version")
+
+    def __init__(self, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
         self.parameter = parameter
-        self.checksum = checksum
-        self.parameter_version = parameter._version
+        self.checksum = checksum_of(root_of(tensor))
         self.dtype = tensor.dtype
         self.geometry = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
         self.version = tensor._version
@@ -82,24 +77,28 @@ class RecastParameter:
         drop_memory(self.alias)
 
     def unpack(self) -> torch.Tensor:
-        """Cast the parameter again: the same bits, as long as neither has changed."""
+        """Cast the parameter again: the same bits, or RuntimeError."""
         if self.alias._version != self.version:
             what = f"[a {self.dtype} copy of a parameter, {list(self.geometry[0])}]"
             raise changed_in_place(what, self.alias._version, self.version)
-        # The version does not see `parameter.data` change, for which a stored copy would not care.
-        found = self.parameter._version
-        if found != self.parameter_version or checksum_of(self.parameter) != self.checksum:
-            raise RuntimeError(
-                f"a parameter {list(self.parameter.shape)} was modified by an inplace operation "
-                "between a forward that cast it and the backward, which would cast it again; "
-                "change it after the backward, or set recast_parameters=False to store its copy"
-            )
         with torch.no_grad():
-            return self.parameter.detach().to(self.dtype).as_strided(*self.geometry)
+            copy = self.parameter.detach().to(self.dtype)
+        if checksum_of(copy) != self.checksum:
+            raise RuntimeError(
+                f"a parameter {list(self.parameter.shape)} or its {self.dtype} copy was modified "
+                "by an inplace operation (through .data, maybe) between the cast and the backward, "
+                "which would cast it again; change it after the backward, or set "
+                "recast_parameters=False to store the copy"
+            )
+        return copy.as_strided(*self.geometry)
 
 
 class SavedView:
-    """One saved tensor over a region. Its death is the region's loss of a reader."""
+    """One saved tensor over a region. Its death is the region's loss of a reader.
+
+    It returns with its size, strides, dtype and address modulo 64. Its storage offset counts from
+    the region's first byte, which is the storage's own unless only a later part was saved.
+    """
 
     __slots__ = ("conj", "dtype", "neg", "offset", "read", "region", "size", "stride")
 

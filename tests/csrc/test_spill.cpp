@@ -124,11 +124,40 @@ void staging_waits_for_writes_to_another_directory_too(const std::string& engine
     extents.push_back(slow->write(bytes.data(), 8 * kBlock));  // all of the arena
     extents.push_back(fast->write(bytes.data(), kBlock));
   }
+  // Less than a block, which alone in a queue need not start by itself.
+  for (int i = 0; i < 10; ++i) {
+    extents.push_back(fast->write(bytes.data(), kBlock / 2));
+    extents.push_back(slow->write(bytes.data(), 7 * kBlock + kBlock / 2 + 1));
+  }
   CHECK_EQ(arena->stats().native_peak, arena->capacity());  // nothing went outside of it
   for (const auto& extent : extents) {
     extent->wait_written();
     CHECK(holds(extent->fetch(), bytes.data(), extent->nbytes()));
   }
+}
+
+void one_of_two_on_an_arena_closes_and_the_other_goes_on(const std::string& engine) {
+  check::Directory directory;
+  const auto arena = Arena::create(8 * kBlock);
+  SpillOptions options;
+  options.directory = directory.path;
+  options.engine = engine;
+  options.block_bytes = kBlock;
+  options.spill_bytes = 64 << 20;
+  const auto first = Spill::open(options, arena);
+  const auto second = Spill::open(options, arena);
+  const Bytes bytes(8 * kBlock, 6);
+  const auto extent = second->write(bytes.data(), 8 * kBlock);
+  extent->wait_written();
+  second->drain();
+  std::thread closer([&] { first->close(); });
+  first->close();  // returns when all is done, whoever did it
+  closer.join();
+  CHECK_THROWS(first->write(bytes.data(), 1), std::runtime_error);
+  CHECK(holds(extent->fetch(), bytes.data(), bytes.size()));
+  const auto again = second->write(bytes.data(), 4 * kBlock);
+  again->wait_written();
+  CHECK(holds(again->fetch(), bytes.data(), 4 * kBlock));
 }
 
 void an_answer_in_use_is_given_again(const std::string& engine) {
@@ -321,6 +350,7 @@ int main() {
     a_tensor_larger_than_staging_goes_through_in_pieces(engine);
     writing_does_not_wait_for_memory_that_restored_tensors_hold(engine);
     staging_waits_for_writes_to_another_directory_too(engine);
+    one_of_two_on_an_arena_closes_and_the_other_goes_on(engine);
     an_answer_in_use_is_given_again(engine);
     withdrawn_writes_leave_the_queue_working(engine);
     full_spill_space_is_told_and_comes_back(engine);

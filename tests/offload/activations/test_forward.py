@@ -306,3 +306,77 @@ def test_any_read_ahead_gives_the_same_bits(
         same_bits(act, compute)
     assert act.stats().reloaded_bytes > 0
     assert act._ahead_bytes == 0
+
+
+def test_a_lazy_module_with_buffers_meets_its_first_batch(make: Any) -> None:
+    act = make()
+    model = nn.LazyBatchNorm1d()
+    with act.forward():
+        loss = model(square()).sum()
+    loss.backward()
+    assert model.weight.grad is not None
+
+
+@pytest.mark.parametrize("way", [torch.Tensor.detach, lambda p: p.data, lambda p: p.detach()[1:]])
+def test_a_plain_tensor_over_a_parameter_stays(make: Any, way: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(square())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[: len(way(self.weight))] * way(self.weight)
+
+    act = make()
+    x = square().requires_grad_()
+    with act.forward():
+        loss = Model()(x).sum()
+    loss.backward()
+    stats = act.stats()
+    assert stats.offloaded_bytes == 0
+    assert stats.passed_through_bytes["parameter"] > 0
+
+
+def reads_in_order(act: Any, weights: list[torch.Tensor], held: torch.Tensor) -> list[int]:
+    """Run a step in which every operator also saves `held`; return where the cursor went."""
+    step = act.forward()
+    places = []
+    with step:
+        y = square()
+        for weight in weights:
+            y = (y * weight) * held
+        loss = y.sum()
+    want = step.want
+
+    def noted(region: Any, again: bool) -> None:
+        want(region, again)
+        places.append(step.cursor)
+
+    step.want = noted
+    loss.backward()
+    return places
+
+
+def test_a_tensor_that_many_operators_saved_does_not_move_the_reading_ahead(make: Any) -> None:
+    act = make()
+    weights = [square().requires_grad_() for _ in range(6)]
+    places = reads_in_order(act, weights, square().sin())
+    assert places == sorted(places)
+    assert places[0] <= 2  # wanted first, so expected first: not by its first save, which was early
+
+
+def test_a_branch_without_a_backward_does_not_hide_the_order_of_the_rest(make: Any) -> None:
+    act = make()
+    weights = [square().requires_grad_() for _ in range(4)]
+    step = act.forward()
+    with step:
+        ys = [square() * weight for weight in weights]
+        unused = (square() * weights[0]).sin()
+    signature = step.signature()
+    for number in (1, 3, 0, 2):  # in an order of its own
+        ys[number].sum().backward()
+    del ys, unused
+    learned = act.learned_order(signature)
+    assert learned is not None
+    assert learned[:4] == [1, 3, 0, 2]
+    assert sorted(learned) == list(range(len(signature)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload.activations.saved import Kept, RecastParameter, checksum_of
+from offload.activations.saved import Kept, RecastParameter
 
 SIZE = 64
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -310,6 +310,10 @@ class OwnCast(nn.Module):
                 copy.mul_(2)
             if self.deed == "parameter changed":
                 self.weight.mul_(2)
+            if self.deed == "copy changed unseen":
+                copy.data.mul_(2)
+            if self.deed == "parameter changed unseen":
+                self.weight.data.mul_(2)
             if self.deed == "negated":
                 copy = torch._neg_view(copy)
             if self.deed == "other bits":
@@ -338,11 +342,35 @@ def test_a_cast_is_recast_only_while_it_shows_its_parameter(
     assert (act.stats().recast_bytes > 0) == (deed == "none")
 
 
+@pytest.mark.parametrize("deed", ["copy changed unseen", "parameter changed unseen"])
+def test_a_change_that_no_version_shows_is_an_error_and_never_a_wrong_gradient(
+    make: Any, deed: str
+) -> None:
+    act = make()
+    x = torch.randn(8, SIZE, requires_grad=True)
+    with act.forward():
+        y = OwnCast(deed)(x)
+    assert act.stats().recast_bytes > 0
+    with pytest.raises(RuntimeError, match="recast_parameters=False"):
+        y.float().sum().backward()
+
+
+def test_a_parameter_changed_and_put_back_is_recast(make: Any) -> None:
+    act = make()
+    model = OwnCast("none")
+    x = torch.randn(8, SIZE, requires_grad=True)
+    with act.forward():
+        y = model(x)
+    model.weight.data.mul_(2).div_(2)
+    y.float().sum().backward()
+    assert x.grad is not None
+
+
 def test_a_recast_view_has_the_saved_strides() -> None:
     p = nn.Parameter(torch.randn(6, 8))
     copy = p.to(torch.bfloat16)
     view = copy[1:, ::2].t()
-    back = RecastParameter(view, p, checksum_of(p)).unpack()
+    back = RecastParameter(view, p).unpack()
     assert torch.equal(back, view)
     assert back.stride() == view.stride()
     assert back.data_ptr() % 64 == view.data_ptr() % 64
