@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from benchmarks.activations import peaks_of, require_same_numbers
+from benchmarks.activations import peaks_of, ratio_to_both_nones, require_same_numbers
 from benchmarks.activations_worker import Trainee, Training, live_tensor_bytes
 from benchmarks.worker import Answer, Worker, WorkerError
 
@@ -46,6 +46,17 @@ def test_a_peak_counts_from_mode_none_at_rest_and_includes_what_is_not_torchs() 
 
     answers = {"none": answer(1000, 500), "ssd": answer(1007, 50, 30, 4)}
     assert peaks_of(answers) == {"none": 500, "ssd": 7 + 50 + 30 + 4}
+
+
+def test_the_steps_without_offload_of_a_round_count_together() -> None:
+    ones = [1.0] * 24
+    samples = {
+        "none": {"step_s": [0.5] * 24},
+        "none again": {"step_s": [1.5] * 24},
+        "ssd": {"step_s": ones},
+    }
+    found = ratio_to_both_nones(samples, "ssd")
+    assert (found.low, found.median, found.high) == (1.0, 1.0, 1.0)
 
 
 def test_a_storage_counts_once_and_gradients_count() -> None:
