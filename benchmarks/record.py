@@ -314,10 +314,17 @@ def commit() -> str | None:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """Return the command that repeats the run from the top of the repository."""
+    """Return the command that repeats the run from the top of the repository.
+
+    Where its record went is left out: that is a path of one machine.
+    """
     script = Path(argv[0]).resolve()
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
-    return shlex.join(["python", name, *argv[1:]])
+    rest = list(argv[1:])
+    if "--json" in rest:
+        at = rest.index("--json")
+        del rest[at : at + 2]
+    return shlex.join(["python", name, *rest])
 
 
 # --- Flags and files ------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -289,7 +290,7 @@ def conclude(trainer: Trainer, measured: Measured, summary: Mapping[str, Any]) -
     if trainer.act:
         print(
             f"{summary['offloaded_bytes'] / MIB:,.0f} MiB were offloaded, "
-            f"{summary['kept_bytes'] / MIB:,.0f} MiB kept in memory because the SSD was full; "
+            f"{summary['kept_bytes'] / MIB:,.0f} MiB kept in memory because no space was left; "
             f"stalled for {summary['stall_s']:.1f} s of {sum(measured.step_s):.1f} s"
         )
 
@@ -312,7 +313,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             flag = "--offload-path"
             act = resources.enter_context(open_offload(args))
         except OSError as error:
-            problem = f"{flag} {error.filename or ''}: {error.strerror}; name another"
+            problem = f"{flag} {error.filename or ''}: {error.strerror}, or name another"
             if error.filename in ("io_uring", "posix"):
                 problem = f"--io-engine {args.io_engine}: {error.strerror}; use --io-engine auto"
         except ValueError as error:
@@ -351,6 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command[:1] = ["torchrun", "--nproc_per_node", str(dist.get_world_size())]
     try:
         return run(args, shlex.join(command))
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 128 + signal.SIGINT
     except OSError as error:
         complain(str(error))
     except RuntimeError as error:

@@ -1,11 +1,18 @@
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import Any, final
 
 class _NativeType(type): ...
 
 class Arena(metaclass=_NativeType):
     def __init__(self, nbytes: int) -> None: ...
     def stats(self) -> dict[str, int]: ...
+
+@final
+class DropNotice:
+    read: bool
+    def __new__(
+        cls, inbox: list[tuple[Any, bool]], item: Any, settle: Callable[[], object]
+    ) -> DropNotice: ...
 
 @final
 class Buffer:

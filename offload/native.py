@@ -13,6 +13,7 @@ import torch
 from offload._C import (
     Arena,
     Buffer,
+    DropNotice,
     Extent,
     FaultPlan,
     FaultRule,
@@ -27,6 +28,7 @@ __all__ = [
     "Arena",
     "Buffer",
     "DirectoryFacts",
+    "DropNotice",
     "Extent",
     "FaultPlan",
     "FaultRule",

@@ -10,6 +10,7 @@
 #include "../core/error.h"
 #include "../core/file.h"
 #include "../core/spill.h"
+#include "drop_notice.h"
 #include "extent_type.h"
 
 namespace py = pybind11;
@@ -191,7 +192,9 @@ PYBIND11_MODULE(_C, module) {
       set_os_error(error);
     }
   });
-  if (!add_extent_types(module.ptr())) throw py::error_already_set();
+  if (!add_extent_types(module.ptr()) || !add_drop_notice(module.ptr())) {
+    throw py::error_already_set();
+  }
   bind_memory(module);
   bind_faults(module);
   bind_spill(module);

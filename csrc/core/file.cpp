@@ -154,7 +154,10 @@ std::uint64_t unit_bytes(const struct statfs& system) {
 
 DirectoryFacts classify(const std::string& path) {
   struct stat entry{};
-  if (::stat(path.c_str(), &entry) != 0) throw IoError(errno, std::strerror(errno), path);
+  if (::stat(path.c_str(), &entry) != 0) {
+    const std::string advice = errno == ENOENT ? "; create it with mkdir -p" : "";
+    throw IoError(errno, std::strerror(errno) + advice, path);
+  }
   if (!S_ISDIR(entry.st_mode)) throw IoError(ENOTDIR, std::strerror(ENOTDIR), path);
   if (::access(path.c_str(), W_OK | X_OK) != 0) {
     throw IoError(errno, std::string("not writable: ") + std::strerror(errno), path);

@@ -207,7 +207,7 @@ class ForwardPass:
                 region.last_save = self._saves = self._saves + 1
                 return SavedView(region, tensor, begin, conj, neg)
         finally:
-            if owner.unsettled:
+            if owner.dropped:
                 owner.settle()
 
     def _saved_before(self, tensor: torch.Tensor, key: int, begin: int, end: int) -> Region | None:

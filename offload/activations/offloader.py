@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict
 from types import TracebackType
@@ -90,12 +90,13 @@ class ActivationOffload:
         self._finalizer = weakref.finalize(self, self._tier.close)
         self.process = os.getpid()
         self.closed = False
-        # Reentrant only so that it can say whether this thread holds it; see `close` and `dropped`.
+        # Reentrant only so that it can say whether this thread holds it; see `close` and `settle`.
         self.lock: Any = threading.RLock()
         self.counters = Counters()
         self.forwards: set[ForwardPass] = set()  # with regions that somebody may want
-        # Views dropped while somebody held the lock; None: close.
-        self.unsettled: deque[tuple[Region, bool] | None] = deque()
+        # Regions of views that autograd let go of, and whether these had been asked for. Their
+        # notices put them here, in any thread at any moment. No region: close.
+        self.dropped: list[tuple[Region | None, bool]] = []
         self._orders: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()
         self._ahead_bytes = 0
         wanted = self.config.read_ahead_bytes
@@ -155,7 +156,7 @@ class ActivationOffload:
             return
         if self.lock._is_owned():
             self.closed = True
-            self.unsettled.append(None)
+            self.dropped.append((None, False))
             return
         with self.lock:
             self.closed = True
@@ -258,14 +259,14 @@ class ActivationOffload:
                 else:
                     restored = region.restored
                     if restored is None:
-                        restored = self._fetch(region, view.read)
+                        restored = self._fetch(region, view.notice.read)
                     tensor = view.over_restored(restored)
-                if not view.read:
-                    view.read = True
+                if not view.notice.read:
+                    view.notice.read = True
                     region.first_read()
                 return tensor
         finally:
-            if self.unsettled:
+            if self.dropped:
                 self.settle()
 
     def _check_restorable(self, view: SavedView, region: Region) -> None:
@@ -283,7 +284,7 @@ class ActivationOffload:
     ) -> torch.Tensor:
         if not region.in_memory:
             self.counters.forwarded += region.nbytes
-        region.forward.want(region, view.read)
+        region.forward.want(region, view.notice.read)
         self._read_ahead(region.forward)
         return view.over_storage(storage)
 
@@ -342,36 +343,22 @@ class ActivationOffload:
 
     # ---- the end of saved views ---------------------------------------------------------------
 
-    def dropped(self, region: Region, read: bool) -> None:
-        """Note that autograd let go of a view. Called by its finalizer: any thread, any moment.
+    def settle(self) -> None:
+        """Free the regions of dropped views. Without `lock`; never waits for it.
 
-        That may be inside a method of this thread that holds `lock`, and then the view is put aside
-        and taken care of by the next caller of `settle`.
+        Called by every hook at its end, and soon after a view was dropped by the main thread, which
+        may be inside a method that holds `lock`: then that method calls it again.
         """
         lock = self.lock
-        if self.unsettled or lock._is_owned() or not lock.acquire(False):
-            self.unsettled.append((region, read))
-            self.settle()
-            return
-        try:
-            self._drop(region, read)
-        finally:
-            lock.release()
-        if self.unsettled:
-            self.settle()
-
-    def settle(self) -> None:
-        """Free the regions of dropped views. Without `lock`; never waits for it."""
-        lock = self.lock
         close = False
-        while self.unsettled and not lock._is_owned() and lock.acquire(False):
+        while self.dropped and not lock._is_owned() and lock.acquire(False):
             try:
-                while self.unsettled:
-                    item = self.unsettled.popleft()
-                    if item is None:
+                while self.dropped:
+                    region, read = self.dropped.pop()
+                    if region is None:
                         close = True
                     else:
-                        self._drop(*item)
+                        self._drop(region, read)
             finally:
                 lock.release()
         if close:

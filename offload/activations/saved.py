@@ -8,7 +8,7 @@ import torch
 
 from offload.activations.identity import drop_memory, root_of, sharing_version, tensor_on
 from offload.device import Restored, view_over
-from offload.native import crc32c
+from offload.native import DropNotice, crc32c
 
 if TYPE_CHECKING:
     from offload.activations.region import Region
@@ -94,13 +94,13 @@ class RecastParameter:
 
 
 class SavedView:
-    """One saved tensor over a region. Its death is the region's loss of a reader.
+    """One saved tensor over a region. Its end is the region's loss of a reader, told by `notice`.
 
     It returns with its size, strides, dtype and address modulo 64. Its storage offset counts from
     the region's first byte, which is the storage's own unless only a later part was saved.
     """
 
-    __slots__ = ("conj", "dtype", "neg", "offset", "read", "region", "size", "stride")
+    __slots__ = ("conj", "dtype", "neg", "notice", "offset", "region", "size", "stride")
 
     def __init__(
         self, region: Region, tensor: torch.Tensor, offset: int, conj: bool, neg: bool
@@ -113,7 +113,8 @@ class SavedView:
         # Both are promises about the bytes, not in them.
         self.conj = conj
         self.neg = neg
-        self.read = False
+        owner = region.forward.owner
+        self.notice = DropNotice(owner.dropped, region, owner.settle)
         region.handles += 1
         region.unread += 1
 
@@ -137,7 +138,3 @@ class SavedView:
         if self.neg:
             tensor = torch._neg_view(tensor)
         return tensor
-
-    def __del__(self) -> None:
-        region = self.region
-        region.forward.owner.dropped(region, self.read)

@@ -46,7 +46,7 @@ BAD_FLAGS = [
     (["--data=missing.txt"], ["--data", "missing.txt", "No such file"]),
     (["--data=missing.bin"], ["--data", "missing.bin", "No such file"]),
     (["--summary=missing/summary.json"], ["--summary", "missing/summary.json"]),
-    (["--offload-path=missing"], ["--offload-path", "missing", "No such file"]),
+    (["--offload-path=missing"], ["--offload-path", "missing", "No such file", "mkdir -p"]),
     (["--offload-path=file"], ["--offload-path", "file", "Not a directory"]),
     (["--offload-path", ".", "missing"], ["--offload-path", "missing", "No such file"]),
 ]

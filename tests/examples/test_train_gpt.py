@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -242,3 +243,19 @@ def test_the_learning_rate_rises_then_falls_to_a_tenth(train_gpt: ModuleType) ->
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert max(rates) == 1.0
     assert 0.1 <= rates[-1] < 0.101
+
+
+def test_ctrl_c_ends_the_run_at_once_with_one_line(start: Start, spill_dir: Path) -> None:
+    child = start(
+        "--offload=ssd", f"--offload-path={spill_dir}", "--steps=100000", "--eval-every=2"
+    )
+    assert child.stdout is not None
+    while "validation" not in (line := child.stdout.readline()) and line:
+        pass
+    child.send_signal(signal.SIGINT)
+    _, rest = child.communicate(timeout=60)
+    assert child.returncode == 128 + signal.SIGINT
+    assert rest.splitlines()[-1] == "train_gpt.py: error: interrupted"
+    assert "Traceback" not in rest
+    assert "Exception ignored" not in rest
+    assert list(spill_dir.iterdir()) == []

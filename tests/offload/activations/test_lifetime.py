@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,3 +241,41 @@ def test_a_pass_whose_graph_went_first_keeps_nothing(make: Any, fails: bool) -> 
         pass
     assert (step.regions, step._weak, step._newest, step.live) == ([], [], {}, 0)
     assert act.forwards == set()
+
+
+def test_no_signal_is_lost_in_a_step_and_the_next_step_works(make: Any, on_signal: Any) -> None:
+    class InterruptionError(Exception):
+        pass
+
+    def interrupt() -> None:
+        raise InterruptionError
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            chain(act, weights).backward()
+
+    act = make()
+    weights = leaves(30)
+    on_signal(interrupt)
+    main = threading.main_thread().ident
+    assert main is not None
+    lost: list[Any] = []
+    before = sys.unraisablehook
+    sys.unraisablehook = lost.append
+    try:
+        for turn in range(40):
+            kill = functools.partial(signal.pthread_kill, main, signal.SIGUSR1)
+            timer = threading.Timer((20 + turn) * 1e-3, kill)
+            timer.start()
+            with pytest.raises(InterruptionError):
+                steps(2000)
+            timer.join()
+    finally:
+        sys.unraisablehook = before
+    assert not lost
+    chain(act, weights).backward()
+    gc.collect()
+    act.settle()
+    act._tier.drain()
+    assert act.stats().spill_bytes == 0
+    assert act._tier.counters()["used_bytes"] == 0
