@@ -107,6 +107,6 @@ def tensor_at(
     """
     kind = _DLPACK_TYPES.get(dtype)
     if kind is not None and not first_byte:
-        tensor: torch.Tensor = _from_dlpack(buffer.dlpack(*kind, size, stride, 0))
+        tensor: torch.Tensor = _from_dlpack(buffer.dlpack(*kind, size, stride))
         return tensor
     return tensor_over(buffer, dtype).as_strided(size, stride, first_byte // dtype.itemsize)

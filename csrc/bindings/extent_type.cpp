@@ -1,6 +1,5 @@
 #include "extent_type.h"
 
-#include <array>
 #include <cstdint>
 #include <limits>
 #include <new>
@@ -129,14 +128,14 @@ bool append_integers(PyObject* tuple, std::vector<std::int64_t>& to) {
   return PyErr_Occurred() == nullptr;
 }
 
-// dlpack(code, bits, size, stride, first_byte): see offload/_C.pyi.
+// dlpack(code, bits, size, stride), from the first byte on: see offload/_C.pyi.
 PyObject* buffer_dlpack(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([&]() -> PyObject* {
-    if (count != 5 || !PyTuple_Check(arguments[2]) || !PyTuple_Check(arguments[3]) ||
+    if (count != 4 || !PyTuple_Check(arguments[2]) || !PyTuple_Check(arguments[3]) ||
         PyTuple_GET_SIZE(arguments[2]) != PyTuple_GET_SIZE(arguments[3])) {
       PyErr_SetString(PyExc_TypeError,
-                      "dlpack() takes code, bits, size, stride, first_byte; size and stride are "
-                      "tuples of equal length");
+                      "dlpack() takes code, bits, size, stride; size and stride are tuples of "
+                      "equal length");
       return nullptr;
     }
     const long code = PyLong_AsLong(arguments[0]);
@@ -145,15 +144,13 @@ PyObject* buffer_dlpack(PyObject* self, PyObject* const* arguments, Py_ssize_t c
     sizes_and_strides.reserve(2 * static_cast<std::size_t>(PyTuple_GET_SIZE(arguments[2])));
     if (!append_integers(arguments[2], sizes_and_strides)) return nullptr;
     if (!append_integers(arguments[3], sizes_and_strides)) return nullptr;
-    const unsigned long long first_byte = PyLong_AsUnsignedLongLong(arguments[4]);
     if (PyErr_Occurred() != nullptr) return nullptr;
     const Restored& restored = restored_of(self);
     constexpr long kMax = std::numeric_limits<std::uint8_t>::max();
-    if (code < 0 || code > kMax || bits < 0 || bits > kMax || first_byte > restored.nbytes) {
-      throw std::invalid_argument("code, bits or first_byte is out of range");
+    if (code < 0 || code > kMax || bits < 0 || bits > kMax) {
+      throw std::invalid_argument("code or bits is out of range");
     }
-    return dlpack::capsule(restored.address + first_byte, restored.nbytes - first_byte,
-                           restored.slice,
+    return dlpack::capsule(restored.address, restored.nbytes, restored.slice,
                            {static_cast<std::uint8_t>(code), static_cast<std::uint8_t>(bits)},
                            std::move(sizes_and_strides));
   });

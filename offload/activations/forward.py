@@ -19,7 +19,7 @@ from offload.activations.identity import (
     storage_alive,
     weak_storage,
 )
-from offload.activations.region import Region
+from offload.activations.region import Region, element_begin
 from offload.activations.saved import Kept, RecastParameter, Saved, SavedView
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ __all__ = ["ForwardPass"]
 
 # How many of a storage's latest regions are looked at for an overlap.
 _LATEST_REGIONS = 16
-
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -189,7 +187,7 @@ class ForwardPass:
         conj = tensor.is_conj()
         neg = tensor.is_neg()
         if owner.process != getpid():
-            owner.check_open()
+            owner.check_process()
         try:
             with owner.lock:
                 # An operator may still write to what it has saved (its own output, a mask, noise),
@@ -230,7 +228,7 @@ class ForwardPass:
                 self.owner.counters.deduplicated += end - begin - region.extend(begin, end)
                 return region
             region = region.older
-        region = self._pieces.get((key, begin, end))
+        region = self._pieces.get((key, element_begin(begin), end))
         if region is not None and region.holds(root_key, version, begin, end):
             self.owner.counters.deduplicated += end - begin
             return region

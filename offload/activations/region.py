@@ -17,11 +17,16 @@ from offload.native import Extent
 if TYPE_CHECKING:
     from offload.activations.forward import ForwardPass
 
-__all__ = ["Region"]
+__all__ = ["Region", "element_begin"]
 
 # The largest element of any dtype: a region begins at a multiple, so that every view of it lies at
 # a whole number of its own elements.
 ELEMENT_BYTES = 16
+
+
+def element_begin(begin: int) -> int:
+    """Return where a region that holds the byte `begin` of its storage begins."""
+    return begin // ELEMENT_BYTES * ELEMENT_BYTES
 
 
 class Region:
@@ -73,7 +78,7 @@ class Region:
         self.root_key = root._cdata
         self.root_ref = WeakTensorRef(root)
         self.version: int = alias._version
-        self.begin = begin // ELEMENT_BYTES * ELEMENT_BYTES
+        self.begin = element_begin(begin)
         self.end = end
         self.on_host = alias.is_cpu
         self.in_memory = True
@@ -117,7 +122,7 @@ class Region:
     def extend(self, begin: int, end: int) -> int:
         """Take in more of the storage before it is staged; return by how many bytes it grew."""
         before = self.nbytes
-        self.begin = min(self.begin, begin // ELEMENT_BYTES * ELEMENT_BYTES)
+        self.begin = min(self.begin, element_begin(begin))
         self.end = max(self.end, end)
         return self.nbytes - before
 
