@@ -8,11 +8,34 @@ class Arena(metaclass=_NativeType):
     def stats(self) -> dict[str, int]: ...
 
 @final
-class DropNotice:
+class SavedView:
     read: bool
     def __new__(
-        cls, inbox: list[tuple[Any, bool]], item: Any, settle: Callable[[], object]
-    ) -> DropNotice: ...
+        cls,
+        inbox: list[tuple[Any, bool]],
+        settle: Callable[[], object],
+        region: Any,
+        dtype: Any,
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+        offset: int,
+        conj: bool,
+        neg: bool,
+    ) -> SavedView: ...
+    @property
+    def region(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def size(self) -> tuple[int, ...]: ...
+    @property
+    def stride(self) -> tuple[int, ...]: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def conj(self) -> bool: ...
+    @property
+    def neg(self) -> bool: ...
 
 @final
 class Buffer:

@@ -10,8 +10,8 @@
 #include "../core/error.h"
 #include "../core/file.h"
 #include "../core/spill.h"
-#include "drop_notice.h"
 #include "extent_type.h"
+#include "view_type.h"
 
 namespace py = pybind11;
 using namespace offload;  // NOLINT: one file, one purpose
@@ -192,7 +192,7 @@ PYBIND11_MODULE(_C, module) {
       set_os_error(error);
     }
   });
-  if (!add_extent_types(module.ptr()) || !add_drop_notice(module.ptr())) {
+  if (!add_extent_types(module.ptr()) || !add_view_type(module.ptr())) {
     throw py::error_already_set();
   }
   bind_memory(module);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from os import getpid
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,8 @@ from offload.activations.identity import (
     weak_storage,
 )
 from offload.activations.region import Region, element_begin
-from offload.activations.saved import Kept, RecastParameter, Saved, SavedView
+from offload.activations.saved import Kept, RecastParameter, Saved
+from offload.native import SavedView
 
 if TYPE_CHECKING:
     from offload.activations.offloader import ActivationOffload
@@ -34,6 +34,9 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _unpack(saved: Saved) -> torch.Tensor:
+    if isinstance(saved, SavedView):
+        forward: ForwardPass = saved.region.forward
+        return forward.owner.restore(saved)
     return saved.unpack()
 
 
@@ -47,6 +50,7 @@ class ForwardPass:
         self.order: list[int] = []  # of region numbers, as the backward is expected to want them
         self.used: list[int] = []  # the same, as it really did
         self.cursor = 0
+        self.signature: tuple[int, ...] = ()
         # Weak references to storages: keys, unique while they are held, which is until nobody can
         # ask for any region.
         self._weak: list[int] = []
@@ -60,6 +64,9 @@ class ForwardPass:
         self._noted: dict[int, tuple[torch.Tensor, int, int]] = {}
         self._min_bytes = max(1, owner.config.min_tensor_bytes)
         self._recast = owner.config.recast_parameters
+        # Every view has them.
+        self._dropped = owner.dropped
+        self._settle = owner.settle
         self._entered = self._done = False
 
     # ---- the forward ------------------------------------------------------------------------
@@ -92,7 +99,6 @@ class ForwardPass:
             notes.clear()
         owner = self.owner
         try:
-            owner.check_process()
             with owner.lock:
                 self._done = True
                 if kind is None:
@@ -162,7 +168,6 @@ class ForwardPass:
 
     def _stage_earlier(self) -> None:
         owner = self.owner
-        owner.check_process()
         try:
             with owner.lock:
                 self._stage_pending()
@@ -186,8 +191,6 @@ class ForwardPass:
             return self._pass(tensor, "emptied")
         conj = tensor.is_conj()
         neg = tensor.is_neg()
-        if owner.process != getpid():
-            owner.check_process()
         try:
             with owner.lock:
                 # An operator may still write to what it has saved (its own output, a mask, noise),
@@ -203,7 +206,19 @@ class ForwardPass:
                     region = Region(self, alias, key, root_of(tensor), begin, end)
                     self._register(region)
                 region.last_save = self._saves = self._saves + 1
-                return SavedView(region, tensor, begin, conj, neg)
+                region.handles += 1
+                region.unread += 1
+                return SavedView(
+                    self._dropped,
+                    self._settle,
+                    region,
+                    tensor.dtype,
+                    tensor.shape,
+                    tensor.stride(),
+                    begin,
+                    conj,
+                    neg,
+                )
         finally:
             if owner.dropped:
                 owner.settle()
@@ -266,7 +281,9 @@ class ForwardPass:
 
     def _expect_backward(self) -> None:
         """Predict the order of the backward: as last time for the same sizes, else reversed."""
-        self.order = self.owner.learned_order(self.signature()) or self._reversed()
+        # What two forwards must share to be expected to run backward alike.
+        self.signature = tuple([region.end - region.begin for region in self.regions])
+        self.order = self.owner.learned_order(self.signature) or self._reversed()
         for position, number in enumerate(self.order):
             self.regions[number].position = position
         held = 0
@@ -280,10 +297,6 @@ class ForwardPass:
         """Return the regions by their last save, the latest first: that node comes first."""
         regions = self.regions
         return sorted(range(len(regions)), key=lambda number: -regions[number].last_save)
-
-    def signature(self) -> tuple[int, ...]:
-        """Return what two forwards must share to be expected to run backward alike."""
-        return tuple(region.nbytes for region in self.regions)
 
     def want(self, region: Region, again: bool) -> None:
         """Note that the backward wants `region` now; what comes next follows from it.
@@ -320,8 +333,9 @@ class ForwardPass:
         if not self._done:
             return  # more may come
         if self.used:
-            unused = [number for number in self.order if not self.regions[number].used]
-            self.owner.learn_order(self.signature(), self.used + unused)
+            if len(self.used) < len(self.order):
+                self.used += [number for number in self.order if not self.regions[number].used]
+            self.owner.learn_order(self.signature, self.used)
         self.regions = []
         self.order = []
         self.used = []

@@ -35,6 +35,9 @@ __all__ = [
 
 # Untyped in torch; looked up once, since every saved tensor passes here.
 _new_with_weak_ptr: Any = torch.UntypedStorage._new_with_weak_ptr
+# Returns a weak reference (an int) to a storage, which is also its key: nothing else has it
+# meanwhile. Whoever takes one gives it back with `release_weak_storage`.
+weak_storage: Any = torch.UntypedStorage._weak_ref
 release_weak_storage: Any = torch.UntypedStorage._free_weak_ref
 WeakTensorRef: Any = torch._C._WeakTensorRef  # type: ignore[attr-defined]
 # Grows when an autograd node is made, which every operator does before it saves its arguments: two
@@ -50,15 +53,6 @@ _NOTHING = torch.empty(0)
 @functools.cache
 def _nothing_on(device: torch.device) -> torch.Tensor:
     return torch.empty(0, device=device)
-
-
-def weak_storage(storage: torch.UntypedStorage) -> int:
-    """Return a weak reference to `storage`, which is also its key: nothing else has it meanwhile.
-
-    Whoever takes one gives it back with `release_weak_storage`.
-    """
-    weak: Any = storage._weak_ref()  # torch's annotation is wrong: it is an int
-    return int(weak)
 
 
 def storage_alive(weak: int) -> torch.UntypedStorage | None:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from offload.activations.forward import ForwardPass
+from offload.activations.ownership import foreign_process, lock_out_children
 from offload.activations.region import Region
-from offload.activations.saved import SavedView, changed_in_place
+from offload.activations.saved import changed_in_place, over_restored, over_storage
 from offload.activations.stats import ActivationStats, Counters
 from offload.config import ActivationsConfig
 from offload.device import KERNEL_ALIGN, Restored, host_copy, materialise
-from offload.native import FaultPlan
+from offload.native import FaultPlan, SavedView
 from offload.tiers import SsdTier
 
 __all__ = ["ActivationOffload"]
@@ -89,6 +90,7 @@ class ActivationOffload:
         # Joins the I/O threads when this object dies, at the interpreter's exit at the latest.
         self._finalizer = weakref.finalize(self, self._tier.close)
         self.process = os.getpid()
+        lock_out_children(self)
         self.closed = False
         # Reentrant only so that it can say whether this thread holds it; see `close` and `settle`.
         self.lock: Any = threading.RLock()
@@ -99,6 +101,7 @@ class ActivationOffload:
         self.dropped: list[tuple[Region | None, bool]] = []
         self._orders: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()
         self._ahead_bytes = 0
+        self._keep_bytes = self.config.keep_bytes
         wanted = self.config.read_ahead_bytes
         self._read_ahead_bytes = self.config.staging_bytes // 2 if wanted is None else wanted
         batch = min(self._read_ahead_bytes // 2, _READ_BATCH_BYTES)
@@ -179,17 +182,10 @@ class ActivationOffload:
 
     # ---- for the passes; `lock` is held where not said otherwise -----------------------------
 
-    def check_process(self) -> None:
-        """Raise RuntimeError in a forked child, where another thread may hold `lock` for ever."""
-        if self.process != os.getpid():
-            raise RuntimeError(
-                f"this ActivationOffload belongs to process {self.process}; a forked child has to "
-                "make its own"
-            )
-
     def check_open(self) -> None:
         """Raise RuntimeError in a closed instance or in a forked child. Without `lock`."""
-        self.check_process()
+        if self.process != os.getpid():
+            raise foreign_process(self.process)
         if self.closed:
             raise RuntimeError("this ActivationOffload is closed; make a new one")
 
@@ -204,7 +200,7 @@ class ActivationOffload:
         storage = region.original()
         if storage is None:
             return  # emptied since by its owner, who may fill it again before the backward
-        if self.config.keep_bytes is not None:
+        if self._keep_bytes is not None:
             self._require_keeping(0)
         begin = region.begin
         nbytes = region.end - begin
@@ -232,7 +228,7 @@ class ActivationOffload:
         self._tier.flush()
 
     def _require_keeping(self, nbytes: int) -> None:
-        limit = self.config.keep_bytes
+        limit = self._keep_bytes
         if limit is None:
             return
         # What found no space when it was written is kept by the tier.
@@ -247,46 +243,44 @@ class ActivationOffload:
 
     def restore(self, view: SavedView) -> torch.Tensor:
         """Return a saved tensor. Takes `lock`."""
-        if self.process != os.getpid():
-            self.check_process()
         try:
             with self.lock:
-                region = view.region
-                self._check_restorable(view, region)
+                region: Region = view.region
+                if self.closed or region.alias._version != region.version:
+                    raise self._not_restorable(view, region)
                 storage = region.original()
                 if storage is not None:
                     tensor = self._forward_original(view, region, storage)
                 else:
                     restored = region.restored
                     if restored is None:
-                        restored = self._fetch(region, view.notice.read)
-                    tensor = view.over_restored(restored)
-                if not view.notice.read:
-                    view.notice.read = True
+                        restored = self._fetch(region, view.read)
+                    tensor = over_restored(view, restored)
+                if not view.read:
+                    view.read = True
                     region.first_read()
                 return tensor
         finally:
             if self.dropped:
                 self.settle()
 
-    def _check_restorable(self, view: SavedView, region: Region) -> None:
+    def _not_restorable(self, view: SavedView, region: Region) -> RuntimeError:
         if self.closed:
-            raise RuntimeError(
+            return RuntimeError(
                 "a saved activation is asked for after its ActivationOffload was closed; "
                 "close it after the last backward"
             )
-        found = region.alias._version
-        if found != region.version:
-            raise changed_in_place(f"[{view.dtype} {list(view.size)}]", found, region.version)
+        what = f"[{view.dtype} {list(view.size)}]"
+        return changed_in_place(what, region.alias._version, region.version)
 
     def _forward_original(
         self, view: SavedView, region: Region, storage: torch.UntypedStorage
     ) -> torch.Tensor:
         if not region.in_memory:
             self.counters.forwarded += region.nbytes
-        region.forward.want(region, view.notice.read)
+        region.forward.want(region, view.read)
         self._read_ahead(region.forward)
-        return view.over_storage(storage)
+        return over_storage(view, storage)
 
     def _fetch(self, region: Region, again: bool) -> Restored:
         forward = region.forward

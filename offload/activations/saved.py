@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
 import torch
 
 from offload.activations.identity import drop_memory, root_of, sharing_version, tensor_on
 from offload.device import Restored, view_over
-from offload.native import DropNotice, crc32c
+from offload.native import SavedView, crc32c
 
-if TYPE_CHECKING:
-    from offload.activations.region import Region
-
-__all__ = ["Kept", "RecastParameter", "Saved", "SavedView", "changed_in_place"]
-
-
-class Saved(Protocol):
-    """Anything the pack hook returned."""
-
-    def unpack(self) -> torch.Tensor:
-        """Return the tensor as it was saved; raises RuntimeError if it was changed in place."""
+__all__ = ["Kept", "RecastParameter", "Saved", "changed_in_place", "over_restored", "over_storage"]
 
 
 def changed_in_place(what: str, found: int, expected: int) -> RuntimeError:
@@ -93,48 +81,30 @@ class RecastParameter:
         return copy.as_strided(*self.geometry)
 
 
-class SavedView:
-    """One saved tensor over a region. Its end is the region's loss of a reader, told by `notice`.
+Saved = Kept | RecastParameter | SavedView
+"""What the pack hook returns."""
 
-    It returns with its size, strides, dtype and address modulo 64. Its storage offset counts from
-    the region's first byte, which is the storage's own unless only a later part was saved.
+
+def over_storage(view: SavedView, storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return `view` of the storage it was saved from."""
+    bare = tensor_on(storage, view.dtype, view.size, view.stride, view.offset)
+    return _joined(view, bare)
+
+
+def over_restored(view: SavedView, restored: Restored) -> torch.Tensor:
+    """Return `view` of its region's restored bytes, which it keeps alive.
+
+    Its storage offset counts from the region's first byte, which is the storage's own unless only a
+    later part was saved; size, strides, dtype and address modulo 64 are as they were.
     """
+    first_byte = view.offset - view.region.begin
+    return _joined(view, view_over(restored, view.dtype, view.size, view.stride, first_byte))
 
-    __slots__ = ("conj", "dtype", "neg", "notice", "offset", "region", "size", "stride")
 
-    def __init__(
-        self, region: Region, tensor: torch.Tensor, offset: int, conj: bool, neg: bool
-    ) -> None:
-        self.region = region
-        self.size = tensor.shape
-        self.stride = tensor.stride()
-        self.dtype = tensor.dtype
-        self.offset = offset  # of the first element in its storage, in bytes
-        # Both are promises about the bytes, not in them.
-        self.conj = conj
-        self.neg = neg
-        owner = region.forward.owner
-        self.notice = DropNotice(owner.dropped, region, owner.settle)
-        region.handles += 1
-        region.unread += 1
-
-    def unpack(self) -> torch.Tensor:
-        """Return the tensor, reading it back if need be."""
-        return self.region.forward.owner.restore(self)
-
-    def over_storage(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        """Return this view of the storage it was saved from."""
-        return self._joined(tensor_on(storage, self.dtype, self.size, self.stride, self.offset))
-
-    def over_restored(self, restored: Restored) -> torch.Tensor:
-        """Return this view of the region's restored bytes, which it keeps alive."""
-        first_byte = self.offset - self.region.begin
-        return self._joined(view_over(restored, self.dtype, self.size, self.stride, first_byte))
-
-    def _joined(self, bare: torch.Tensor) -> torch.Tensor:
-        tensor = sharing_version(self.region.alias, bare)
-        if self.conj:
-            tensor = tensor.conj()
-        if self.neg:
-            tensor = torch._neg_view(tensor)
-        return tensor
+def _joined(view: SavedView, bare: torch.Tensor) -> torch.Tensor:
+    tensor = sharing_version(view.region.alias, bare)
+    if view.conj:
+        tensor = tensor.conj()
+    if view.neg:
+        tensor = torch._neg_view(tensor)
+    return tensor

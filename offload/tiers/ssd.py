@@ -7,6 +7,7 @@ staging of the whole tier.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -61,16 +62,17 @@ class SsdTier:
         except BaseException:
             self.close()
             raise
-
-    def write(self, address: int, nbytes: int) -> Extent | None:
-        """Copy the bytes at `address` into staging and start writing them.
+        only = self._spills[0] if len(self._spills) == 1 else None
+        self.write: Callable[[int, int], Extent | None]
+        """`write(address, nbytes)` copies bytes into staging and starts writing them.
 
         The memory is the caller's again on return. Waits while staging is full. Returns None when
         no directory has space; raises OSError once an earlier write has failed.
         """
+        self.write = only.write if only is not None else self._write_in_turn
+
+    def _write_in_turn(self, address: int, nbytes: int) -> Extent | None:
         spills = self._spills
-        if len(spills) == 1:
-            return spills[0].write(address, nbytes)
         for _ in spills:
             spill = spills[self._next % len(spills)]
             self._next += 1

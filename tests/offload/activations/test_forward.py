@@ -372,7 +372,7 @@ def test_a_branch_without_a_backward_does_not_hide_the_order_of_the_rest(make: A
     with step:
         ys = [square() * weight for weight in weights]
         unused = (square() * weights[0]).sin()
-    signature = step.signature()
+    signature = step.signature
     for number in (1, 3, 0, 2):  # in an order of its own
         ys[number].sum().backward()
     del ys, unused
