@@ -36,7 +36,10 @@ def canonical_tier(name: str) -> str:
         raise ValueError(f"tier={name!r} is not a name; allowed: {', '.join(TIERS)}")
     tier = TIER_ALIASES.get(name, name)
     if tier not in TIERS:
-        hint = nearest(name, [*TIERS, *TIER_ALIASES])
+        is_path = "/" in name
+        hint = (
+            "; a directory is given as path=" if is_path else nearest(name, [*TIERS, *TIER_ALIASES])
+        )
         raise ValueError(f"tier={name!r} is not a tier; allowed: {', '.join(TIERS)}{hint}")
     return tier
 

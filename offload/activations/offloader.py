@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -219,6 +220,13 @@ class ActivationOffload:
 
     def _keep(self, region: Region) -> None:
         self._require_keeping(region.nbytes)
+        if not self.counters.kept:
+            warnings.warn(
+                f"{self._tier.why_full()}; from here on saved tensors that find no space stay in "
+                "memory (stats().kept_bytes counts them)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self.counters.kept += region.nbytes
         self.counters.kept_now += region.nbytes
         region.kept = True

@@ -44,6 +44,8 @@ class SsdTier:
         self._spills: list[Spill] = []
         self._next = 0
         self._verify = config.verify
+        self._path = config.path
+        self._spill_bytes = config.spill_bytes
         try:
             for directory in config.path:
                 self._spills.append(
@@ -89,6 +91,19 @@ class SsdTier:
     def kept_bytes(self) -> int:
         """Return how many live bytes are in memory because their write found the disk full."""
         return sum(int(spill.stats()["kept_bytes"]) for spill in self._spills)
+
+    def why_full(self) -> str:
+        """Say, directory by directory, what stands in the way of more bytes."""
+        bound = "spill_bytes" if self._spill_bytes else "half of what was free at the start"
+        reasons = []
+        for path, spill in zip(self._path, self._spills, strict=True):
+            counters, space = spill.stats(), os.statvfs(path)
+            reasons.append(
+                f"{path}: {counters['used_bytes']} bytes are in use of at most "
+                f"{counters['limit_bytes']} ({bound}), and {space.f_bavail * space.f_frsize} are "
+                "free on the drive"
+            )
+        return "; ".join(reasons)
 
     def flush(self) -> None:
         """Start the small writes that still wait for company."""

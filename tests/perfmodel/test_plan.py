@@ -42,6 +42,11 @@ def test_an_unknown_tier_is_refused_with_the_nearest(name: str, nearest: str) ->
     assert all(tier in str(caught.value) for tier in TIERS)
 
 
+def test_a_directory_in_the_place_of_a_tier_is_pointed_out() -> None:
+    with pytest.raises(ValueError, match=r"'/mnt/nvme' is not a tier.*is given as path="):
+        canonical_tier("/mnt/nvme")
+
+
 @pytest.mark.parametrize("name", [None, 3, b"ssd", ["ssd"], ""])
 def test_what_is_no_name_is_no_tier(name: Any) -> None:
     with pytest.raises(ValueError, match="tier="):
