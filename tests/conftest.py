@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A slow example is no failure: how long things take is measured in benchmarks/.
 settings.register_profile("offload", deadline=None, print_blob=True)
 settings.load_profile("offload")
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would the programs under test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=["uring", "posix"])
