@@ -1,0 +1,328 @@
+"""Which saved tensors leave, where to, and when each is read back.
+
+Two aims: the least peak memory without a stall, or the fewest bytes moved within a memory limit.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+from perfmodel.schedules.replay import KEPT, Outcome, Replay
+from perfmodel.schedules.trace import Channel, Limits, Trace
+
+__all__ = ["ActivationSchedule", "plan_activations", "prefix_cut"]
+
+# How much work the search may do: choices tried times tensors in each.
+_SEARCH_TENSORS = 150_000
+# So few choices are all tried.
+_FEW_CHOICES = 1024
+# Beginnings at random, besides the ones that are thought to be good.
+_RESTARTS = 48
+# With more tensors than this only a few beginnings are tried, and repaired in bulk.
+_MANY = 2048
+
+
+@dataclass(frozen=True)
+class ActivationSchedule:
+    """What to do with each tensor of a trace, in the order of saving, and what comes of it."""
+
+    tiers: tuple[str, ...]
+    """`device` for those that are kept."""
+    read_s: tuple[float, ...]
+    """When each read begins at the latest, on the trace's clock; infinite for those kept."""
+    reads_before: tuple[tuple[int, ...], ...]
+    """For each place in the order of need: the tensors whose reads begin before it is asked for."""
+    peak_bytes: int
+    staging_peak_bytes: int
+    moved_bytes: int
+
+
+def plan_activations(
+    trace: Trace,
+    channels: Sequence[Channel],
+    limits: Limits | None = None,
+    memory_bytes: int | None = None,
+) -> ActivationSchedule:
+    """Choose a tier for every tensor of `trace`.
+
+    No write may hold up the forward, no read the backward. Without `memory_bytes`: the least peak
+    that is possible so. With it: the fewest bytes moved with a peak within `memory_bytes`; where
+    that is out of reach, the least peak. The result is the same for the same arguments, however
+    fast the machine.
+    """
+    limits = limits or Limits()
+    search = _Search(Replay(trace, channels, limits), memory_bytes or 0)
+    return _schedule_of(search.replay, *search.best())
+
+
+class _NestedStaging:
+    """Staging of tensors that are offered longest lifetime first, each inside the one before."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._out: deque[tuple[float, int]] = deque()  # writes not ended: when, bytes
+        self._out_bytes = 0
+        self._in: deque[tuple[float, int]] = deque()  # reads: when begun, bytes of those before
+        self._in_bytes = 0
+
+    def takes(self, nbytes: int, away: tuple[float, float], back: tuple[float, float]) -> bool:
+        """Add a tensor that is staged during `away` and `back` (from, to), if there is room."""
+        if self._limit == math.inf:
+            return True
+        while self._out and self._out[0][0] < away[0]:
+            self._out_bytes -= self._out.popleft()[1]
+        # A read that is outer begins later: it meets all that are inner and not yet released.
+        while self._in and self._in[0][0] > back[1]:
+            self._in.popleft()
+        before = self._in[0][1] if self._in else self._in_bytes
+        if max(self._out_bytes, self._in_bytes - before) + nbytes > self._limit:
+            return False
+        self._out.append((away[1], nbytes))
+        self._out_bytes += nbytes
+        self._in.append((back[0], self._in_bytes))
+        self._in_bytes += nbytes
+        return True
+
+
+_Found = tuple[list[int], Outcome]
+
+
+class _Search:
+    """Tries choices on a replay; peaks below `target` are as good as `target`."""
+
+    def __init__(self, replay: Replay, target: int) -> None:
+        self.replay = replay
+        self.target = target
+        self._tries = 0
+        self.movable = [index for index, yes in enumerate(replay.movable) if yes]
+
+    def key(self, outcome: Outcome) -> tuple[int, float]:
+        # Of equal peaks, the emptier memory is closer to a lower peak.
+        return max(outcome.peak_bytes, self.target), outcome.byte_seconds
+
+    def best(self) -> _Found:
+        """Return the best choice found."""
+        replay = self.replay
+        kept = [KEPT] * len(replay.nbytes)
+        nothing = kept, replay.run(kept)
+        if not replay.channels or not self.movable:
+            return nothing
+        options = range(KEPT, len(replay.channels))
+        if len(options) ** len(self.movable) <= _FEW_CHOICES:
+            return self._best_of_all(nothing, options)
+        self._tries = _SEARCH_TENSORS // len(kept)
+        found = nothing
+        for start in self._beginnings():
+            found = self._better(found, start)
+        found = self._improve(*found, pairs=True)
+        rng = random.Random(0)  # the same plan for the same trace
+        for restart in range(_RESTARTS if len(self.movable) <= _MANY else 0):
+            if self._tries <= 0 or found[1].peak_bytes <= self.target:
+                break
+            some = rng.sample(self.movable, rng.randint(0, len(self.movable)))
+            choice = self._accept(some)
+            if restart % 2:  # what came second may leave all the same
+                for index in some:
+                    choice[index] = max(choice[index], 0)
+            start = self._feasible(some, choice)
+            found = self._better(found, self._improve(*start, pairs=False))
+        found = self._improve(*found, pairs=True)
+        return self._pruned(*found)
+
+    def _best_of_all(self, found: _Found, options: Iterable[int]) -> _Found:
+        for chosen in product(options, repeat=len(self.movable)):
+            choice = [KEPT] * len(found[0])
+            for index, option in zip(self.movable, chosen, strict=True):
+                choice[index] = option
+            outcome = self.replay.run(choice)
+            if outcome.broken < 0:
+                found = self._better(found, (choice, outcome))
+        return self._pruned(*found)
+
+    def _beginnings(self) -> Iterator[_Found]:
+        """Yield choices to improve on: what leaves first, stays away longest, or frees the most."""
+        replay = self.replay
+        away_s = list(map(operator.sub, replay.needed_s, replay.saved_s))
+        orders: list[Callable[[int], float]] = [
+            lambda index: index,
+            lambda index: -away_s[index],
+            lambda index: -away_s[index] * replay.nbytes[index],
+        ]
+        for order in orders[: 1 if len(self.movable) > _MANY else None]:
+            ranked = sorted(self.movable, key=order)
+            yield self._feasible(ranked, self._accept(ranked))
+        cut = prefix_cut(replay.trace, replay.channels[0])
+        outcome = replay.run(cut)
+        if outcome.broken < 0:
+            yield cut, outcome
+        elif len(self.movable) <= _MANY:
+            yield self._feasible(self.movable, cut)
+
+    def _better(self, one: _Found, other: _Found) -> _Found:
+        return min(one, other, key=lambda found: self.key(found[1]))
+
+    def _accept(self, order: Iterable[int]) -> list[int]:
+        """Take tensors in `order` while a channel can still write and read them in time.
+
+        Exact where lifetimes are nested and the longest come first; else only a beginning.
+        """
+        replay = self.replay
+        choice = [KEPT] * len(replay.nbytes)
+        free_s = [0.0] * len(replay.channels)
+        begin_s = [math.inf] * len(replay.channels)
+        staging = _NestedStaging(replay.limits.staging_bytes)
+        for index in order:
+            nbytes = replay.nbytes[index]
+            options = []
+            for number, channel in enumerate(replay.channels):
+                written_s = max(free_s[number], replay.saved_s[index]) + channel.write_s(nbytes)
+                needed_s = replay.needed_s[index]
+                read_s = min(begin_s[number], needed_s) - channel.read_s(nbytes)
+                options.append((written_s - read_s, number, written_s, read_s))
+            margin_s, number, written_s, read_s = min(options)
+            released_s = replay.released_s[index]
+            if margin_s <= 0 and staging.takes(
+                nbytes, (replay.saved_s[index], written_s), (read_s, released_s)
+            ):
+                choice[index], free_s[number], begin_s[number] = number, written_s, read_s
+        return choice
+
+    def _feasible(self, order: Sequence[int], choice: list[int]) -> _Found:
+        """Keep what cannot leave as chosen until the rest can; of very many, all from there on."""
+        replay = self.replay
+        outcome = replay.run(choice)
+        for _ in range(min(_MANY, _SEARCH_TENSORS // len(choice))):
+            if outcome.broken < 0:
+                return choice, outcome
+            choice[outcome.broken] = KEPT
+            outcome = replay.run(choice)
+        found = [KEPT] * len(choice), replay.run([KEPT] * len(choice))
+        ranked = [index for index in order if choice[index] != KEPT]
+        low, high = 0, len(ranked)
+        while low < high:
+            middle = (low + high + 1) // 2
+            tried = [KEPT] * len(choice)
+            for index in ranked[:middle]:
+                tried[index] = choice[index]
+            outcome = replay.run(tried)
+            if outcome.broken < 0:
+                low, found = middle, (tried, outcome)
+            else:
+                high = middle - 1
+        return found
+
+    def _pruned(self, choice: list[int], outcome: Outcome) -> _Found:
+        """Keep what buys nothing: first those that are away for the shortest time."""
+        replay = self.replay
+        peak = max(outcome.peak_bytes, self.target)
+        moved = [index for index in self.movable if choice[index] != KEPT]
+        moved.sort(key=lambda index: replay.needed_s[index] - replay.saved_s[index])
+        found = choice, outcome
+        step, tries = len(moved), _SEARCH_TENSORS // max(1, len(choice))
+        while step and moved and tries > 0:
+            at = 0
+            while at < len(moved) and tries > 0:
+                tries -= 1
+                some = moved[at : at + step]
+                tried = list(found[0])
+                for index in some:
+                    tried[index] = KEPT
+                outcome = replay.run(tried)
+                if outcome.broken < 0 and outcome.peak_bytes <= peak:
+                    found = tried, outcome
+                    del moved[at : at + step]
+                else:
+                    at += step
+            step //= 2
+        return found
+
+    def _improve(self, choice: list[int], outcome: Outcome, *, pairs: bool) -> _Found:
+        """Move single tensors, then maybe pairs, as long as that helps and tries are left."""
+        options = [KEPT, *range(len(self.replay.channels))]
+        improved = True
+        while improved and self._tries > 0:
+            improved = False
+            for change in self._changes(choice, options, pairs):
+                before = [(index, choice[index]) for index, _ in change]
+                for index, option in change:
+                    choice[index] = option
+                tried = self.replay.run(choice)
+                self._tries -= 1
+                if tried.broken < 0 and self.key(tried) < self.key(outcome):
+                    outcome, improved = tried, True
+                else:
+                    for index, option in before:
+                        choice[index] = option
+                if self._tries <= 0:
+                    break
+        return choice, outcome
+
+    def _changes(
+        self, choice: Sequence[int], options: Sequence[int], pairs: bool
+    ) -> Iterable[tuple[tuple[int, int], ...]]:
+        for index in self.movable:
+            for option in options:
+                if option != choice[index]:
+                    yield ((index, option),)
+        for one, other in combinations(self.movable, 2) if pairs else ():
+            for first in options:
+                for second in options:
+                    if first != choice[one] and second != choice[other]:
+                        yield ((one, first), (other, second))
+
+
+def _schedule_of(replay: Replay, choice: Sequence[int], outcome: Outcome) -> ActivationSchedule:
+    names = [channel.tier for channel in replay.channels]
+    order = sorted(range(len(choice)), key=lambda index: replay.needed_s[index])
+    reads = sorted(
+        (index for index in order if choice[index] != KEPT), key=outcome.read_s.__getitem__
+    )
+    before: list[tuple[int, ...]] = []
+    at = 0
+    asked_s = [replay.needed_s[index] for index in order]
+    for next_s in [*asked_s[1:], math.inf] if order else ():
+        # What must begin before the next one is asked for, begins when this one is.
+        due = at
+        while due < len(reads) and outcome.read_s[reads[due]] < next_s:
+            due += 1
+        before.append(tuple(reads[at:due]))
+        at = due
+    return ActivationSchedule(
+        tiers=tuple("device" if option == KEPT else names[option] for option in choice),
+        read_s=tuple(outcome.read_s),
+        reads_before=tuple(before),
+        peak_bytes=outcome.peak_bytes,
+        staging_peak_bytes=outcome.staging_peak_bytes,
+        moved_bytes=outcome.moved_bytes,
+    )
+
+
+def prefix_cut(trace: Trace, channel: Channel) -> list[int]:
+    """Return the choice of SSDTrain's adaptive offloading: a prefix of the step leaves.
+
+    Its rule (`solve_num_adaptive_keep_layers` in the authors' code): walk the nodes in the order of
+    the forward and keep the first, with everything after it, for which offloading all before it and
+    reloading it takes more than the write bandwidth until it is needed, the backward being taken to
+    last twice the forward. Times are of the trace's forward: until the last tensor is saved.
+    """
+    tensors = trace.tensors
+    choice = [KEPT] * len(tensors)
+    if not tensors:
+        return choice
+    forward_s = tensors[-1].saved_s
+    before_bytes, before_s = 0, 0.0
+    for index, tensor in enumerate(tensors):
+        volume = before_bytes + 2 * tensor.nbytes
+        time_s = 3 * forward_s - 2 * before_s
+        if volume > channel.write_bytes_per_s * time_s:
+            break
+        choice[index] = KEPT if tensor.held else 0
+        before_bytes += tensor.nbytes
+        before_s = tensor.saved_s
+    return choice

@@ -1,0 +1,212 @@
+"""What a choice of tiers does: when each tensor is written and read, and the memory that remains.
+
+A channel serves one transfer at a time. Reads come first: each ends when its tensor is needed and
+begins as late as the reads after it allow. Writes take the time in between, in the order of saving.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perfmodel.schedules.trace import Channel, Limits, Trace, peak_of
+
+__all__ = ["KEPT", "Outcome", "Replay"]
+
+KEPT = -1
+"""A choice: the tensor stays where it is. Other choices are indices of channels."""
+
+# Sums of times differ in the last bits depending on their order.
+_SLACK_S = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a choice. `broken`: a tensor that cannot leave as chosen, or -1 when all can."""
+
+    broken: int
+    peak_bytes: int = 0
+    staging_peak_bytes: int = 0
+    moved_bytes: int = 0
+    byte_seconds: float = 0.0
+    """How much is in memory for how long, less the same when all is kept."""
+    written_s: Sequence[float] = ()
+    """When each tensor's write has ended; infinite for those that are kept."""
+    read_s: Sequence[float] = ()
+    """When each tensor's read begins; infinite for those that are kept."""
+
+
+class Replay:
+    """A trace, channels and limits, against which many choices are tried."""
+
+    def __init__(self, trace: Trace, channels: Sequence[Channel], limits: Limits) -> None:
+        tensors = trace.tensors
+        self.trace = trace
+        self.channels = tuple(channels)
+        self.limits = limits
+        self.nbytes = [tensor.nbytes for tensor in tensors]
+        self.saved_s = [tensor.saved_s for tensor in tensors]
+        self.needed_s = [tensor.needed_s for tensor in tensors]
+        self.released_s = [tensor.released_s for tensor in tensors]
+        self.movable = [
+            not tensor.held and tensor.nbytes >= max(1, limits.min_tensor_bytes)
+            for tensor in tensors
+        ]
+        self._by_need = sorted(range(len(tensors)), key=lambda index: self.needed_s[index])
+
+    def run(self, choice: Sequence[int]) -> Outcome:
+        """Say what `choice` (a channel or KEPT for each tensor) does when nothing may wait."""
+        count = len(self.nbytes)
+        written_s, read_s = [math.inf] * count, [math.inf] * count
+        moved_bytes = 0
+        for number, channel in enumerate(self.channels):
+            mine = [index for index in range(count) if choice[index] == number]
+            if not mine:
+                continue
+            reads = [index for index in self._by_need if choice[index] == number]
+            broken = self._transfer(mine, reads, channel, written_s, read_s)
+            if broken < 0:
+                broken = self._over_capacity(mine, channel)
+            if broken >= 0:
+                return Outcome(broken)
+            moved_bytes += sum(self.nbytes[index] for index in mine)
+        moved = [index for index in range(count) if choice[index] != KEPT]
+        broken, staging_peak = self._staging(moved, written_s, read_s)
+        if broken >= 0:
+            return Outcome(broken)
+        peak = self._peak(moved, written_s, read_s)
+        saved = [self.nbytes[index] * (read_s[index] - written_s[index]) for index in moved]
+        return Outcome(-1, peak, staging_peak, moved_bytes, -sum(saved), written_s, read_s)
+
+    def _transfer(
+        self,
+        mine: Sequence[int],
+        reads: Sequence[int],
+        channel: Channel,
+        written_s: list[float],
+        read_s: list[float],
+    ) -> int:
+        """Fill in the times of one channel; return a tensor whose write would end too late, or -1.
+
+        Where writes and reads meet, both are priced at what goes through together.
+        """
+        broken = -1
+        for mixed in (False, True):
+            blocks = self._read_late(reads, channel, mixed, read_s)
+            broken = self._write_early(mine, channel, mixed, blocks, written_s, read_s)
+            meet = broken >= 0 or written_s[mine[-1]] > blocks[-1][0]
+            if not meet or channel.mixed_bytes_per_s == math.inf:
+                break
+        return broken
+
+    def _read_late(
+        self,
+        reads: Sequence[int],
+        channel: Channel,
+        mixed: bool,
+        read_s: list[float],
+    ) -> list[tuple[float, float]]:
+        """Place the reads, the last one first; return when the channel is busy, latest first."""
+        blocks: list[tuple[float, float]] = []
+        begin = block_end = math.inf
+        for index in reversed(reads):
+            end = self.needed_s[index]
+            if end < begin:
+                if begin < math.inf:
+                    blocks.append((begin, block_end))
+                block_end = end
+            else:
+                end = begin
+            begin = read_s[index] = end - channel.read_s(self.nbytes[index], mixed)
+        blocks.append((begin, block_end))
+        return blocks
+
+    def _write_early(
+        self,
+        mine: Sequence[int],
+        channel: Channel,
+        mixed: bool,
+        blocks: Sequence[tuple[float, float]],
+        written_s: list[float],
+        read_s: Sequence[float],
+    ) -> int:
+        """Place the writes between `blocks`; return the first that ends after its read began."""
+        at = len(blocks) - 1  # of the next block
+        now = -math.inf
+        for index in mine:
+            now = max(now, self.saved_s[index])
+            left = channel.write_s(self.nbytes[index], mixed)
+            while at >= 0 and now + left > blocks[at][0]:
+                begin, end = blocks[at]
+                left -= max(0.0, begin - now)
+                now = max(now, end)
+                at -= 1
+            now += left
+            written_s[index] = now
+            if now > read_s[index] + _SLACK_S:
+                return index
+        return -1
+
+    def _over_capacity(self, mine: Sequence[int], channel: Channel) -> int:
+        """Return the first tensor that the tier has no room for, or that may not be written."""
+        if channel.written_bytes < math.inf:
+            written = 0
+            for index in mine:
+                written += self.nbytes[index]
+                if written > channel.written_bytes:
+                    return index
+        if channel.capacity_bytes == math.inf:
+            return -1
+        gains = [(self.saved_s[index], index) for index in mine]
+        losses = [(self.released_s[index], self.nbytes[index]) for index in mine]
+        return self._first_over(gains, losses, channel.capacity_bytes)[0]
+
+    def _staging(
+        self,
+        moved: Sequence[int],
+        written_s: Sequence[float],
+        read_s: Sequence[float],
+    ) -> tuple[int, int]:
+        gains = [(self.saved_s[index], index) for index in moved]
+        gains += [(read_s[index], index) for index in moved]
+        losses = [(written_s[index], self.nbytes[index]) for index in moved]
+        losses += [(self.released_s[index], self.nbytes[index]) for index in moved]
+        return self._first_over(gains, losses, self.limits.staging_bytes)
+
+    def _first_over(
+        self, gains: list[tuple[float, int]], losses: list[tuple[float, int]], limit: float
+    ) -> tuple[int, int]:
+        """Return the tensor whose gain exceeds `limit` first (or -1), and the peak until then."""
+        gains.sort()
+        losses.sort()
+        losses.append((math.inf, 0))
+        now = peak = at = 0
+        end_s, freed = losses[0]
+        for time_s, index in gains:
+            while end_s < time_s:
+                now -= freed
+                at += 1
+                end_s, freed = losses[at]
+            now += self.nbytes[index]
+            if now > peak:
+                peak = now
+                if now > limit:
+                    return index, peak
+        return -1, peak
+
+    def _peak(
+        self,
+        moved: Sequence[int],
+        written_s: Sequence[float],
+        read_s: Sequence[float],
+    ) -> int:
+        gains = list(zip(self.saved_s, self.nbytes, strict=True))
+        losses = [
+            (released_s, nbytes)
+            for released_s, nbytes in zip(self.released_s, self.nbytes, strict=True)
+        ]
+        for index in moved:
+            losses.append((written_s[index], self.nbytes[index]))
+            gains.append((read_s[index], self.nbytes[index]))
+        return peak_of(gains, losses)

@@ -1,0 +1,189 @@
+"""Plans of `perfmodel.schedules.activations` against the optimum, the published cut, and limits."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perfmodel.schedules.activations import plan_activations, prefix_cut
+from perfmodel.schedules.replay import KEPT, Replay
+from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
+from tests.perfmodel.schedules.exact import exact_peak, random_case
+
+SEEDS = st.integers(0, 2**32)
+
+
+def layered(layers: int, sizes: tuple[int, ...]) -> Trace:
+    """A step whose forward takes a second, its backward two, and whose lifetimes are nested."""
+    count = layers * len(sizes)
+    slot_s = 1 / count
+    tensors = []
+    for index in range(count):
+        saved_s = slot_s * (index + 1)
+        needed_s = 1 + 2 * slot_s * (count - 1 - index)
+        tensors.append(
+            SavedTensor(
+                sizes[index % len(sizes)], saved_s, max(saved_s, needed_s), needed_s + slot_s
+            )
+        )
+    return Trace(tuple(tensors))
+
+
+def ssd(rate: float, **more: float) -> Channel:
+    return Channel(tier="ssd", write_bytes_per_s=rate, read_bytes_per_s=rate, **more)
+
+
+def test_the_peak_is_within_a_few_percent_of_the_best_of_all_subsets() -> None:
+    rng = random.Random(7)
+    gaps = []
+    for _ in range(2000):
+        trace, channel, limits = random_case(rng)
+        best = exact_peak(trace, channel, limits)
+        found = plan_activations(trace, [channel], limits).peak_bytes
+        assert found >= best
+        gaps.append(found / best - 1)
+    assert statistics.median(gaps) <= 0.03
+    assert max(gaps) <= 0.10
+
+
+def test_no_plan_is_worse_than_the_published_prefix_cut() -> None:
+    rng = random.Random(11)
+    compared = 0
+    for _ in range(10_000):
+        trace, channel, limits = random_case(rng, most=10)
+        replay = Replay(trace, [channel], limits)
+        cut = replay.run(prefix_cut(trace, channel))
+        found = plan_activations(trace, [channel], limits)
+        if cut.broken < 0:  # else the cut stalls, and the plan does not
+            assert found.peak_bytes <= cut.peak_bytes
+            compared += 1
+    assert compared > 1000
+
+
+@given(SEEDS)
+def test_what_a_plan_promises_holds_when_it_is_replayed(seed: int) -> None:
+    trace, channel, limits = random_case(random.Random(seed))
+    plan = plan_activations(trace, [channel], limits)
+    choice = [KEPT if tier == "device" else 0 for tier in plan.tiers]
+    outcome = Replay(trace, [channel], limits).run(choice)
+    assert outcome.broken < 0
+    assert outcome.peak_bytes == plan.peak_bytes <= trace.kept_peak_bytes
+    assert outcome.staging_peak_bytes <= limits.staging_bytes
+    for tensor, tier, read_s, written_s in zip(
+        trace.tensors, plan.tiers, plan.read_s, outcome.written_s, strict=True
+    ):
+        assert tier == "device" or not tensor.held
+        if tier == "ssd":
+            assert written_s <= read_s + 1e-9
+            assert read_s + channel.read_s(tensor.nbytes) <= tensor.needed_s + 1e-9
+
+
+@given(SEEDS)
+def test_every_read_begins_once_and_before_its_tensor_is_asked_for(seed: int) -> None:
+    trace, channel, limits = random_case(random.Random(seed))
+    plan = plan_activations(trace, [channel], limits)
+    place = {
+        index: at
+        for at, index in enumerate(
+            sorted(range(len(trace.tensors)), key=lambda index: trace.tensors[index].needed_s)
+        )
+    }
+    begun = [(index, at) for at, some in enumerate(plan.reads_before) for index in some]
+    assert sorted(index for index, _ in begun) == [
+        index for index, tier in enumerate(plan.tiers) if tier != "device"
+    ]
+    assert all(at <= place[index] for index, at in begun)
+
+
+@given(SEEDS, st.floats(0.05, 1))
+def test_within_a_memory_limit_no_more_moves_than_must(seed: int, part: float) -> None:
+    trace, channel, limits = random_case(random.Random(seed))
+    least = plan_activations(trace, [channel], limits)
+    target = round(least.peak_bytes + part * (trace.kept_peak_bytes - least.peak_bytes))
+    within = plan_activations(trace, [channel], limits, memory_bytes=target)
+    assert within.peak_bytes <= target
+    choice = [KEPT if tier == "device" else 0 for tier in within.tiers]
+    for index, option in enumerate(choice):
+        if option != KEPT:
+            less = [KEPT if at == index else one for at, one in enumerate(choice)]
+            outcome = Replay(trace, [channel], limits).run(less)
+            assert outcome.broken >= 0 or outcome.peak_bytes > target
+
+
+def test_more_bandwidth_never_needs_more_memory() -> None:
+    trace = layered(24, (4, 1, 8, 2, 2))
+    total = sum(tensor.nbytes for tensor in trace.tensors)
+    peaks = [
+        plan_activations(trace, [ssd(total * rate)]).peak_bytes for rate in (0.1, 0.25, 0.5, 1, 2)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > 0.85 * total
+    assert peaks[-1] < 0.05 * total
+
+
+def test_two_channels_take_more_than_either() -> None:
+    trace = layered(12, (4, 1, 8, 2, 2))
+    total = sum(tensor.nbytes for tensor in trace.tensors)
+    host = Channel(tier="host", write_bytes_per_s=total / 3, read_bytes_per_s=total / 3)
+    both = plan_activations(trace, [ssd(total / 4), host])
+    assert set(both.tiers) == {"device", "host", "ssd"}
+    alone = [plan_activations(trace, [one]).peak_bytes for one in (ssd(total / 4), host)]
+    assert both.peak_bytes < 0.8 * min(alone)
+
+
+@pytest.mark.parametrize(
+    ("bound", "value"), [("capacity_bytes", 100), ("written_bytes", 100), ("staging_bytes", 40)]
+)
+def test_bounds_of_tier_drive_and_staging_hold(bound: str, value: int) -> None:
+    trace = layered(8, (4, 1, 8, 2, 2))
+    channel_bounds = {bound: value} if bound != "staging_bytes" else {}
+    staging = value if bound == "staging_bytes" else math.inf
+    plan = plan_activations(trace, [ssd(1e6, **channel_bounds)], Limits(staging_bytes=staging))
+    assert plan.moved_bytes > 0
+    assert plan.staging_peak_bytes <= staging
+    if bound != "staging_bytes":
+        assert plan.moved_bytes <= value
+
+
+def test_where_writes_and_reads_meet_both_are_priced_at_what_goes_through_together() -> None:
+    # The second is still being written when the first has to be read; only then do they compete.
+    first, second = SavedTensor(10, 0.0, 2.0, 2.0), SavedTensor(10, 0.5, 9.0, 9.0)
+    trace = Trace((first, second))
+    for mixed, leaves in ((10.0, True), (6.0, False)):
+        channel = ssd(10.0, mixed_bytes_per_s=mixed)
+        assert (Replay(trace, [channel], Limits()).run([0, 0]).broken < 0) == leaves
+    later = Trace((SavedTensor(10, 0.0, 20.0, 20.0), second))
+    assert Replay(later, [ssd(10.0, mixed_bytes_per_s=2.0)], Limits()).run([0, KEPT]).broken < 0
+
+
+def test_fifty_thousand_tensors_are_planned_like_five_hundred() -> None:
+    sizes = (4, 1, 8, 2, 2)
+    few, many = layered(100, sizes), layered(10_000, sizes)
+    peaks = []
+    for trace in (few, many):
+        total = sum(tensor.nbytes for tensor in trace.tensors)
+        plan = plan_activations(trace, [ssd(total / 2)], Limits(staging_bytes=total / 16))
+        peaks.append(plan.peak_bytes / total)
+    assert peaks[1] <= peaks[0] * 1.02
+
+
+@pytest.mark.parametrize("tensors", [(), (SavedTensor(5, 0, 1, 1, held=True),)])
+def test_what_cannot_move_is_kept(tensors: tuple[SavedTensor, ...]) -> None:
+    plan = plan_activations(Trace(tensors), [ssd(10)])
+    assert plan.tiers == ("device",) * len(tensors)
+    assert plan.moved_bytes == 0
+    assert plan_activations(Trace(tensors), []).tiers == plan.tiers
+
+
+def test_an_impossible_tensor_or_channel_is_refused() -> None:
+    with pytest.raises(ValueError, match="impossible"):
+        SavedTensor(1, 2.0, 1.0, 3.0)
+    with pytest.raises(ValueError, match="order in which they were saved"):
+        Trace((SavedTensor(1, 2, 3, 4), SavedTensor(1, 1, 3, 4)))
+    with pytest.raises(ValueError, match="read_bytes_per_s=0"):
+        Channel(tier="ssd", write_bytes_per_s=1, read_bytes_per_s=0)
