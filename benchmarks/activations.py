@@ -44,10 +44,8 @@ MIB = 1 << 20
 Samples = dict[str, dict[str, list[float]]]
 
 
-def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_record_arguments(parser, warm_up=6)
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what describes the training."""
     for flag, default in (
         ("--layers", 8),
         ("--hidden", 1024),
@@ -65,10 +63,22 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser.add_argument(
         "--offload-path", type=Path, metavar="DIR", help="on the drive to use (build/spill)"
     )
+
+
+def parse_training(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line; ends the program where the sizes do not fit together."""
     arguments = parser.parse_args()
     if arguments.hidden % arguments.heads:
         parser.error(f"--heads {arguments.heads} does not divide --hidden {arguments.hidden}")
-    return arguments, parser
+    return arguments
+
+
+def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_record_arguments(parser, warm_up=6)
+    add_training_arguments(parser)
+    return parse_training(parser), parser
 
 
 def require_same_numbers(workers: Mapping[str, Worker]) -> None:
@@ -181,6 +191,24 @@ def mode_table(samples: Samples, peaks: Mapping[str, float]) -> str:
     return table(["", "peak MiB", "of none", "step s", "CPU s", ""], rows)
 
 
+def training_of(arguments: argparse.Namespace, directory: str) -> Training:
+    """Return what the command line says that everyone trains."""
+    return Training(
+        layers=arguments.layers,
+        hidden=arguments.hidden,
+        heads=arguments.heads,
+        seq_len=arguments.seq_len,
+        micro_batch=arguments.micro_batch,
+        vocab=arguments.vocab,
+        threads=arguments.threads,
+        directory=directory,
+        staging_bytes=arguments.staging_bytes,
+        min_tensor_bytes=arguments.min_tensor_bytes,
+        io_engine=arguments.io_engine,
+        verify=not arguments.no_verify,
+    )
+
+
 def open_workers(training: Training, names: Sequence[str], stack: ExitStack) -> dict[str, Worker]:
     """Start one process a mode; they stay until `stack` is left."""
     return {name: stack.enter_context(open_worker(name, MODES[name], training)) for name in names}
@@ -190,20 +218,8 @@ def main() -> None:
     """Measure and record; exits with 0 whether the goal is met or not."""
     arguments, parser = parse_arguments()
     with ExitStack() as stack:
-        training = Training(
-            layers=arguments.layers,
-            hidden=arguments.hidden,
-            heads=arguments.heads,
-            seq_len=arguments.seq_len,
-            micro_batch=arguments.micro_batch,
-            vocab=arguments.vocab,
-            threads=arguments.threads,
-            directory=stack.enter_context(spill_directory(arguments.offload_path, parser)),
-            staging_bytes=arguments.staging_bytes,
-            min_tensor_bytes=arguments.min_tensor_bytes,
-            io_engine=arguments.io_engine,
-            verify=not arguments.no_verify,
-        )
+        directory = stack.enter_context(spill_directory(arguments.offload_path, parser))
+        training = training_of(arguments, directory)
         workers = open_workers(training, list(MODES), stack)
         for _ in tqdm(range(NUM_DIGESTS), desc="comparing bits"):
             require_same_numbers(workers)

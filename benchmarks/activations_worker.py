@@ -17,13 +17,14 @@ import offload
 from benchmarks.worker import Answer, Subject, Worker, serve
 from examples.memory import StepMemory
 from examples.models import GPT, GPTConfig
+from offload.native import FaultPlan
 
 __all__ = ["Trainee", "Training", "open_worker"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What every mode trains alike; the last five are for ssd alone."""
+    """What every mode trains alike; the last seven are for ssd alone."""
 
     layers: int
     hidden: int
@@ -37,6 +38,9 @@ class Training:
     min_tensor_bytes: int
     io_engine: str
     verify: bool
+    schedule: str = "auto"
+    bytes_per_s: float = 0.0
+    """The drive is held to this; 0: not at all."""
 
 
 class Trainee:
@@ -66,8 +70,13 @@ class Trainee:
                 path=training.directory,
                 staging_bytes=training.staging_bytes,
                 min_tensor_bytes=training.min_tensor_bytes,
-                io_engine=training.io_engine,
+                io_engine=(
+                    FaultPlan(bytes_per_s=training.bytes_per_s)
+                    if training.bytes_per_s
+                    else training.io_engine
+                ),
                 verify=training.verify,
+                schedule=training.schedule,
             )
 
     def facts(self) -> Answer:
@@ -109,6 +118,7 @@ class Trainee:
         """Return the worst moment of one step: torch's above its start, and what is not torch's."""
         tokens = self._next_tokens()
         resting_bytes = live_tensor_bytes()
+        offloaded_bytes = self._offloaded_bytes()
         with StepMemory() as memory:
             self._backward(tokens)
             page_cache_bytes = self._page_cache_bytes()
@@ -122,6 +132,7 @@ class Trainee:
             "torch_peak_bytes": memory.peak_bytes,
             "native_peak_bytes": native_bytes,
             "page_cache_bytes": page_cache_bytes,
+            "offloaded_bytes": self._offloaded_bytes() - offloaded_bytes,
         }
 
     def close(self) -> None:
@@ -154,6 +165,9 @@ class Trainee:
             return {}
         stats = self._act.stats()
         return {"stall_s": stats.stall_s, "copy_s": stats.copy_s, "verify_s": stats.verify_s}
+
+    def _offloaded_bytes(self) -> int:
+        return 0 if self._act is None else self._act.stats().offloaded_bytes
 
     def _page_cache_bytes(self) -> int:
         return 0 if self._act is None else self._act.stats().page_cache_bytes

@@ -111,7 +111,11 @@ def open_modes(
     """Open what passes every tensor of the chain through, and what offloads every one."""
     small = offload.ActivationOffload(path=directory, min_tensor_bytes=tensor_bytes + 1)
     spilled = offload.ActivationOffload(
-        path=directory, min_tensor_bytes=0, verify=False, io_engine=FaultPlan(discard=True)
+        path=directory,
+        min_tensor_bytes=0,
+        verify=False,
+        schedule="all",
+        io_engine=FaultPlan(discard=True),
     )
     return stack.enter_context(small), stack.enter_context(spilled)
 

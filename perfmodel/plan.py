@@ -16,6 +16,7 @@ __all__ = ["TIERS", "ActivationsConfig", "canonical_tier"]
 
 TIERS = ("device", "host", "ssd")
 TIER_ALIASES = {"cpu": "host", "nvme": "ssd"}
+SCHEDULES = ("auto", "all")
 IO_ENGINES = ("auto", "uring", "posix")
 PAGE_BYTES = 4096
 MOST_BYTES = 1 << 60  # no machine has more, and native sizes end a little above
@@ -92,6 +93,11 @@ class ActivationsConfig:
     read_ahead_bytes: int | None = None
     """How much the backward may have read before it asks, or one tensor if that is larger; 0: none;
     None: half of `staging_bytes`."""
+    schedule: str = "auto"
+    """`auto`: what a first step showed and the drive can do decide what leaves; `all`: everything
+    large does."""
+    memory_bytes: int | None = None
+    """How much of a forward's saved tensors may stay at once; None: as little as can."""
     io_engine: str = "auto"
     """`auto`, `uring` or `posix`."""
     block_bytes: int = 1 << 20
@@ -120,10 +126,11 @@ class ActivationsConfig:
             raise ValueError(f"block_bytes={self.block_bytes} is not a multiple of {PAGE_BYTES}")
         if self.block_bytes > 1 << 30:
             raise ValueError(f"block_bytes={self.block_bytes} is above 1 GiB; choose about 1 MiB")
-        for key in ("spill_bytes", "keep_bytes", "read_ahead_bytes"):
+        for key in ("spill_bytes", "keep_bytes", "read_ahead_bytes", "memory_bytes"):
             if getattr(self, key) is not None:
                 require_bytes(key, getattr(self, key), minimum=0 if key != "spill_bytes" else 1)
         require_choice("io_engine", self.io_engine, IO_ENGINES)
+        require_choice("schedule", self.schedule, SCHEDULES)
         depth = self.queue_depth
         if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= 4096:
             raise ValueError(f"queue_depth={depth!r} is not a number from 1 to 4096")

@@ -11,6 +11,7 @@
 #include "../core/file.h"
 #include "../core/spill.h"
 #include "extent_type.h"
+#include "signal_safe.h"
 #include "view_type.h"
 
 namespace py = pybind11;
@@ -94,6 +95,8 @@ py::dict spill_stats(const Spill& spill) {
   out["resumed"] = stats.queue.resumed;
   out["verify_s"] = stats.queue.verify_s;
   out["thread_cpu_s"] = stats.queue.thread_cpu_s;
+  out["read_busy_s"] = stats.queue.read_busy_s;
+  out["write_busy_s"] = stats.queue.write_busy_s;
   out["used_bytes"] = stats.used_bytes;
   out["peak_used_bytes"] = stats.peak_used_bytes;
   out["reserved_bytes"] = stats.reserved_bytes;
@@ -168,6 +171,13 @@ void bind_spill(py::module_& module) {
       .def(
           "page_cache_bytes", [](const Spill& self) { return self.file().page_cache_bytes(); },
           NoGil())
+      .def_property_readonly("stall_s",
+                             [](const Spill& self) {
+                               const SpillStats stats = self.stats();
+                               return stats.read_wait_s + stats.write_wait_s;
+                             })
+      .def_property_readonly("free_bytes",
+                             [](const Spill& self) { return self.file().free_bytes(); })
       .def_property_readonly("engine", &Spill::engine_name)
       .def_property_readonly("engine_reason", &Spill::engine_reason)
       .def_property_readonly("direct", [](const Spill& self) { return self.file().direct(); })
@@ -192,7 +202,8 @@ PYBIND11_MODULE(_C, module) {
       set_os_error(error);
     }
   });
-  if (!add_extent_types(module.ptr()) || !add_view_type(module.ptr())) {
+  if (!add_extent_types(module.ptr()) || !add_view_types(module.ptr()) ||
+      !add_signal_safe_types(module.ptr())) {
     throw py::error_already_set();
   }
   bind_memory(module);

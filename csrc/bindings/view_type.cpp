@@ -10,9 +10,16 @@ namespace {
 
 constexpr Py_ssize_t kInlineDims = 4;
 
+// Regions of views that ended, by whether somebody had asked for the view.
+struct Box {
+  PyObject_HEAD PyObject* unread;  // a list
+  PyObject* read;                  // another
+  PyObject* settle;                // called without arguments, soon after a view has ended
+  bool scheduled;
+};
+
 struct View {
-  PyObject_HEAD PyObject* inbox;  // a list
-  PyObject* settle;               // called without arguments, soon after the inbox has an entry
+  PyObject_HEAD Box* box;
   PyObject* region;
   PyObject* dtype;
   Py_ssize_t offset;
@@ -22,19 +29,95 @@ struct View {
   char conj, neg, read;
 };
 
+PyTypeObject* box_type = nullptr;
+
+// ---- DropBox -----------------------------------------------------------------------------------
+
+PyObject* make_box(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
+  static const char* names[] = {"settle", nullptr};
+  PyObject* settle = nullptr;
+  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O", const_cast<char**>(names), &settle)) {
+    return nullptr;
+  }
+  auto* self = reinterpret_cast<Box*>(type->tp_alloc(type, 0));
+  if (self == nullptr) return nullptr;
+  self->settle = Py_NewRef(settle);
+  self->unread = PyList_New(0);
+  self->read = PyList_New(0);
+  if (self->unread == nullptr || self->read == nullptr) {
+    Py_DECREF(self);
+    return nullptr;
+  }
+  return reinterpret_cast<PyObject*>(self);
+}
+
+int traverse_box(PyObject* object, visitproc visit, void* arg) {
+  auto* self = reinterpret_cast<Box*>(object);
+  Py_VISIT(Py_TYPE(object));
+  Py_VISIT(self->unread);
+  Py_VISIT(self->read);
+  Py_VISIT(self->settle);
+  return 0;
+}
+
+// The lists stay: views that still live end in them.
+int clear_box(PyObject* object) {
+  Py_CLEAR(reinterpret_cast<Box*>(object)->settle);
+  return 0;
+}
+
+void destroy_box(PyObject* object) {
+  auto* self = reinterpret_cast<Box*>(object);
+  PyTypeObject* type = Py_TYPE(object);
+  PyObject_GC_UnTrack(object);
+  Py_CLEAR(self->settle);
+  Py_CLEAR(self->unread);
+  Py_CLEAR(self->read);
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+int box_is_full(PyObject* object) {
+  auto* self = reinterpret_cast<Box*>(object);
+  return PyList_GET_SIZE(self->unread) + PyList_GET_SIZE(self->read) > 0;
+}
+
 // By the main thread, between two bytecodes: an exception raised here reaches the code it runs.
 int call_settle(void* argument) {
-  auto* settle = static_cast<PyObject*>(argument);
-  PyObject* result = PyObject_CallNoArgs(settle);
-  Py_DECREF(settle);
+  auto* box = static_cast<Box*>(argument);
+  box->scheduled = false;
+  PyObject* result = box->settle == nullptr ? Py_NewRef(Py_None) : PyObject_CallNoArgs(box->settle);
+  Py_DECREF(box);
   Py_XDECREF(result);
   return result == nullptr ? -1 : 0;
 }
 
+// Allocates nothing that the garbage collector tracks: a collection may run Python code.
+void put(Box* box, PyObject* region, bool read) {
+  if (PyList_Append(read ? box->read : box->unread, region) != 0) {
+    PyErr_WriteUnraisable(reinterpret_cast<PyObject*>(box));
+  }
+  if (box->scheduled) return;
+  Py_INCREF(box);
+  // Should the interpreter's list of calls be full, the next view to end tries again.
+  box->scheduled = Py_AddPendingCall(call_settle, box) == 0;
+  if (!box->scheduled) Py_DECREF(box);
+}
+
+PyMemberDef box_members[] = {
+    {"unread", T_OBJECT_EX, offsetof(Box, unread), READONLY, nullptr},
+    {"read", T_OBJECT_EX, offsetof(Box, read), READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+};
+
+// ---- SavedView ---------------------------------------------------------------------------------
+
 void release(PyObject* object) {
   auto* self = reinterpret_cast<View*>(object);
   if (self->dims != self->inline_dims) PyMem_Free(self->dims);
-  for (PyObject* held : {self->inbox, self->settle, self->region, self->dtype}) Py_XDECREF(held);
+  Py_DECREF(self->box);
+  Py_DECREF(self->region);
+  Py_DECREF(self->dtype);
   PyTypeObject* type = Py_TYPE(object);
   PyObject_Free(object);
   Py_DECREF(type);
@@ -44,15 +127,7 @@ void destroy(PyObject* object) {
   auto* self = reinterpret_cast<View*>(object);
   PyObject *type, *value, *trace;
   PyErr_Fetch(&type, &value, &trace);  // an exception may be under way
-  const bool first = PyList_GET_SIZE(self->inbox) == 0;
-  PyObject* entry = PyTuple_Pack(2, self->region, self->read ? Py_True : Py_False);
-  if (entry == nullptr || PyList_Append(self->inbox, entry) != 0) PyErr_WriteUnraisable(object);
-  Py_XDECREF(entry);
-  if (first) {
-    // Should the interpreter's list of calls be full, the next hook settles.
-    Py_INCREF(self->settle);
-    if (Py_AddPendingCall(call_settle, self->settle) != 0) Py_DECREF(self->settle);
-  }
+  put(self->box, self->region, self->read != 0);
   PyErr_Restore(type, value, trace);
   release(object);
 }
@@ -75,15 +150,15 @@ bool take_dims(View* self, PyObject* sizes, PyObject* strides) {
 }
 
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
-  static const char* names[] = {"inbox",  "settle", "region", "dtype", "size",
-                                "stride", "offset", "conj",   "neg",   nullptr};
-  PyObject *inbox, *settle, *region, *dtype, *sizes, *strides;
+  static const char* names[] = {"box",    "region", "dtype", "size", "stride",
+                                "offset", "conj",   "neg",   nullptr};
+  PyObject *box, *region, *dtype, *sizes, *strides;
   Py_ssize_t offset = 0;
   int conj = 0;
   int neg = 0;
-  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!OOOO!O!npp", const_cast<char**>(names),
-                                   &PyList_Type, &inbox, &settle, &region, &dtype, &PyTuple_Type,
-                                   &sizes, &PyTuple_Type, &strides, &offset, &conj, &neg)) {
+  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!OOO!O!npp", const_cast<char**>(names),
+                                   box_type, &box, &region, &dtype, &PyTuple_Type, &sizes,
+                                   &PyTuple_Type, &strides, &offset, &conj, &neg)) {
     return nullptr;
   }
   if (PyTuple_GET_SIZE(sizes) != PyTuple_GET_SIZE(strides)) {
@@ -92,8 +167,7 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
   }
   auto* self = PyObject_New(View, type);
   if (self == nullptr) return nullptr;
-  self->inbox = Py_NewRef(inbox);
-  self->settle = Py_NewRef(settle);
+  self->box = reinterpret_cast<Box*>(Py_NewRef(box));
   self->region = Py_NewRef(region);
   self->dtype = Py_NewRef(dtype);
   self->offset = offset;
@@ -149,19 +223,32 @@ PyGetSetDef properties[] = {
 
 }  // namespace
 
-bool add_view_type(PyObject* module) {
-  PyType_Slot slots[] = {
+bool add_view_types(PyObject* module) {
+  PyType_Slot box_slots[] = {
+      {Py_tp_new, reinterpret_cast<void*>(make_box)},
+      {Py_tp_dealloc, reinterpret_cast<void*>(destroy_box)},
+      {Py_tp_traverse, reinterpret_cast<void*>(traverse_box)},
+      {Py_tp_clear, reinterpret_cast<void*>(clear_box)},
+      {Py_tp_members, box_members},
+      {Py_nb_bool, reinterpret_cast<void*>(box_is_full)},
+      {0, nullptr},
+  };
+  PyType_Slot view_slots[] = {
       {Py_tp_new, reinterpret_cast<void*>(make)},
       {Py_tp_dealloc, reinterpret_cast<void*>(destroy)},
       {Py_tp_members, members},
       {Py_tp_getset, properties},
       {0, nullptr},
   };
-  PyType_Spec spec = {"offload._C.SavedView", sizeof(View), 0, Py_TPFLAGS_DEFAULT, slots};
-  PyObject* type = PyType_FromSpec(&spec);
-  if (type == nullptr) return false;
-  const int failed = PyModule_AddType(module, reinterpret_cast<PyTypeObject*>(type));
-  Py_DECREF(type);
+  PyType_Spec box_spec = {"offload._C.DropBox", sizeof(Box), 0,
+                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, box_slots};
+  PyType_Spec view_spec = {"offload._C.SavedView", sizeof(View), 0, Py_TPFLAGS_DEFAULT, view_slots};
+  box_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&box_spec));  // kept for ever
+  if (box_type == nullptr || PyModule_AddType(module, box_type) != 0) return false;
+  PyObject* view_type = PyType_FromSpec(&view_spec);
+  if (view_type == nullptr) return false;
+  const int failed = PyModule_AddType(module, reinterpret_cast<PyTypeObject*>(view_type));
+  Py_DECREF(view_type);
   return failed == 0;
 }
 

@@ -9,19 +9,12 @@
 #include "align.h"
 #include "clock.h"
 #include "crc32c.h"
+#include "retry.h"
 
 namespace offload {
 namespace {
 
-// Completions in a row that moved nothing before a transfer is given up, a fifth of a second after
-// the first: EINTR and EAGAIN are passing states, but a drive that never makes progress is broken.
-constexpr unsigned kMaxStuck = 64;
 constexpr std::chrono::milliseconds kPollInterval{100};
-
-std::chrono::microseconds pause_before_retry(unsigned stuck) {
-  constexpr unsigned kDoublings = 5;
-  return std::chrono::microseconds(100) * (1u << std::min(stuck, kDoublings));
-}
 
 IoError mismatch(const TransferRequest& request, const std::string& path, std::uint64_t block,
                  std::uint64_t block_bytes, std::uint64_t length, std::uint32_t stored,
@@ -189,6 +182,8 @@ void IoQueue::run() {
     {
       std::unique_lock lock(mutex_);
       counted_.thread_cpu_s = thread_cpu_s();
+      counted_.read_busy_s = reading_.total_s();
+      counted_.write_busy_s = writing_.total_s();
       stats_ = counted_;
       const bool more = !reads_.empty() || !writes_.empty() || current_ || !again_.empty();
       if (more && in_engine_ < options_.depth && !backpressure_) continue;
@@ -262,6 +257,7 @@ bool IoQueue::stage(std::size_t slot) {
     return false;
   }
   ++in_engine_;
+  busy(request.op).begin();
   ++counted_.requests;
   return true;
 }
@@ -270,6 +266,7 @@ void IoQueue::handle(const Completion& completion) {
   const std::size_t slot = completion.tag;
   --in_engine_;
   Flight& flight = flights_[slot];
+  busy(flight.transfer->request_.op).end();
   if (flight.transfer->error_ || resume(slot, completion.result)) {
     if (flight.transfer->error_) release(slot);
     return;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from os import getpid
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,8 @@ from offload.activations.identity import (
 )
 from offload.activations.region import Region, element_begin
 from offload.activations.saved import Kept, RecastParameter, Saved
-from offload.native import SavedView
+from offload.activations.schedule_book import Plan, Recording
+from offload.native import HeldKeys, SavedView
 
 if TYPE_CHECKING:
     from offload.activations.offloader import ActivationOffload
@@ -51,9 +54,15 @@ class ForwardPass:
         self.used: list[int] = []  # the same, as it really did
         self.cursor = 0
         self.signature: tuple[int, ...] = ()
+        self.plan: Plan | None = None
+        self._unlike_all = False  # that are known
+        self.due = math.inf  # the last place in `order` that may be read by now
+        self.recording = Recording(owner.stall_s) if owner.book.follow else None
+        self.depth = 0  # of forwards under way at once, itself included
+        self.stays = False  # nothing leaves from now on
         # Weak references to storages: keys, unique while they are held, which is until nobody can
         # ask for any region.
-        self._weak: list[int] = []
+        self._weak = HeldKeys(release_weak_storage)
         self._newest: dict[int, Region] = {}  # of a storage
         self._pieces: dict[tuple[int, int, int], Region] = {}  # of storages with several
         self._saves = 0
@@ -64,10 +73,8 @@ class ForwardPass:
         self._noted: dict[int, tuple[torch.Tensor, int, int]] = {}
         self._min_bytes = max(1, owner.config.min_tensor_bytes)
         self._recast = owner.config.recast_parameters
-        # Every view has them.
         self._dropped = owner.dropped
-        self._settle = owner.settle
-        self._entered = self._done = False
+        self._entered = self.ended = False
 
     # ---- the forward ------------------------------------------------------------------------
 
@@ -75,6 +82,7 @@ class ForwardPass:
         if self._entered:
             raise RuntimeError("act.forward() is entered a second time; call act.forward() again")
         self.owner.check_open()
+        self.owner.renew_plans()
         if inside_recomputing_checkpoint():
             raise RuntimeError(
                 "act.forward() is inside torch.utils.checkpoint, which would save everything it "
@@ -100,7 +108,7 @@ class ForwardPass:
         owner = self.owner
         try:
             with owner.lock:
-                self._done = True
+                self.ended = True
                 if kind is None:
                     self._stage_pending()
                     self._expect_backward()
@@ -111,6 +119,7 @@ class ForwardPass:
                 owner.flush()
         finally:
             owner.settle()
+        owner.say_if_full()
 
     def _note_module(self, module: torch.nn.Module, _args: object) -> None:
         for buffer in module._buffers.values():
@@ -206,19 +215,14 @@ class ForwardPass:
                     region = Region(self, alias, key, root_of(tensor), begin, end)
                     self._register(region)
                 region.last_save = self._saves = self._saves + 1
+                dtype, size, stride = tensor.dtype, tensor.shape, tensor.stride()
+                # A signal's handler may raise after any call: these counts and the view that gives
+                # them back belong together.
+                if not region.handles:
+                    self.live += 1
                 region.handles += 1
                 region.unread += 1
-                return SavedView(
-                    self._dropped,
-                    self._settle,
-                    region,
-                    tensor.dtype,
-                    tensor.shape,
-                    tensor.stride(),
-                    begin,
-                    conj,
-                    neg,
-                )
+                return SavedView(self._dropped, region, dtype, size, stride, begin, conj, neg)
         finally:
             if owner.dropped:
                 owner.settle()
@@ -252,9 +256,10 @@ class ForwardPass:
     def _register(self, region: Region) -> None:
         if not self.live:
             self.owner.forwards.add(self)
-        self.live += 1
         region.number = len(self.regions)
         self.regions.append(region)
+        if self.recording is not None:
+            self.recording.saved_s.append(self.recording.now_s())
         key = region.storage
         region.older = older = self._newest.get(key)
         if older is not None:
@@ -269,13 +274,34 @@ class ForwardPass:
         if owner.closed:
             owner.check_open()
         pending = self._pending
+        follow = owner.book.follow
         try:
             for region in pending:
                 region.pending = False
-                if region.handles:
+                if region.handles and not (self.stays or (follow and self._plan_keeps(region))):
                     owner.stage(region)
         finally:
             pending.clear()  # what could not be staged stays in memory
+
+    def _plan_keeps(self, region: Region) -> bool:
+        """Say whether the plan has `region` stay; look for another plan where its size is wrong."""
+        plan, number = self.plan, region.number
+        if plan is None and self._unlike_all:
+            return False
+        if plan is None or number >= len(plan.sizes) or plan.sizes[number] != region.nbytes:
+            sizes = [earlier.nbytes for earlier in self.regions[: number + 1]]
+            book = self.owner.book
+            plan = self.plan = book.plan_like(sizes)
+            if plan is None:
+                self._unlike_all = True
+                book.record_next = self.recording is None
+                return False
+            if plan.confirmed and not book.record_next:
+                self.recording = None
+        if not plan.stays[number]:
+            return False
+        self.owner.counters.planned_to_stay += region.nbytes
+        return True
 
     # ---- the backward -----------------------------------------------------------------------
 
@@ -283,7 +309,14 @@ class ForwardPass:
         """Predict the order of the backward: as last time for the same sizes, else reversed."""
         # What two forwards must share to be expected to run backward alike.
         self.signature = tuple([region.end - region.begin for region in self.regions])
-        self.order = self.owner.learned_order(self.signature) or self._reversed()
+        self.depth = len(self.owner.forwards)
+        if self.plan is not None and self.plan.sizes == self.signature:
+            self.due = -1
+            self.order = list(self.plan.order)
+            self.owner.counters.predicted_peak = self.plan.schedule.peak_bytes
+        else:
+            self.plan = None
+            self.order = self.owner.book.order_of(self.signature) or self._reversed()
         for position, number in enumerate(self.order):
             self.regions[number].position = position
         held = 0
@@ -291,6 +324,8 @@ class ForwardPass:
             gone = region.in_memory or not region.handles
             if not gone and storage_alive(region.storage) is not None:
                 held += region.nbytes
+                if self.recording is not None:
+                    self.recording.held.add(region.number)
         self.owner.counters.still_held += held
 
     def _reversed(self) -> list[int]:
@@ -306,8 +341,12 @@ class ForwardPass:
         """
         if region.position < 0:
             return
+        if self.plan is not None:
+            self.due = max(self.due, self.plan.due[region.position])
         if not region.used:
             region.used = True
+            if self.recording is not None:
+                self.recording.needed_s[region.number] = self.recording.now_s()
             self.used.append(region.number)
             self.cursor = max(self.cursor, region.position + 1)
         elif again:
@@ -315,7 +354,7 @@ class ForwardPass:
 
     def next_to_read(self) -> Region | None:
         """Return the region that the backward should want next of those that must be read."""
-        while self.cursor < len(self.order):
+        while self.cursor < len(self.order) and self.cursor <= self.due:
             region = self.regions[self.order[self.cursor]]
             if (
                 region.extent is not None
@@ -329,24 +368,17 @@ class ForwardPass:
 
     def all_freed(self) -> None:
         """Take leave of the last region; teach the owner the order that was used."""
+        self.depth = max(self.depth, len(self.owner.forwards))
         self.owner.forwards.discard(self)
-        if not self._done:
+        if not self.ended:
             return  # more may come
-        if self.used:
+        if self.used and self.owner.process == getpid():
             if len(self.used) < len(self.order):
                 self.used += [number for number in self.order if not self.regions[number].used]
-            self.owner.learn_order(self.signature, self.used)
+            self.owner.learn(self)
         self.regions = []
         self.order = []
         self.used = []
         self._newest = {}
         self._pieces = {}
-        self._release_keys()
-
-    def _release_keys(self) -> None:
-        weak, self._weak = self._weak, []
-        for key in weak:
-            release_weak_storage(key)
-
-    def __del__(self) -> None:
-        self._release_keys()
+        self._weak.free()

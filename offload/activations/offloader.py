@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -18,17 +17,16 @@ import torch
 from offload.activations.forward import ForwardPass
 from offload.activations.ownership import foreign_process, lock_out_children
 from offload.activations.region import Region
-from offload.activations.saved import changed_in_place, over_restored, over_storage
-from offload.activations.stats import ActivationStats, Counters
+from offload.activations.saved import not_restorable, over_restored, over_storage
+from offload.activations.schedule_book import ScheduleBook
+from offload.activations.stats import ActivationStats, Counters, snapshot
 from offload.config import ActivationsConfig
 from offload.device import KERNEL_ALIGN, Restored, host_copy, materialise
-from offload.native import FaultPlan, SavedView
+from offload.native import DropBox, FaultPlan, SavedView, TryLock
 from offload.tiers import SsdTier
 
 __all__ = ["ActivationOffload"]
 
-# How many shapes of forward (bucketed sequence lengths, say) the backward's order is kept for.
-_REMEMBERED_ORDERS = 64
 # Reads ahead start in batches, so that many small ones wake the I/O thread once.
 _READ_BATCH_BYTES = 4 << 20
 
@@ -55,6 +53,8 @@ class ActivationOffload:
         spill_bytes: int | None = None,
         keep_bytes: int | None = None,
         read_ahead_bytes: int | None = None,
+        schedule: str = "auto",
+        memory_bytes: int | None = None,
         io_engine: str | FaultPlan = "auto",
         block_bytes: int = 1 << 20,
         queue_depth: int = 32,
@@ -71,6 +71,8 @@ class ActivationOffload:
             spill_bytes=spill_bytes,
             keep_bytes=keep_bytes,
             read_ahead_bytes=read_ahead_bytes,
+            schedule=schedule,
+            memory_bytes=memory_bytes,
             io_engine="auto" if faults is not None else io_engine,  # type: ignore[arg-type]
             block_bytes=block_bytes,
             queue_depth=queue_depth,
@@ -92,17 +94,24 @@ class ActivationOffload:
         self._finalizer = weakref.finalize(self, self._tier.close)
         self.process = os.getpid()
         lock_out_children(self)
-        self.closed = False
+        self.closed = self._close_later = False
         # Reentrant only so that it can say whether this thread holds it; see `close` and `settle`.
         self.lock: Any = threading.RLock()
         self.counters = Counters()
         self.forwards: set[ForwardPass] = set()  # with regions that somebody may want
-        # Regions of views that autograd let go of, and whether these had been asked for. Their
-        # notices put them here, in any thread at any moment. No region: close.
-        self.dropped: list[tuple[Region | None, bool]] = []
-        self._orders: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()
+        # Views that autograd lets go of put their regions here, in any thread at any moment.
+        self.dropped = DropBox(self.settle)
+        self._ending: list[Region] = []  # without a view, and not freed yet
+        self._said_full = False
         self._ahead_bytes = 0
         self._keep_bytes = self.config.keep_bytes
+        self.stall_s = self._tier.stall_s
+        self.book = ScheduleBook(
+            staging_bytes=self.config.staging_bytes,
+            spill_bytes=self._tier.limit_bytes(),
+            memory_bytes=self.config.memory_bytes,
+            follow=self.config.schedule == "auto",
+        )
         wanted = self.config.read_ahead_bytes
         self._read_ahead_bytes = self.config.staging_bytes // 2 if wanted is None else wanted
         batch = min(self._read_ahead_bytes // 2, _READ_BATCH_BYTES)
@@ -119,36 +128,27 @@ class ActivationOffload:
         return ForwardPass(self)
 
     def stats(self) -> ActivationStats:
-        """Return what has happened so far; cheap enough for every step."""
+        """Return what has happened so far; cheap enough for every step.
+
+        Raises RuntimeError in a forked child.
+        """
+        if self.process != os.getpid():
+            raise foreign_process(self.process)
         self.settle()
-        native = self._tier.counters()
-        counts = self.counters
+        return snapshot(self.counters, self._tier.counters(), self._facts)
 
-        def whole(key: str) -> int:
-            return int(native[key])
+    def hint(self, *, next_backward: ForwardPass) -> None:
+        """Say whose backward runs next, as a pipeline's scheduler knows.
 
-        return ActivationStats(
-            offloaded_bytes=counts.offloaded,
-            reloaded_bytes=whole("reloaded_bytes"),
-            forwarded_bytes=counts.forwarded + whole("forwarded_bytes"),
-            kept_bytes=counts.kept + whole("kept_total_bytes"),
-            deduplicated_bytes=counts.deduplicated,
-            recast_bytes=counts.recast,
-            still_held_bytes=counts.still_held,
-            passed_through_bytes=counts.frozen_passed_through(),
-            stall_s=float(native["read_wait_s"]) + float(native["write_wait_s"]),
-            ssd_write_bytes=whole("write_bytes"),
-            ssd_read_bytes=whole("read_bytes"),
-            native_bytes=whole("native_bytes"),
-            native_peak_bytes=whole("native_peak_bytes"),
-            staging_peak_bytes=whole("peak_used_bytes"),
-            spill_bytes=whole("spill_used_bytes"),
-            spill_peak_bytes=whole("spill_peak_used_bytes"),
-            page_cache_bytes=whole("page_cache_bytes"),
-            copy_s=float(native["copy_s"]),
-            verify_s=float(native["verify_s"]),
-            **asdict(self._facts),
-        )
+        Of a forward still under way nothing leaves from now on; of one that has ended, reading
+        begins.
+        """
+        with self.lock:
+            if next_backward.ended:
+                next_backward.due = math.inf
+                self._read_ahead(next_backward)
+            else:
+                next_backward.stays = True
 
     def close(self) -> None:
         """Drain the I/O, join its threads and free the space. Graphs still open become unusable.
@@ -159,8 +159,7 @@ class ActivationOffload:
         if self.process != os.getpid():
             return
         if self.lock._is_owned():
-            self.closed = True
-            self.dropped.append((None, False))
+            self.closed = self._close_later = True
             return
         with self.lock:
             self.closed = True
@@ -220,13 +219,6 @@ class ActivationOffload:
 
     def _keep(self, region: Region) -> None:
         self._require_keeping(region.nbytes)
-        if not self.counters.kept:
-            warnings.warn(
-                f"{self._tier.why_full()}; from here on saved tensors that find no space stay in "
-                "memory (stats().kept_bytes counts them)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
         self.counters.kept += region.nbytes
         self.counters.kept_now += region.nbytes
         region.kept = True
@@ -234,6 +226,12 @@ class ActivationOffload:
     def flush(self) -> None:
         """Start whatever small writes still wait for company."""
         self._tier.flush()
+
+    def say_if_full(self) -> None:
+        """Warn once that tensors stayed for want of space. Without `lock`."""
+        if not self._said_full and self._tier.kept_total_bytes() + self.counters.kept:
+            self._said_full = True
+            warnings.warn(self._tier.why_full(), RuntimeWarning, stacklevel=3)
 
     def _require_keeping(self, nbytes: int) -> None:
         limit = self._keep_bytes
@@ -255,7 +253,7 @@ class ActivationOffload:
             with self.lock:
                 region: Region = view.region
                 if self.closed or region.alias._version != region.version:
-                    raise self._not_restorable(view, region)
+                    raise not_restorable(view, self.closed)
                 storage = region.original()
                 if storage is not None:
                     tensor = self._forward_original(view, region, storage)
@@ -271,15 +269,6 @@ class ActivationOffload:
         finally:
             if self.dropped:
                 self.settle()
-
-    def _not_restorable(self, view: SavedView, region: Region) -> RuntimeError:
-        if self.closed:
-            return RuntimeError(
-                "a saved activation is asked for after its ActivationOffload was closed; "
-                "close it after the last backward"
-            )
-        what = f"[{view.dtype} {list(view.size)}]"
-        return changed_in_place(what, region.alias._version, region.version)
 
     def _forward_original(
         self, view: SavedView, region: Region, storage: torch.UntypedStorage
@@ -332,16 +321,20 @@ class ActivationOffload:
         if began:
             self._tier.flush()
 
-    def learned_order(self, signature: tuple[int, ...]) -> list[int] | None:
-        """Return the order in which the last such backward used its regions."""
-        return self._orders.get(signature)
+    def learn(self, forward: ForwardPass) -> None:
+        """Remember how a whole backward went, and what the drive did meanwhile."""
+        recording = forward.recording
+        if recording is not None and not all(region.on_host for region in forward.regions):
+            recording = None  # a GPU runs behind the clock of its host
+        self.book.learn(forward.signature, forward.used, recording, max(1, forward.depth))
+        if self.book.follow:
+            self.book.observe(*self._tier.transferred())
 
-    def learn_order(self, signature: tuple[int, ...], order: list[int]) -> None:
-        """Remember how a whole backward went."""
-        self._orders[signature] = order
-        self._orders.move_to_end(signature)
-        if len(self._orders) > _REMEMBERED_ORDERS:
-            self._orders.popitem(last=False)
+    def renew_plans(self) -> None:
+        """Plan for what was seen since the last forward began. Without `lock`."""
+        if self.book.follow:
+            with self.lock:
+                self.book.renew()
 
     # ---- the end of saved views ---------------------------------------------------------------
 
@@ -351,35 +344,48 @@ class ActivationOffload:
         Called by every hook at its end, and soon after a view was dropped by the main thread, which
         may be inside a method that holds `lock`: then that method calls it again.
         """
-        lock = self.lock
-        close = False
-        while self.dropped and not lock._is_owned() and lock.acquire(False):
-            try:
-                while self.dropped:
-                    region, read = self.dropped.pop()
-                    if region is None:
-                        close = True
-                    else:
-                        self._drop(region, read)
-            finally:
-                lock.release()
-        if close:
+        dropped, ending = self.dropped, self._ending
+        while dropped or ending:
+            with TryLock(self.lock) as taken:
+                # A signal's handler may raise after any call, and what is done must stay done: what
+                # stands between two calls here belongs together. (`taken` is asked here since
+                # Python 3.11 leaves the `with` uncleaned if that happens on the way back to a loop
+                # whose first instruction is the first of a block.)
+                while taken and (dropped or ending):
+                    if ending:
+                        self._end(ending[-1])
+                        continue
+                    unread = dropped.unread
+                    views = unread or dropped.read
+                    region: Region = views[-1]
+                    del views[-1]
+                    region.handles -= 1
+                    if views is unread:
+                        region.unread -= 1
+                        if not region.unread:
+                            region.restored = None
+                    if not region.handles:
+                        ending.append(region)
+            if not taken:
+                break
+        if self._close_later and not self.lock._is_owned():
+            self._close_later = False
             self.close()
 
-    def _drop(self, region: Region, read: bool) -> None:
-        if not read:
-            region.first_read()
-        region.handles -= 1
-        if region.handles:
-            return
+    def _end(self, region: Region) -> None:
+        """Free the last of those that are ending; may be called again after an interruption."""
+        nbytes = region.end - region.begin
         if region.ahead:
             region.ahead = False
-            self._ahead_bytes -= region.nbytes
+            self._ahead_bytes -= nbytes
         if region.kept:
             region.kept = False
-            self.counters.kept_now -= region.nbytes
+            self.counters.kept_now -= nbytes
         region.free()
-        forward = region.forward
-        forward.live -= 1
-        if not forward.live:
+        forward: ForwardPass = region.forward
+        if forward.recording is not None and self.process == os.getpid():
+            forward.recording.released_s[region.number] = forward.recording.now_s()
+        if forward.live == 1:
             forward.all_freed()
+        forward.live -= 1
+        del self._ending[-1]

@@ -28,8 +28,13 @@ class _ForeignLock:
     def __exit__(self, *_: object) -> None:
         """Nothing was taken."""
 
+    # What the child lets go of, it may give back: nobody else is here.
+
     def acquire(self, blocking: bool = True) -> bool:
-        return False
+        return True
+
+    def release(self) -> None:
+        """Nothing was taken."""
 
     def _is_owned(self) -> bool:
         return False
@@ -48,7 +53,9 @@ _open: weakref.WeakSet[Owned] = weakref.WeakSet()
 def lock_out_children(owned: Owned) -> None:
     """See to it that in a forked child `owned.lock` raises RuntimeError when entered.
 
-    Asking for the process in every hook instead would cost a system call a saved tensor.
+    Asking for the process in every hook instead would cost a system call a saved tensor. A child
+    that was not made by Python (C code that calls fork() and goes on in Python) is not seen here;
+    native code refuses it.
     """
     _open.add(owned)
 

@@ -8,7 +8,7 @@ from offload.activations.identity import drop_memory, root_of, sharing_version, 
 from offload.device import Restored, view_over
 from offload.native import SavedView, crc32c
 
-__all__ = ["Kept", "RecastParameter", "Saved", "changed_in_place", "over_restored", "over_storage"]
+__all__ = ["Kept", "RecastParameter", "Saved", "not_restorable", "over_restored", "over_storage"]
 
 
 def changed_in_place(what: str, found: int, expected: int) -> RuntimeError:
@@ -18,6 +18,18 @@ def changed_in_place(what: str, found: int, expected: int) -> RuntimeError:
         f"operation: {what} is at version {found}; expected version {expected} instead. Clone the "
         "tensor before changing it, or change it after the backward."
     )
+
+
+def not_restorable(view: SavedView, closed: bool) -> RuntimeError:
+    """Return why `view` cannot come back: its instance is closed, or it was changed in place."""
+    if closed:
+        return RuntimeError(
+            "a saved activation is asked for after its ActivationOffload was closed; "
+            "close it after the last backward"
+        )
+    region = view.region
+    what = f"[{view.dtype} {list(view.size)}]"
+    return changed_in_place(what, region.alias._version, region.version)
 
 
 def checksum_of(tensor: torch.Tensor) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 
-__all__ = ["ActivationStats", "Counters"]
+from offload.tiers import TierFacts
+
+__all__ = ["ActivationStats", "Counters", "snapshot"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,10 @@ class ActivationStats:
     """Handed back without a read: the tensor or its staging copy was still there."""
     kept_bytes: int
     """Left in memory because the SSD had no space."""
+    scheduled_to_stay_bytes: int
+    """Left in memory because the schedule says so."""
+    predicted_peak_bytes: int
+    """Of the last forward that followed a schedule: saved tensors at the worst moment; or 0."""
     deduplicated_bytes: int
     """Saved again by another operator or view, and not written again."""
     recast_bytes: int
@@ -65,6 +71,8 @@ class Counters:
     forwarded: int = 0
     kept: int = 0
     kept_now: int = 0
+    planned_to_stay: int = 0
+    predicted_peak: int = 0
     deduplicated: int = 0
     recast: int = 0
     still_held: int = 0
@@ -73,3 +81,37 @@ class Counters:
     def frozen_passed_through(self) -> Mapping[str, int]:
         """Return a read-only copy of the bytes passed through, by reason."""
         return MappingProxyType(dict(self.passed_through))
+
+
+def snapshot(
+    counts: Counters, native: Mapping[str, int | float], facts: TierFacts
+) -> ActivationStats:
+    """Return what both sides have counted, and the path that transfers take."""
+
+    def whole(key: str) -> int:
+        return int(native[key])
+
+    return ActivationStats(
+        offloaded_bytes=counts.offloaded,
+        reloaded_bytes=whole("reloaded_bytes"),
+        forwarded_bytes=counts.forwarded + whole("forwarded_bytes"),
+        kept_bytes=counts.kept + whole("kept_total_bytes"),
+        scheduled_to_stay_bytes=counts.planned_to_stay,
+        predicted_peak_bytes=counts.predicted_peak,
+        deduplicated_bytes=counts.deduplicated,
+        recast_bytes=counts.recast,
+        still_held_bytes=counts.still_held,
+        passed_through_bytes=counts.frozen_passed_through(),
+        stall_s=float(native["read_wait_s"]) + float(native["write_wait_s"]),
+        ssd_write_bytes=whole("write_bytes"),
+        ssd_read_bytes=whole("read_bytes"),
+        native_bytes=whole("native_bytes"),
+        native_peak_bytes=whole("native_peak_bytes"),
+        staging_peak_bytes=whole("peak_used_bytes"),
+        spill_bytes=whole("spill_used_bytes"),
+        spill_peak_bytes=whole("spill_peak_used_bytes"),
+        page_cache_bytes=whole("page_cache_bytes"),
+        copy_s=float(native["copy_s"]),
+        verify_s=float(native["verify_s"]),
+        **asdict(facts),
+    )

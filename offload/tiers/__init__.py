@@ -1,5 +1,5 @@
 """Where tensors' bytes can lie besides the device they are computed on."""
 
-from offload.tiers.ssd import SsdTier
+from offload.tiers.ssd import SsdTier, TierFacts
 
-__all__ = ["SsdTier"]
+__all__ = ["SsdTier", "TierFacts"]

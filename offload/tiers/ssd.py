@@ -97,13 +97,15 @@ class SsdTier:
         bound = "spill_bytes" if self._spill_bytes else "half of what was free at the start"
         reasons = []
         for path, spill in zip(self._path, self._spills, strict=True):
-            counters, space = spill.stats(), os.statvfs(path)
+            counters = spill.stats()
             reasons.append(
                 f"{path}: {counters['used_bytes']} bytes are in use of at most "
-                f"{counters['limit_bytes']} ({bound}), and {space.f_bavail * space.f_frsize} are "
-                "free on the drive"
+                f"{counters['limit_bytes']} ({bound}), and {spill.free_bytes} are free on the drive"
             )
-        return "; ".join(reasons)
+        return (
+            f"{'; '.join(reasons)}. From here on saved tensors that find no space stay in memory "
+            "(stats().kept_bytes counts them)"
+        )
 
     def flush(self) -> None:
         """Start the small writes that still wait for company."""
@@ -137,6 +139,28 @@ class SsdTier:
             backing="memory" if in_memory else first.backing,
             verify=self._verify,
         )
+
+    def kept_total_bytes(self) -> int:
+        """Return how many bytes have stayed in memory so far because their write found no space."""
+        return sum(int(spill.stats()["kept_total_bytes"]) for spill in self._spills)
+
+    def stall_s(self) -> float:
+        """Return for how long callers have waited, for reads or for room in staging."""
+        return sum(spill.stall_s for spill in self._spills)
+
+    def limit_bytes(self) -> int:
+        """Return how many bytes all directories together may hold."""
+        return sum(int(spill.stats()["limit_bytes"]) for spill in self._spills)
+
+    def transferred(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Return what was written and read: bytes, and busy seconds of the average directory."""
+        sums = [0.0, 0.0, 0.0, 0.0]
+        keys = ("write_bytes", "write_busy_s", "read_bytes", "read_busy_s")
+        for spill in self._spills:
+            stats = spill.stats()
+            for at, key in enumerate(keys):
+                sums[at] += stats[key] / (len(self._spills) if key.endswith("_s") else 1)
+        return (sums[0], sums[1]), (sums[2], sums[3])
 
     def counters(self) -> dict[str, int | float]:
         """Return the sums of all directories' counters and the arena's (`*_bytes`, `*_s`)."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import activations, hooks, io
+from benchmarks import activations, bandwidth, hooks, io
 from benchmarks.record import ROOT, Interval, median_interval
 
 CONTRACT = {
@@ -30,7 +30,7 @@ TINY_GPT = [
 
 def record_of(name: str, directory: Path, out: Path, *flags: str) -> dict[str, Any]:
     """Run a benchmark and check what every record has to have."""
-    where = "--offload-path" if name == "activations" else "--path"
+    where = "--offload-path" if name in {"activations", "bandwidth"} else "--path"
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *ROUNDS]
     command += ["--json", str(out), where, str(directory), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -101,6 +101,18 @@ def test_activations_compares_bits_time_and_peak(
     assert peak["value"] == peaks["ssd"] / peaks["none"]
 
 
+def test_bandwidth_compares_parts_of_what_full_overlap_needs(
+    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("record")
+    flags = (*TINY_GPT, "--staging-bytes", "8388608", "--picture", str(out / "bandwidth.png"))
+    found = record_of("bandwidth", spill_dir, out / "bandwidth.json", *flags)
+    assert found["met"] in {True, False}
+    assert set(found["samples"]["peak_bytes"]) == {"none", "none again", "25%", "50%", "100%"}
+    assert found["settings"]["needed_bytes_per_s"] > 0
+    assert (out / "bandwidth.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("program", "flags", "named"),
     [
@@ -113,6 +125,7 @@ def test_activations_compares_bits_time_and_peak(
         (hooks, ["--path", "/no/such/directory"], "/no/such/directory"),
         (hooks, ["--tensors", "0"], "'0'"),
         (activations, ["--offload-path", "/no/such/directory"], "/no/such/directory"),
+        (bandwidth, ["--heads", "3"], "--heads 3"),
         (activations, ["--heads", "3"], "--heads 3"),
         (activations, ["--json", "/no/such/directory/a.json"], "/no/such/directory/a.json"),
     ],

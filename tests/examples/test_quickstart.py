@@ -28,9 +28,8 @@ def test_quickstart_trains_and_offloads(spill_dir: Path) -> None:
     assert len(losses) == 10
     assert losses[-1] < losses[0]
     offloaded = int(done.stdout.splitlines()[-1].split()[0])
-    assert (
-        offloaded > 10 * 6 * 2 * 8
-    )  # ten steps of six layers, each with two 8 MiB tensors of its own
+    # The first step offloads six layers with two 8 MiB tensors each; then the schedule decides.
+    assert offloaded > 6 * 2 * 8
     assert not any(spill_dir.iterdir())
 
 

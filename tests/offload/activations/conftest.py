@@ -74,6 +74,7 @@ def make(spill_dir: Path) -> Iterator[Callable[..., offload.ActivationOffload]]:
             "staging_bytes": 4 * MIB,
             "spill_bytes": 64 * MIB,
             "block_bytes": 4096,
+            "schedule": "all",
         } | settings
         made.append(offload.ActivationOffload(**chosen))
         return made[-1]

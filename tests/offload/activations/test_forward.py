@@ -376,7 +376,7 @@ def test_a_branch_without_a_backward_does_not_hide_the_order_of_the_rest(make: A
     for number in (1, 3, 0, 2):  # in an order of its own
         ys[number].sum().backward()
     del ys, unused
-    learned = act.learned_order(signature)
+    learned = act.book.order_of(signature)
     assert learned is not None
     assert learned[:4] == [1, 3, 0, 2]
     assert sorted(learned) == list(range(len(signature)))

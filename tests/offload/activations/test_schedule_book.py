@@ -1,0 +1,232 @@
+"""Tests of `offload.activations.schedule_book`: what is recorded, planned, and planned again."""
+
+from __future__ import annotations
+
+import math
+from itertools import count
+
+import pytest
+
+from offload.activations.schedule_book import Recording, ScheduleBook
+
+MIB = 1 << 20
+REGIONS = 20
+
+
+def book(**settings: object) -> ScheduleBook:
+    chosen: dict[str, object] = {
+        "staging_bytes": 1 << 40,
+        "spill_bytes": math.inf,
+        "memory_bytes": None,
+        "follow": True,
+    } | settings
+    return ScheduleBook(**chosen)  # type: ignore[arg-type]
+
+
+def recorded(regions: int = REGIONS) -> Recording:
+    """A second forward, a region at a time, and two of backward in the reverse order."""
+    recording = Recording(lambda: 0.0)
+    slot_s = 1 / regions
+    recording.saved_s = [100 + slot_s * number for number in range(regions)]
+    for number in range(regions):
+        needed_s = 101 + 2 * slot_s * (regions - 1 - number)
+        recording.needed_s[number] = needed_s
+        recording.released_s[number] = needed_s + slot_s
+    return recording
+
+
+def learn(into: ScheduleBook, sizes: tuple[int, ...], depth: int = 1) -> None:
+    into.learn(sizes, list(reversed(range(len(sizes)))), recorded(len(sizes)), depth)
+
+
+def drive(rate: float, seconds: float = 1.0) -> tuple[tuple[float, float], tuple[float, float]]:
+    return (rate * seconds, seconds), (rate * seconds, seconds)
+
+
+def staying(of: ScheduleBook, sizes: tuple[int, ...]) -> int:
+    of.renew()
+    plan = of.plan_like(sizes)
+    assert plan is not None
+    return sum(plan.stays)
+
+
+SIZES = (4 * MIB,) * REGIONS
+TOTAL = sum(SIZES)
+
+
+def test_nothing_is_planned_before_the_drive_has_shown_what_it_does() -> None:
+    it = book()
+    learn(it, SIZES)
+    it.renew()
+    assert it.plan_like(SIZES) is None
+    it.observe((4096, 1e-4), (0, 0))
+    it.renew()
+    assert it.plan_like(SIZES) is None, "a few kilobytes say nothing"
+    it.observe(*drive(TOTAL * 4))
+    it.renew()
+    assert it.plan_like(SIZES) is not None
+    assert it.planned == 1
+
+
+def test_a_fast_drive_takes_nearly_all_and_a_slow_one_as_much_as_it_can() -> None:
+    stays = []
+    for rate in (0.1, 0.3, 1, 10):
+        it = book()
+        learn(it, SIZES)
+        it.observe(*drive(TOTAL * rate))
+        stays.append(staying(it, SIZES))
+    assert stays == sorted(stays, reverse=True)
+    assert stays[0] > 0.8 * REGIONS
+    assert 1 <= stays[-1] <= 2, "what the backward wants at once need not leave"
+
+
+def test_a_drive_that_becomes_slow_makes_the_next_schedule_keep_more() -> None:
+    it = book()
+    learn(it, SIZES)
+    it.observe(*drive(TOTAL * 2))
+    fast = staying(it, SIZES)
+    written = TOTAL * 2.0
+    for step in range(1, 6):
+        written += TOTAL
+        it.learn(SIZES, list(reversed(range(REGIONS))), None, 1)
+        it.observe((written, 1 + step * 5), (written, 1 + step * 5))  # a tenth of what it was
+    assert staying(it, SIZES) > fast + REGIONS // 4
+    planned = it.planned
+    for _ in range(100):
+        it.learn(SIZES, list(reversed(range(REGIONS))), None, 1)
+    it.observe((written + TOTAL, 31), (written + TOTAL, 31))
+    it.renew()
+    assert it.planned == planned, "no news, no new plan"
+
+
+def test_a_plan_is_followed_for_a_while_before_it_is_made_anew() -> None:
+    it = book()
+    learn(it, SIZES)
+    it.observe(*drive(TOTAL))
+    it.renew()
+    seen = 1.0
+    made = []
+    for step in range(200):  # a drive that is never the same
+        it.learn(SIZES, list(reversed(range(REGIONS))), None, 1)
+        seconds = 3.0 if step % 2 else 0.3
+        seen += seconds
+        it.observe((TOTAL * (step + 2), seen), (TOTAL * (step + 2), seen))
+        planned = it.planned
+        it.renew()
+        if it.planned > planned:
+            made.append(step)
+    assert 1 <= len(made) <= 10
+
+
+def test_a_second_step_confirms_the_first_and_knows_what_is_held() -> None:
+    it = book()
+    first = recorded()
+    first.held.add(3)
+    it.learn(SIZES, list(reversed(range(REGIONS))), first, 1)
+    it.observe(*drive(TOTAL * 10))
+    for confirmed in (False, True, True):
+        it.renew()
+        plan = it.plan_like(SIZES)
+        assert plan is not None
+        assert plan.confirmed == confirmed
+        assert plan.stays[3]
+        learn(it, SIZES)
+    assert it.planned == 2, "once confirmed, a recording changes nothing"
+
+
+def test_forwards_under_way_together_share_the_drive() -> None:
+    alone, two = book(), book()
+    learn(alone, SIZES)
+    learn(two, SIZES, depth=2)
+    for it in (alone, two):
+        it.observe(*drive(TOTAL))
+    assert staying(two, SIZES) > staying(alone, SIZES)
+
+
+def test_several_kinds_of_forward_are_told_apart_by_their_first_sizes() -> None:
+    it = book()
+    kinds = [tuple(size * MIB for _ in range(5)) + (MIB,) * size for size in (1, 2, 3)]
+    for sizes in kinds:
+        learn(it, sizes)
+    it.observe(*drive(TOTAL))
+    it.renew()
+    for sizes in kinds:
+        for first in range(1, len(sizes) + 1):
+            plan = it.plan_like(sizes[:first])
+            assert plan is not None
+            assert plan.sizes == sizes
+    assert it.plan_like((7 * MIB,)) is None
+    assert it.plan_like(kinds[0] + (MIB, MIB)) is None
+
+
+def test_only_so_many_kinds_are_remembered() -> None:
+    it = book()
+    for size in range(1, 101):
+        learn(it, (size * MIB,))
+    assert it.order_of((MIB,)) is None
+    assert it.order_of((100 * MIB,)) == [0]
+
+
+def test_a_memory_limit_is_planned_for() -> None:
+    it = book(memory_bytes=TOTAL // 2)
+    learn(it, SIZES)
+    it.observe(*drive(TOTAL * 10))
+    it.renew()
+    plan = it.plan_like(SIZES)
+    assert plan is not None
+    assert TOTAL // 4 < plan.schedule.peak_bytes <= TOTAL // 2
+
+
+def test_reads_are_due_in_the_order_of_need_and_none_too_late() -> None:
+    it = book()
+    learn(it, SIZES)
+    it.observe(*drive(TOTAL))
+    it.renew()
+    plan = it.plan_like(SIZES)
+    assert plan is not None
+    assert plan.order == tuple(reversed(range(REGIONS)))
+    assert list(plan.due) == sorted(plan.due)
+    for place, number in enumerate(plan.order):
+        if not plan.stays[number]:
+            assert plan.due[place] >= place
+
+
+def test_time_spent_waiting_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = count()
+    monkeypatch.setattr("offload.activations.schedule_book.perf_counter", lambda: next(ticks))
+    waited = iter([0, 0, 5, 5, 5])
+    recording = Recording(lambda: next(waited))
+    assert [recording.now_s() for _ in range(5)] == [0, 1, -3, -2, -1]
+
+
+def test_a_clock_that_runs_backwards_still_gives_a_trace() -> None:
+    recording = Recording(lambda: 0.0)
+    recording.saved_s = [5.0, 4.0, 6.0]
+    recording.needed_s = {0: 4.5, 1: 7.0}
+    recording.released_s = {0: 4.0, 1: 6.5, 2: 9.0}
+    tensors = recording.trace((1, 2, 3)).tensors
+    assert [tensor.saved_s for tensor in tensors] == [0, 0, 1]
+    assert [tensor.released_s for tensor in tensors] == [0, 1.5, 4]
+    assert tensors[2].needed_s == 4, "nobody asked for it"
+
+
+def test_a_region_held_by_others_stays() -> None:
+    it = book()
+    recording = recorded()
+    recording.held.add(0)
+    it.learn(SIZES, list(reversed(range(REGIONS))), recording, 1)
+    it.observe(*drive(TOTAL * 10))
+    it.renew()
+    plan = it.plan_like(SIZES)
+    assert plan is not None
+    assert plan.stays[0]
+    assert not plan.stays[1]
+
+
+def test_a_book_that_is_not_followed_remembers_orders_only() -> None:
+    it = book(follow=False)
+    learn(it, SIZES)
+    it.observe(*drive(TOTAL))
+    it.renew()
+    assert it.plan_like(SIZES) is None
+    assert it.order_of(SIZES) == list(reversed(range(REGIONS)))

@@ -1,0 +1,211 @@
+"""Scheduled offload: bits stay equal whatever the schedule, the pipeline and the drive."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+import offload
+from offload.activations.schedule_book import Throughput
+from offload.native import FaultPlan, FaultRule
+
+MIB = 1 << 20
+WIDTH = 512
+NBYTES = 4 * WIDTH * WIDTH
+
+
+def block(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    for weight in weights:
+        x = torch.tanh(x @ weight)
+    return x
+
+
+def weights_of(count: int, width: int = WIDTH) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randn(width, width, generator=generator) / width**0.5).requires_grad_()
+        for _ in range(count)
+    ]
+
+
+def train(
+    act: offload.ActivationOffload | None, rows: list[int], layers: int = 8
+) -> tuple[list[str], list[torch.Tensor]]:
+    """Take a step for each number of rows; return losses and the sums of gradients."""
+    weights = weights_of(layers)
+    losses = []
+    for number, count in enumerate(rows):
+        x = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(number))
+        with contextlib.nullcontext() if act is None else act.forward():
+            loss = block(x, weights).square().mean()
+        loss.backward()
+        losses.append(loss.item().hex())
+    return losses, [weight.grad for weight in weights if weight.grad is not None]
+
+
+def same(act: offload.ActivationOffload, rows: list[int]) -> None:
+    losses, grads = train(act, rows)
+    expected_losses, expected = train(None, rows)
+    assert losses == expected_losses
+    assert all(map(torch.equal, grads, expected))
+    assert len(grads) == len(expected)
+
+
+def throttled(rate: float) -> FaultPlan:
+    return FaultPlan(bytes_per_s=rate)
+
+
+@pytest.fixture
+def scheduled(make: Any) -> Callable[..., offload.ActivationOffload]:
+    return lambda **settings: make(
+        **{"schedule": "auto", "staging_bytes": 64 * MIB, "block_bytes": 1 << 18} | settings
+    )
+
+
+def test_the_first_step_offloads_everything_and_later_ones_follow_a_schedule(
+    scheduled: Any,
+) -> None:
+    act = scheduled(spill_bytes=256 * MIB)
+    same(act, [2048])
+    first = act.stats()
+    assert first.scheduled_to_stay_bytes == 0
+    assert first.offloaded_bytes > 6 * 4 * 2048 * WIDTH
+    for _ in range(3):
+        same(act, [2048] * 2)
+    assert act.book.planned >= 1
+    assert act.stats().predicted_peak_bytes > 0
+
+
+def test_a_slow_drive_keeps_more_than_a_fast_one(scheduled: Any) -> None:
+    stayed = []
+    for rate in (2e7, 20e9):
+        act = scheduled(io_engine=throttled(rate), spill_bytes=256 * MIB)
+        same(act, [1024] * 4)
+        stayed.append(act.stats().scheduled_to_stay_bytes)
+    assert stayed[0] > 2 * stayed[1]
+
+
+def test_changing_shapes_each_find_their_schedule_and_new_ones_are_safe(scheduled: Any) -> None:
+    act = scheduled(spill_bytes=256 * MIB)
+    same(act, [1024, 2048, 1024, 2048, 1536, 1024, 1536, 2048, 1024])
+    assert act.book.planned >= 3
+
+
+def test_another_control_flow_in_the_middle_of_a_forward_is_noticed(scheduled: Any) -> None:
+    act = scheduled()
+    weights = weights_of(4)
+
+    def step(run: Any, extra: bool) -> list[torch.Tensor]:
+        x = torch.randn(1024, WIDTH, generator=torch.Generator().manual_seed(1))
+        with run():
+            x = block(x, weights[:2])
+            if extra:
+                x = torch.cat([x, x[:100]]).exp().mul(0.5)
+            loss = block(x, weights[2:]).sum()
+        return list(torch.autograd.grad(loss, weights))
+
+    for extra in (False, False, True, False, True, True, False):
+        expected = step(contextlib.nullcontext, extra)
+        assert all(map(torch.equal, step(act.forward, extra), expected))
+    assert len({plan.plan.sizes for plan in act.book._entries.values() if plan.plan}) == 2
+
+
+def test_of_a_forward_whose_backward_is_next_nothing_leaves(make: Any, scheduled: Any) -> None:
+    for act in (make(staging_bytes=64 * MIB), scheduled()):
+        weights = weights_of(4)
+        forward = act.forward()
+        act.hint(next_backward=forward)
+        with forward:
+            loss = block(torch.ones(256, WIDTH), weights).sum()
+        loss.backward()
+        assert act.stats().offloaded_bytes == 0
+
+
+def test_a_hint_begins_to_read_a_forward_that_has_ended(make: Any) -> None:
+    act = make(staging_bytes=64 * MIB)
+    weights = weights_of(4)
+    forward = act.forward()
+    with forward:
+        loss = block(torch.ones(256, WIDTH), weights).sum()
+    act._tier.drain()
+    act.hint(next_backward=forward)
+    assert any(region.ahead for region in forward.regions)
+    loss.backward()
+
+
+def legal_order(rng: random.Random, micro_batches: int, open_at_once: int) -> list[tuple[str, int]]:
+    """Return forwards and backwards of micro-batches as some pipeline stage might run them."""
+    waiting: list[int] = []
+    order: list[tuple[str, int]] = []
+    begun = 0
+    while begun < micro_batches or waiting:
+        forward = begun < micro_batches and len(waiting) < open_at_once
+        if forward and (not waiting or rng.random() < 0.5):
+            order.append(("forward", begun))
+            waiting.append(begun)
+            begun += 1
+        else:
+            order.append(("backward", waiting.pop(rng.randrange(len(waiting)))))
+    return order
+
+
+@settings(
+    max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(st.integers(0, 2**32))
+def test_any_order_of_a_pipeline_gives_the_same_bits_and_leaves_nothing(
+    make: Any, seed: int
+) -> None:
+    rng = random.Random(seed)
+    delays = [
+        FaultRule(first=rng.randrange(40), count=rng.randint(1, 5), action="delay", delay_s=1e-3)
+        for _ in range(rng.randint(0, 3))
+    ]
+    staging = rng.choice([1 << 16, 1 << 18, 1 << 20])
+    act = make(
+        schedule=rng.choice(["auto", "all"]),
+        staging_bytes=staging,
+        memory_bytes=rng.choice([None, 1 << 17]),
+        io_engine=FaultPlan(rules=delays),
+    )
+    # So few bytes say nothing about a drive; this is what it is taken to do.
+    rate = rng.choice([1e6, 1e8, 1e10])
+    act.book.throughput = Throughput(rate, rate)
+    weights = weights_of(3, 32)
+    rows = [rng.randint(1, 300) for _ in range(rng.randint(1, 2))]
+    sums = []
+    for run in (act, None):
+        for weight in weights:
+            weight.grad = None
+        orders = random.Random(seed + 1)
+        for _ in range(3):  # steps: the schedule of the first rules from the second on
+            losses: dict[int, torch.Tensor] = {}
+            for what, number in legal_order(orders, orders.randint(1, 5), orders.randint(1, 3)):
+                if what == "backward":
+                    losses.pop(number).backward()
+                    continue
+                x = torch.full((rows[number % len(rows)], 32), 0.1 * (number + 1))
+                forward = contextlib.nullcontext() if run is None else run.forward()
+                if run is not None and orders.random() < 0.2:
+                    run.hint(next_backward=forward)
+                elif run is None:
+                    orders.random()
+                with forward:
+                    losses[number] = block(x, weights).sum()
+        sums.append([weight.grad for weight in weights])
+    assert all(map(torch.equal, *sums))
+    event(f"planned: {act.book.planned > 0}")
+    act._tier.drain()  # a write under way still has its space
+    stats = act.stats()
+    assert stats.spill_bytes == 0
+    assert stats.staging_peak_bytes <= staging
+    assert act.forwards == set()
+    assert act._ahead_bytes == 0
+    act.close()
