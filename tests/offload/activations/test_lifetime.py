@@ -280,3 +280,4 @@ def test_no_signal_is_lost_in_a_step_and_the_next_step_works(make: Any, on_signa
     act._tier.drain()
     assert act.stats().spill_bytes == 0
     assert act._tier.counters()["used_bytes"] == 0
+    assert act.forwards == set()
