@@ -312,7 +312,7 @@ class ForwardPass:
         self.depth = len(self.owner.forwards)
         if self.plan is not None and self.plan.sizes == self.signature:
             self.due = -1
-            self.order = list(self.plan.order)
+            self.order = list(self.plan.schedule.order)
             self.owner.counters.predicted_peak = self.plan.schedule.peak_bytes
         else:
             self.plan = None

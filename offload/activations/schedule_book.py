@@ -76,12 +76,11 @@ class Plan:
 
     sizes: tuple[int, ...]
     stays: tuple[bool, ...]
-    order: tuple[int, ...]
-    """Of the regions, as the backward wants them."""
     due: tuple[int, ...]
-    """For each place in `order`: the last place whose read has begun by then."""
+    """For each place in the schedule's order: the last place whose read has begun by then."""
     schedule: ActivationSchedule
     throughput: Throughput
+    """What the drive was taken to do."""
     confirmed: bool
     """Made from a step that was not the first of its kind, which is slower than the others."""
 
@@ -178,7 +177,7 @@ class ScheduleBook:
         return any(
             abs(now / then - 1) > _CHANGED
             for now, then in zip(self.throughput, planned, strict=True)
-            if not math.isnan(now) and not math.isnan(then)
+            if not math.isnan(now)
         )
 
     def renew(self) -> None:
@@ -196,29 +195,28 @@ class ScheduleBook:
         self, sizes: tuple[int, ...], entry: _Entry, trace: Trace, throughput: Throughput
     ) -> Plan:
         write, read = throughput
-        # Until anything was read, take the drive to read as fast as it writes. Forwards that are
-        # under way together share it.
+        if math.isnan(read):  # nothing was read yet: take the drive to read as fast as it writes
+            read = write
+        # Forwards that are under way together share the drive.
         share = _RELIED_ON / entry.depth
         channel = Channel(
             tier="ssd",
             write_bytes_per_s=write * share,
-            read_bytes_per_s=(write if math.isnan(read) else read) * share,
+            read_bytes_per_s=read * share,
             capacity_bytes=self.spill_bytes / entry.depth,
         )
         limits = Limits(staging_bytes=self.staging_bytes / entry.depth)
         schedule = plan_activations(trace, [channel], limits, self.memory_bytes)
         self.planned += 1
-        order = sorted(range(len(sizes)), key=lambda number: trace.tensors[number].needed_s)
-        place = {number: at for at, number in enumerate(order)}
+        place = {number: at for at, number in enumerate(schedule.order)}
         begun = [
             max((place[number] for number in some), default=-1) for some in schedule.reads_before
         ]
         return Plan(
             sizes=sizes,
             stays=tuple(tier == "device" for tier in schedule.tiers),
-            order=tuple(order),
             due=tuple(accumulate(begun, max)),
             schedule=schedule,
-            throughput=throughput,
+            throughput=Throughput(write, read),
             confirmed=entry.recordings > 1,
         )

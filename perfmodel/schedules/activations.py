@@ -36,8 +36,10 @@ class ActivationSchedule:
     """`device` for those that are kept."""
     read_s: tuple[float, ...]
     """When each read begins at the latest, on the trace's clock; infinite for those kept."""
+    order: tuple[int, ...]
+    """Of the tensors, as the backward wants them."""
     reads_before: tuple[tuple[int, ...], ...]
-    """For each place in the order of need: the tensors whose reads begin before it is asked for."""
+    """For each place in `order`: the tensors whose reads begin before it is asked for."""
     peak_bytes: int
     staging_peak_bytes: int
     moved_bytes: int
@@ -296,6 +298,7 @@ def _schedule_of(replay: Replay, choice: Sequence[int], outcome: Outcome) -> Act
     return ActivationSchedule(
         tiers=tuple("device" if option == KEPT else names[option] for option in choice),
         read_s=tuple(outcome.read_s),
+        order=tuple(order),
         reads_before=tuple(before),
         peak_bytes=outcome.peak_bytes,
         staging_peak_bytes=outcome.staging_peak_bytes,

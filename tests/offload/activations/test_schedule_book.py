@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from offload.activations.schedule_book import Recording, ScheduleBook
+from offload.activations.schedule_book import Plan, Recording, ScheduleBook
 
 MIB = 1 << 20
 REGIONS = 20
@@ -43,11 +43,15 @@ def drive(rate: float, seconds: float = 1.0) -> tuple[tuple[float, float], tuple
     return (rate * seconds, seconds), (rate * seconds, seconds)
 
 
-def staying(of: ScheduleBook, sizes: tuple[int, ...]) -> int:
+def renewed(of: ScheduleBook, sizes: tuple[int, ...]) -> Plan:
     of.renew()
     plan = of.plan_like(sizes)
     assert plan is not None
-    return sum(plan.stays)
+    return plan
+
+
+def staying(of: ScheduleBook, sizes: tuple[int, ...]) -> int:
+    return sum(renewed(of, sizes).stays)
 
 
 SIZES = (4 * MIB,) * REGIONS
@@ -125,13 +129,22 @@ def test_a_second_step_confirms_the_first_and_knows_what_is_held() -> None:
     it.learn(SIZES, list(reversed(range(REGIONS))), first, 1)
     it.observe(*drive(TOTAL * 10))
     for confirmed in (False, True, True):
-        it.renew()
-        plan = it.plan_like(SIZES)
-        assert plan is not None
+        plan = renewed(it, SIZES)
         assert plan.confirmed == confirmed
         assert plan.stays[3]
         learn(it, SIZES)
     assert it.planned == 2, "once confirmed, a recording changes nothing"
+
+
+def test_a_drive_that_turns_out_to_read_slowly_is_planned_for_again() -> None:
+    it = book()
+    learn(it, SIZES)
+    it.observe((TOTAL * 4, 1), (0, 0))  # all was handed over without reading
+    before = staying(it, SIZES)
+    for _ in range(2):
+        it.learn(SIZES, list(reversed(range(REGIONS))), None, 1)
+    it.observe((TOTAL * 8, 2), (TOTAL * 0.5, 5))
+    assert staying(it, SIZES) > before
 
 
 def test_forwards_under_way_together_share_the_drive() -> None:
@@ -171,9 +184,7 @@ def test_a_memory_limit_is_planned_for() -> None:
     it = book(memory_bytes=TOTAL // 2)
     learn(it, SIZES)
     it.observe(*drive(TOTAL * 10))
-    it.renew()
-    plan = it.plan_like(SIZES)
-    assert plan is not None
+    plan = renewed(it, SIZES)
     assert TOTAL // 4 < plan.schedule.peak_bytes <= TOTAL // 2
 
 
@@ -181,12 +192,10 @@ def test_reads_are_due_in_the_order_of_need_and_none_too_late() -> None:
     it = book()
     learn(it, SIZES)
     it.observe(*drive(TOTAL))
-    it.renew()
-    plan = it.plan_like(SIZES)
-    assert plan is not None
-    assert plan.order == tuple(reversed(range(REGIONS)))
+    plan = renewed(it, SIZES)
+    assert plan.schedule.order == tuple(reversed(range(REGIONS)))
     assert list(plan.due) == sorted(plan.due)
-    for place, number in enumerate(plan.order):
+    for place, number in enumerate(plan.schedule.order):
         if not plan.stays[number]:
             assert plan.due[place] >= place
 
@@ -216,9 +225,7 @@ def test_a_region_held_by_others_stays() -> None:
     recording.held.add(0)
     it.learn(SIZES, list(reversed(range(REGIONS))), recording, 1)
     it.observe(*drive(TOTAL * 10))
-    it.renew()
-    plan = it.plan_like(SIZES)
-    assert plan is not None
+    plan = renewed(it, SIZES)
     assert plan.stays[0]
     assert not plan.stays[1]
 

@@ -87,12 +87,9 @@ def test_what_a_plan_promises_holds_when_it_is_replayed(seed: int) -> None:
 def test_every_read_begins_once_and_before_its_tensor_is_asked_for(seed: int) -> None:
     trace, channel, limits = random_case(random.Random(seed))
     plan = plan_activations(trace, [channel], limits)
-    place = {
-        index: at
-        for at, index in enumerate(
-            sorted(range(len(trace.tensors)), key=lambda index: trace.tensors[index].needed_s)
-        )
-    }
+    needed_s = [trace.tensors[index].needed_s for index in plan.order]
+    assert needed_s == sorted(needed_s)
+    place = {index: at for at, index in enumerate(plan.order)}
     begun = [(index, at) for at, some in enumerate(plan.reads_before) for index in some]
     assert sorted(index for index, _ in begun) == [
         index for index, tier in enumerate(plan.tiers) if tier != "device"
