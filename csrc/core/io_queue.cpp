@@ -36,8 +36,8 @@ IoQueue::IoQueue(std::unique_ptr<IoEngine> engine, Options options)
     : engine_(std::move(engine)),
       options_(std::move(options)),
       fork_generation_(fork_generation()),
-      flights_(options_.depth) {
-  for (std::size_t slot = options_.depth; slot != 0; --slot) free_slots_.push_back(slot - 1);
+      flights_(2 * options_.depth) {
+  for (std::size_t slot = flights_.size(); slot != 0; --slot) free_slots_.push_back(slot - 1);
   thread_ = start_thread([this] { run_guarded(); }, options_.path);
 }
 

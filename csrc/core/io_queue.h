@@ -150,7 +150,7 @@ class IoQueue {
   std::optional<IoError> broken_;
 
   // The queue thread's own.
-  std::vector<Flight> flights_;
+  std::vector<Flight> flights_;  // in the engine, and as many that are here and being compared
   std::vector<std::size_t> free_slots_;
   std::deque<std::size_t> again_;  // slots to be staged once more
   std::vector<std::size_t> to_verify_;

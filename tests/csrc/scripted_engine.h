@@ -38,6 +38,7 @@ struct Drive {
   std::condition_variable changed;
   std::vector<std::byte> bytes;
   std::vector<Request> staged;
+  std::vector<std::size_t> in_flight;  // at each submit()
   bool gate_open = true;
   bool woken = false;
 
@@ -73,7 +74,11 @@ class ScriptedEngine final : public IoEngine {
     return true;
   }
 
-  void submit() override { break_down(script_.submit_throws_at, "submit"); }
+  void submit() override {
+    break_down(script_.submit_throws_at, "submit");
+    std::lock_guard lock(drive_->mutex);
+    drive_->in_flight.push_back(held_.size());
+  }
 
   void wait(std::vector<Completion>& completions,
             std::optional<std::chrono::microseconds>) override {

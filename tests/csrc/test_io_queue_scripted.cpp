@@ -179,6 +179,21 @@ void a_changed_byte_is_found_in_its_block() {
   }
 }
 
+void comparing_checksums_leaves_the_drive_full() {
+  Rig rig(Script{});  // completes all that is in flight at once
+  std::vector<std::uint32_t> sums;
+  for (int i = 0; i < 32; ++i) sums.push_back(crc32c(0, rig.memory.data() + i * kBlock, kBlock));
+  std::copy(rig.memory.begin(), rig.memory.end(), rig.drive->bytes.begin());
+  TransferRequest request{IoOp::kRead, rig.memory.data(), 32 * kBlock, 0,
+                          sums.data(), nullptr,           nullptr};
+  rig.queue->wait(*rig.queue->submit(std::move(request)));
+  rig.queue->close();
+  const auto& in_flight = rig.drive->in_flight;
+  CHECK(in_flight.size() >= 8);
+  const auto first = std::find(in_flight.begin(), in_flight.end(), 4u);
+  for (auto at = first; at != first + 8; ++at) CHECK_EQ(*at, 4u);
+}
+
 void reads_go_before_writes_and_both_in_order() {
   Script script;
   script.depth = 1;
@@ -261,6 +276,7 @@ int main() {
   a_failed_block_fails_its_transfer_and_no_other();
   the_first_of_several_errors_is_told();
   a_changed_byte_is_found_in_its_block();
+  comparing_checksums_leaves_the_drive_full();
   reads_go_before_writes_and_both_in_order();
   an_engine_that_refuses_now_and_then_only_takes_longer();
   an_engine_that_always_refuses_is_an_error_and_no_hang();
