@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "align.h"
@@ -212,11 +213,11 @@ SpillFile::SpillFile(const std::string& directory, bool want_direct)
 }
 
 SpillFile::~SpillFile() {
-  if (fd_ < 0 || fork_generation_ != fork_generation()) return;
-  close_here(fd_);
+  if (fork_generation_ == fork_generation()) close();
 }
 
 int SpillFile::reserve(std::uint64_t offset, std::uint64_t nbytes) {
+  std::lock_guard lock(mutex_);
   int code = 0;
   do {
     code = ::fallocate(fd_, 0, static_cast<off_t>(offset), static_cast<off_t>(nbytes)) == 0 ? 0
@@ -237,18 +238,26 @@ int SpillFile::reserve(std::uint64_t offset, std::uint64_t nbytes) {
 }
 
 std::uint64_t SpillFile::free_bytes() const {
+  if (fork_generation_ != fork_generation()) return 0;  // the mutex may be held by a lost thread
+  std::lock_guard lock(mutex_);
   struct statfs system{};
   if (::fstatfs(fd_, &system) != 0) return 0;
   return unit_bytes(system) * system.f_bavail;
 }
 
-void SpillFile::discard() {
-  // The only possible failure, EIO of the metadata, leaves the space to the closing of the file.
-  [[maybe_unused]] const int code = ::ftruncate(fd_, 0);
+void SpillFile::close() {
+  std::lock_guard lock(mutex_);
   reserved_ = 0;
+  const int fd = std::exchange(fd_, -1);
+  if (fd < 0) return;
+  // A child that was forked past our handlers may hold the file open; it shall not hold the space.
+  [[maybe_unused]] const int code = ::ftruncate(fd, 0);
+  close_here(fd);
 }
 
 std::uint64_t SpillFile::page_cache_bytes() const {
+  if (fork_generation_ != fork_generation()) return 0;
+  std::lock_guard lock(mutex_);
   if (facts_.direct || reserved_ == 0) return 0;
   if (const auto counted = ask_kernel(fd_, reserved_)) return *counted;
   void* at = ::mmap(nullptr, reserved_, PROT_READ, MAP_SHARED, fd_, 0);

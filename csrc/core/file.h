@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <string>
 
 namespace offload {
@@ -28,15 +29,17 @@ class SpillFile {
   SpillFile(const SpillFile&) = delete;
   SpillFile& operator=(const SpillFile&) = delete;
 
-  // Reserves [offset, offset + nbytes); returns 0 or the errno.
+  // Reserves [offset, offset + nbytes); returns 0 or the errno, EBADF once closed.
   int reserve(std::uint64_t offset, std::uint64_t nbytes);
-  // Gives all space back to the file system. Nothing may be in flight.
-  void discard();
-  // What the file system has left for us; 0 if it does not say.
+  // Gives the descriptor back, and with it all space. Nothing may be in flight.
+  void close();
+  // What the file system has left for us; 0 if it does not say, once closed, and in a
+  // forked child.
   std::uint64_t free_bytes() const;
-  // Bytes of this file that lie in the page cache: 0 under O_DIRECT.
+  // Bytes of this file that lie in the page cache: 0 under O_DIRECT or once closed.
   std::uint64_t page_cache_bytes() const;
 
+  // -1 once closed. Not for use beside close() on another thread.
   int fd() const { return fd_; }
   bool direct() const { return facts_.direct; }
   // Addresses, offsets and lengths must be multiples of this.
@@ -48,6 +51,9 @@ class SpillFile {
  private:
   DirectoryFacts facts_;
   std::string path_;
+  // close() on one thread must not hand the descriptor's number to another file while a second
+  // thread asks about it.
+  mutable std::mutex mutex_;
   int fd_ = -1;
   int fork_generation_;
   std::uint32_t alignment_ = 1;

@@ -105,6 +105,7 @@ bool Spill::grow(std::uint64_t nbytes) {
       space_->extents.grow(grown);
       return true;
     }
+    if (code == EBADF) throw std::runtime_error("the spill is closed");
     if (!is_no_space(code)) throw io_error(code, "reservation", file_->path(), reserved, grown);
   }
   return false;
@@ -292,7 +293,7 @@ void Spill::close() {
   if (std::exchange(closed_, true)) return;
   queue_->close();
   // Nothing is in flight any more, so the space goes back even while tensors still name extents.
-  file_->discard();
+  file_->close();
   if (arena_->remove_user() == 0) arena_->trim();
 }
 

@@ -59,6 +59,23 @@ void the_space_is_free_again_when_the_file_closes() {
   CHECK(::fcntl(fd, F_GETFD) < 0);
 }
 
+void a_closed_file_answers_without_its_descriptor() {
+  const check::Directory directory;
+  SpillFile file(directory.path, false);
+  const int fd = file.fd();
+  CHECK_EQ(file.reserve(0, 1 << 20), 0);
+  file.close();
+  CHECK(::fcntl(fd, F_GETFD) < 0);
+  CHECK_EQ(file.fd(), -1);
+  CHECK_EQ(file.reserve(0, 1 << 20), EBADF);
+  CHECK_EQ(file.free_bytes(), 0u);
+  CHECK_EQ(file.page_cache_bytes(), 0u);
+  const int next = ::dup(STDERR_FILENO);  // gets the number just freed
+  file.close();
+  CHECK(::fcntl(next, F_GETFD) >= 0);
+  ::close(next);
+}
+
 void direct_is_used_only_when_asked_for() {
   const check::Directory directory;
   const SpillFile buffered(directory.path, false);
@@ -137,6 +154,7 @@ void a_file_size_limit_is_reported_as_an_errno() {
 int main() {
   the_file_has_no_name_and_mode_0600();
   the_space_is_free_again_when_the_file_closes();
+  a_closed_file_answers_without_its_descriptor();
   direct_is_used_only_when_asked_for();
   the_page_cache_holds_buffered_bytes_only();
   directories_that_cannot_serve_are_refused_by_errno();

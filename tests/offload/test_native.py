@@ -216,6 +216,10 @@ def test_closing_twice_is_harmless_and_writing_afterwards_refused(
         spill.write(data.ctypes.data, data.nbytes)
     with pytest.raises(RuntimeError, match="closed"):
         extent.fetch()
+    unused = open_spill(spill_dir, engine)
+    unused.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        unused.write(data.ctypes.data, data.nbytes)
 
 
 def spill_descriptors(directory: Path) -> list[int]:
@@ -243,8 +247,8 @@ def test_the_file_is_nameless_and_nobody_elses(spill_dir: Path, engine: str, dir
     assert [(stat.S_IMODE(facts.st_mode), facts.st_nlink) for facts in regular] == [(0o600, 0)]
     assert not any(os.get_inheritable(fd) for fd in spill_descriptors(spill_dir))
     spill.close()
-    del spill, extent
     assert spill_descriptors(spill_dir) == []
+    assert (spill.free_bytes, spill.page_cache_bytes()) == (0, 0)
 
 
 def test_buffered_bytes_are_counted_in_the_page_cache_and_direct_ones_are_not(
