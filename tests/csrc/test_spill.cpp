@@ -30,18 +30,21 @@ struct Bytes {
 
 struct Rig {
   check::Directory directory;
+  std::string engine;
   std::shared_ptr<Arena> arena;
   std::shared_ptr<Spill> spill;
 
-  explicit Rig(const std::string& engine, std::size_t arena_bytes = 64 * kBlock,
-               SpillOptions options = {}) {
-    arena = Arena::create(arena_bytes);
+  explicit Rig(const std::string& engine_name, std::size_t arena_bytes = 64 * kBlock,
+               SpillOptions options = {})
+      : engine(engine_name), arena(Arena::create(arena_bytes)), spill(open(options)) {}
+  // A spill of its own, on the same arena.
+  std::shared_ptr<Spill> open(SpillOptions options = {}) const {
     options.directory = directory.path;
     options.engine = engine;
     options.queue_depth = 4;
     options.block_bytes = kBlock;
     if (options.spill_bytes == 0) options.spill_bytes = 64 << 20;
-    spill = Spill::open(options, arena);
+    return Spill::open(options, arena);
   }
   // Until nothing is on its way: the queue lets go of a transfer just after its end is told.
   void settle() { spill->drain(); }
@@ -107,17 +110,12 @@ void writing_does_not_wait_for_memory_that_restored_tensors_hold(const std::stri
 }
 
 void staging_waits_for_writes_to_another_directory_too(const std::string& engine) {
-  check::Directory directory;
-  const auto arena = Arena::create(8 * kBlock);
+  const Rig rig(engine, 8 * kBlock);
   SpillOptions options;
-  options.directory = directory.path;
-  options.engine = engine;
-  options.block_bytes = kBlock;
-  options.spill_bytes = 64 << 20;
-  const auto fast = Spill::open(options, arena);
   options.faults = FaultPlan{};
   options.faults->bytes_per_s = 40e6;
-  const auto slow = Spill::open(options, arena);
+  const auto& fast = rig.spill;
+  const auto slow = rig.open(options);
   const Bytes bytes(8 * kBlock, 3);
   std::vector<std::shared_ptr<Extent>> extents;
   for (int i = 0; i < 10; ++i) {
@@ -129,7 +127,7 @@ void staging_waits_for_writes_to_another_directory_too(const std::string& engine
     extents.push_back(fast->write(bytes.data(), kBlock / 2));
     extents.push_back(slow->write(bytes.data(), 7 * kBlock + kBlock / 2 + 1));
   }
-  CHECK_EQ(arena->stats().native_peak, arena->capacity());  // nothing went outside of it
+  CHECK_EQ(rig.arena->stats().native_peak, rig.arena->capacity());  // nothing went outside of it
   for (const auto& extent : extents) {
     extent->wait_written();
     CHECK(holds(extent->fetch(), bytes.data(), extent->nbytes()));
@@ -137,15 +135,9 @@ void staging_waits_for_writes_to_another_directory_too(const std::string& engine
 }
 
 void one_of_two_on_an_arena_closes_and_the_other_goes_on(const std::string& engine) {
-  check::Directory directory;
-  const auto arena = Arena::create(8 * kBlock);
-  SpillOptions options;
-  options.directory = directory.path;
-  options.engine = engine;
-  options.block_bytes = kBlock;
-  options.spill_bytes = 64 << 20;
-  const auto first = Spill::open(options, arena);
-  const auto second = Spill::open(options, arena);
+  const Rig rig(engine, 8 * kBlock);
+  const auto& first = rig.spill;
+  const auto second = rig.open();
   const Bytes bytes(8 * kBlock, 6);
   const auto extent = second->write(bytes.data(), 8 * kBlock);
   extent->wait_written();
