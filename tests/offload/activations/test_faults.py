@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +87,25 @@ def test_a_small_spill_keeps_what_does_not_fit_and_counts_it(
     assert act.counters.kept_now == 0
     same_bits(act, chain)  # and the next step begins afresh
     assert act.stats().kept_bytes == 2 * stats.kept_bytes
+
+
+def test_a_drive_found_full_after_the_forward_is_told_once(bound: Any, same_bits: Any) -> None:
+    act = bound(faults(op="write", count=ALL, errno=errno.ENOSPC))
+    with pytest.warns(RuntimeWarning, match=r"are free on the drive.*stay in memory") as said:
+        [same_bits(act, chain) for _ in range(3)]
+    assert len(said) == 1
+
+
+def test_a_full_spill_whose_directory_is_gone_is_told_and_the_step_ends_right(
+    make: Any, same_bits: Any, spill_dir: Path
+) -> None:
+    directory = spill_dir / "gone"
+    directory.mkdir()
+    act = make(path=directory, spill_bytes=2 * NBYTES)
+    directory.rmdir()
+    with pytest.warns(RuntimeWarning, match="gone: .* are free on the drive"):
+        same_bits(act, chain)
+    assert act.stats().kept_bytes > 0
 
 
 @pytest.mark.parametrize("kind", ["spill_bytes", "drive"])

@@ -69,28 +69,29 @@ def test_an_exception_closes_the_outer_context(make: Any) -> None:
         act.forward()
 
 
-def test_a_forked_child_is_told_to_make_its_own(make: Any) -> None:
+def test_a_forked_child_is_told_to_make_its_own_and_lets_go_of_its_copy(
+    make: Any, in_child: Any
+) -> None:
     act = make()
     weights = leaves(3)
-    loss = chain(act, weights)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
+    losses = [chain(act, weights)]
+    assert act.forwards
+
+    def child() -> tuple[list[str], int]:
         said = []
-        for deed in (act.forward, loss.backward):
+        for deed in (act.forward, losses[0].backward, act.stats):
             try:
                 deed()
             except RuntimeError as error:
                 said.append(str(error))
-        del loss
+        losses.clear()
         act.close()
-        os.write(writer, "\n".join(said).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as said_by_child:
-        assert "has to make its own" in said_by_child.read().replace("\n", " ")
-    assert os.waitpid(child, 0)[1] == 0
-    loss.backward()
+        return said, len(act.forwards)
+
+    said, open_forwards = in_child(child)
+    assert ["forked child" in text for text in said] == [True, True, True]
+    assert open_forwards == 0
+    losses[0].backward()
     assert weights[0].grad is not None
 
 
