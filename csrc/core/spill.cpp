@@ -143,6 +143,7 @@ std::shared_ptr<Slice> Spill::stage_memory(std::uint64_t nbytes) {
 
 std::shared_ptr<Extent> Spill::write(const std::byte* source, std::uint64_t nbytes) {
   check_process();
+  if (closed_) throw std::runtime_error("the spill is closed");
   raise_write_error();
   if (nbytes == 0) throw std::invalid_argument("an extent of 0 bytes cannot be written");
   const std::uint64_t lead = reinterpret_cast<std::uintptr_t>(source) % kTensorAlign;
@@ -290,7 +291,7 @@ void Spill::drain() { queue_->drain(); }
 void Spill::close() {
   check_process();
   std::lock_guard lock(close_mutex_);  // a second caller returns when all is done, too
-  if (std::exchange(closed_, true)) return;
+  if (closed_.exchange(true)) return;
   queue_->close();
   // Nothing is in flight any more, so the space goes back even while tensors still name extents.
   file_->close();

@@ -2,6 +2,7 @@
 // through staging memory and back. Checksums are made while staging and stay in memory.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -163,7 +164,7 @@ class Spill : public std::enable_shared_from_this<Spill> {
   std::uint64_t limit_ = 0;
 
   std::mutex close_mutex_;
-  bool closed_ = false;  // under close_mutex_
+  std::atomic<bool> closed_{false};  // set under close_mutex_
 
   std::shared_ptr<Space> space_;
 

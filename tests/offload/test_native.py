@@ -216,10 +216,11 @@ def test_closing_twice_is_harmless_and_writing_afterwards_refused(
         spill.write(data.ctypes.data, data.nbytes)
     with pytest.raises(RuntimeError, match="closed"):
         extent.fetch()
-    unused = open_spill(spill_dir, engine)
-    unused.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        unused.write(data.ctypes.data, data.nbytes)
+    for limit in (0, 1 << 20):
+        unused = open_spill(spill_dir, engine, spill_bytes=limit)
+        unused.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            unused.write(data.ctypes.data, data.nbytes)
 
 
 def spill_descriptors(directory: Path) -> list[int]:
