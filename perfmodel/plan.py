@@ -88,6 +88,9 @@ class ActivationsConfig:
     """Hard cap of the arena that staged and read-ahead tensors share."""
     spill_bytes: int | None = None
     """Limit of the spill file in each directory; None: half of what is free when it is opened."""
+    ssd_write_bytes_per_day: int | None = None
+    """The most to be written in each directory in any 24 hours; None: no bound. Ranks that share a
+    drive share what it can take."""
     keep_bytes: int | None = None
     """How much may stay in memory when the SSD is full; None: no bound. Beyond it: OSError."""
     read_ahead_bytes: int | None = None
@@ -126,9 +129,12 @@ class ActivationsConfig:
             raise ValueError(f"block_bytes={self.block_bytes} is not a multiple of {PAGE_BYTES}")
         if self.block_bytes > 1 << 30:
             raise ValueError(f"block_bytes={self.block_bytes} is above 1 GiB; choose about 1 MiB")
-        for key in ("spill_bytes", "keep_bytes", "read_ahead_bytes", "memory_bytes"):
+        for key in ("spill_bytes", "ssd_write_bytes_per_day"):
             if getattr(self, key) is not None:
-                require_bytes(key, getattr(self, key), minimum=0 if key != "spill_bytes" else 1)
+                require_bytes(key, getattr(self, key), minimum=1)
+        for key in ("keep_bytes", "read_ahead_bytes", "memory_bytes"):
+            if getattr(self, key) is not None:
+                require_bytes(key, getattr(self, key))
         require_choice("io_engine", self.io_engine, IO_ENGINES)
         require_choice("schedule", self.schedule, SCHEDULES)
         depth = self.queue_depth

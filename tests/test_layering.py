@@ -23,7 +23,7 @@ TREES = ("csrc", "offload", "perfmodel", "examples", "benchmarks", "tests")
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "perfmodel": (
         ("plan",),
-        ("machine", "workload"),
+        ("machine", "workload", "endurance"),
         ("memory", "timeline"),
         ("schedules",),
         ("planner",),

@@ -6,13 +6,17 @@ staging of the whole tier.
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from time import monotonic
 
 from offload.config import ActivationsConfig
 from offload.native import Arena, Extent, FaultPlan, Spill
+from perfmodel.endurance import WriteBudget
 
 __all__ = ["SsdTier", "TierFacts"]
 
@@ -40,27 +44,26 @@ class SsdTier:
 
     def __init__(self, config: ActivationsConfig, faults: FaultPlan | None = None) -> None:
         self._process = os.getpid()
-        self._arena = Arena(config.staging_bytes)
+        try:
+            self._arena = Arena(config.staging_bytes)
+        except MemoryError:
+            raise MemoryError(
+                f"staging_bytes={config.staging_bytes} is more memory than there is; ask for less"
+            ) from None
         self._spills: list[Spill] = []
         self._next = 0
         self._verify = config.verify
         self._path = config.path
         self._spill_bytes = config.spill_bytes
+        self._budget: WriteBudget | None = None
+        if config.ssd_write_bytes_per_day is not None:
+            # Extents are spread evenly, so that each directory gets its part.
+            per_day = config.ssd_write_bytes_per_day * len(config.path)
+            self._budget = WriteBudget(per_day, monotonic())
+        self._refused_bytes = 0
         try:
             for directory in config.path:
-                self._spills.append(
-                    Spill(
-                        directory,
-                        self._arena,
-                        engine=config.io_engine,
-                        queue_depth=config.queue_depth,
-                        block_bytes=config.block_bytes,
-                        spill_bytes=config.spill_bytes or 0,
-                        verify=config.verify,
-                        direct=config.direct,
-                        fault_plan=faults,
-                    )
-                )
+                self._open_spill(directory, config, faults)
         except BaseException:
             self.close()
             raise
@@ -69,9 +72,30 @@ class SsdTier:
         """`write(address, nbytes)` copies bytes into staging and starts writing them.
 
         The memory is the caller's again on return. Waits while staging is full. Returns None when
-        no directory has space; raises OSError once an earlier write has failed.
+        no directory has space or may be written to; raises OSError once an earlier write failed.
         """
         self.write = only.write if only is not None else self._write_in_turn
+        if self._budget is not None:
+            self._write, self.write = self.write, self._write_within_budget
+
+    def _open_spill(
+        self, directory: str, config: ActivationsConfig, faults: FaultPlan | None
+    ) -> None:
+        spill = Spill(
+            directory,
+            self._arena,
+            engine=config.io_engine,
+            queue_depth=config.queue_depth,
+            block_bytes=config.block_bytes,
+            spill_bytes=config.spill_bytes or 0,
+            verify=config.verify,
+            direct=config.direct,
+            fault_plan=faults,
+        )
+        self._spills.append(spill)
+        if spill.backing == "memory":
+            said = f"{directory} is in RAM ({spill.filesystem}), where nothing is saved"
+            warnings.warn(f"{said}; name a directory on an SSD", RuntimeWarning, stacklevel=5)
 
     def _write_in_turn(self, address: int, nbytes: int) -> Extent | None:
         spills = self._spills
@@ -82,6 +106,17 @@ class SsdTier:
             if extent is not None:
                 return extent
         return None
+
+    def _write_within_budget(self, address: int, nbytes: int) -> Extent | None:
+        assert self._budget is not None
+        if not self._budget.allow(nbytes, monotonic()):
+            self._refused_bytes += nbytes
+            return None
+        return self._write(address, nbytes)
+
+    def write_bytes_per_s(self) -> float:
+        """Return what may be written without end; infinite without a limit."""
+        return self._budget.bytes_per_s if self._budget is not None else math.inf
 
     def raise_write_error(self) -> None:
         """Raise the OSError of the first write that failed for another reason than a full disk."""
@@ -102,6 +137,8 @@ class SsdTier:
                 f"{path}: {counters['used_bytes']} bytes are in use of at most "
                 f"{counters['limit_bytes']} ({bound}), and {spill.free_bytes} are free on the drive"
             )
+        if self._refused_bytes:
+            reasons.append("the writes of the last 24 hours are used up (ssd_write_bytes_per_day)")
         return (
             f"{'; '.join(reasons)}. From here on saved tensors that find no space stay in memory "
             "(stats().kept_bytes counts them)"

@@ -192,3 +192,26 @@ def test_a_directory_in_memory_is_recorded_as_such(open_tier: Open) -> None:
     if not Path("/dev/shm").is_dir():
         pytest.skip("no /dev/shm here")
     assert open_tier(path=("/dev/shm",), spill_bytes=MIB).facts().backing == "memory"
+
+
+def test_a_day_has_no_more_writes_than_allowed(open_tier: Open) -> None:
+    tier = open_tier(ssd_write_bytes_per_day=24 * 3 * MIB)  # an hour's worth may go at once
+    tensor = data(MIB)
+    extents = [tier.write(tensor.data_ptr(), tensor.nbytes) for _ in range(5)]
+    assert [extent is not None for extent in extents] == [True] * 3 + [False] * 2
+    assert extents[0] is not None
+    assert read(extents[0]) == tensor.numpy().tobytes()
+    assert "ssd_write_bytes_per_day" in tier.why_full()
+    assert tier.write_bytes_per_s() == pytest.approx(23 * 3 * MIB / 86_400)
+
+
+def test_several_directories_may_be_written_to_as_much_each(
+    open_tier: Open, spill_dir: Path
+) -> None:
+    paths = tuple(str(spill_dir / name) for name in "ab")
+    for path in paths:
+        os.mkdir(path)
+    tier = open_tier(path=paths, ssd_write_bytes_per_day=24 * 2 * MIB)
+    tensor = data(MIB)
+    written = [tier.write(tensor.data_ptr(), tensor.nbytes) for _ in range(6)]
+    assert sum(extent is not None for extent in written) == 4
