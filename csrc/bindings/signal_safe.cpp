@@ -135,6 +135,39 @@ PyMethodDef key_methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
+// ---- HookScope ---------------------------------------------------------------------------------
+
+PyObject* enter_scope(PyObject* self, PyObject*) {
+  PyObject* push = PyObject_CallMethod(self, "_begin", nullptr);
+  if (push == nullptr) return nullptr;
+  // From here to the body of the `with` statement, and from its end until the hooks are gone, only
+  // native code runs: no handler gets in between.
+  PyObject* pushed = nullptr;
+  if (PyObject_SetAttrString(self, "active", Py_True) == 0) pushed = PyObject_CallNoArgs(push);
+  Py_DECREF(push);
+  if (pushed == nullptr) return nullptr;
+  Py_DECREF(pushed);
+  return Py_NewRef(self);
+}
+
+PyObject* leave_scope(PyObject* self, PyObject* exception) {
+  if (PyObject_SetAttrString(self, "active", Py_False) != 0) return nullptr;
+  PyObject* popped = PyObject_CallMethod(self, "_pop", nullptr);
+  if (popped == nullptr) return nullptr;
+  Py_DECREF(popped);
+  PyObject* end = PyObject_GetAttrString(self, "_end");
+  if (end == nullptr) return nullptr;
+  PyObject* result = PyObject_Call(end, exception, nullptr);
+  Py_DECREF(end);
+  return result;
+}
+
+PyMethodDef scope_methods[] = {
+    {"__enter__", enter_scope, METH_NOARGS, nullptr},
+    {"__exit__", leave_scope, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 bool add(PyObject* module, PyType_Spec spec) {
   PyObject* type = PyType_FromSpec(&spec);
   if (type == nullptr) return false;
@@ -159,7 +192,13 @@ bool add_signal_safe_types(PyObject* module) {
       {Py_sq_length, reinterpret_cast<void*>(count_keys)},
       {0, nullptr},
   };
-  return add(module, {"offload._C.TryLock", sizeof(TryLock), 0, Py_TPFLAGS_DEFAULT, lock_slots}) &&
+  PyType_Slot scope_slots[] = {
+      {Py_tp_methods, scope_methods},
+      {0, nullptr},
+  };
+  return add(module, {"offload._C.HookScope", sizeof(PyObject), 0,
+                      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, scope_slots}) &&
+         add(module, {"offload._C.TryLock", sizeof(TryLock), 0, Py_TPFLAGS_DEFAULT, lock_slots}) &&
          add(module, {"offload._C.HeldKeys", sizeof(HeldKeys), 0, Py_TPFLAGS_DEFAULT, key_slots});
 }
 

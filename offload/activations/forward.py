@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
 from os import getpid
-from types import TracebackType
-from typing import TYPE_CHECKING
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from offload.activations.blocks import BlockRuns
 from offload.activations.classify import parameter_of_cast, reason_to_pass, span_of
 from offload.activations.identity import (
     inside_recomputing_checkpoint,
@@ -23,16 +26,16 @@ from offload.activations.identity import (
 from offload.activations.region import Region, element_begin
 from offload.activations.saved import Kept, RecastParameter, Saved
 from offload.activations.schedule_book import Plan, Recording
-from offload.native import HeldKeys, SavedView
+from offload.native import HeldKeys, HookScope, SavedView
 
 if TYPE_CHECKING:
     from offload.activations.offloader import ActivationOffload
 
 __all__ = ["ForwardPass"]
 
-
 # How many of a storage's latest regions are looked at for an overlap.
 _LATEST_REGIONS = 16
+_push_hooks: Any = torch._C._autograd._push_saved_tensors_default_hooks
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -43,8 +46,11 @@ def _unpack(saved: Saved) -> torch.Tensor:
     return saved.unpack()
 
 
-class ForwardPass:
+class ForwardPass(HookScope):
     """The context of one micro-batch's forward. Enter it once, in the thread that runs it."""
+
+    active = False
+    _pop: Any = torch._C._autograd._pop_saved_tensors_default_hooks
 
     def __init__(self, owner: ActivationOffload) -> None:
         self.owner = owner
@@ -57,7 +63,8 @@ class ForwardPass:
         self.plan: Plan | None = None
         self._unlike_all = False  # that are known
         self.due = math.inf  # the last place in `order` that may be read by now
-        self.recording = Recording(owner.stall_s) if owner.book.follow else None
+        self.recording = Recording(owner.book.idle_s) if owner.book.follow else None
+        self.blocks = BlockRuns()
         self.depth = 0  # of forwards under way at once, itself included
         self.stays = False  # nothing leaves from now on
         # Weak references to storages: keys, unique while they are held, which is until nobody can
@@ -78,31 +85,24 @@ class ForwardPass:
 
     # ---- the forward ------------------------------------------------------------------------
 
-    def __enter__(self) -> ForwardPass:
+    def _begin(self) -> Any:
         if self._entered:
             raise RuntimeError("act.forward() is entered a second time; call act.forward() again")
         self.owner.check_open()
-        self.owner.renew_plans()
+        self.owner.book.begin(perf_counter())
         if inside_recomputing_checkpoint():
             raise RuntimeError(
                 "act.forward() is inside torch.utils.checkpoint, which would save everything it "
                 "is meant to recompute; open act.forward() around the checkpointed call instead"
             )
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-        self._hooks.__enter__()
         self._entered = True
+        self.outer, self.owner.running.forward = self.owner.running.current(), self
         self._module_hook = register_module_forward_pre_hook(self._note_module)
-        return self
+        return functools.partial(_push_hooks, self._pack, _unpack)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _end(self, kind: type[BaseException] | None, *_exception: object) -> None:
+        self.owner.running.forward = self.outer
         self._module_hook.remove()
-        self._hooks.__exit__(kind, error, trace)
-        del self._hooks  # they hold this object
         for notes in (self._noted, self._noted_modules, self._owned):
             notes.clear()
         owner = self.owner
@@ -122,6 +122,9 @@ class ForwardPass:
         owner.say_if_full()
 
     def _note_module(self, module: torch.nn.Module, _args: object) -> None:
+        if not self.active:  # a signal's handler raised before this hook was removed
+            self._module_hook.remove()
+            return
         for buffer in module._buffers.values():
             if buffer is not None:
                 self._note_owned(buffer, "buffer")
@@ -268,6 +271,16 @@ class ForwardPass:
         self._pending.append(region)
         self._pending_operator = operator_number()
 
+    def regions_of(self, values: Iterable[object]) -> tuple[int, ...]:
+        """Return the numbers of the latest regions that hold bytes of these tensors."""
+        found = []
+        for value in values:
+            if value.__class__ is torch.Tensor and value.layout is torch.strided:
+                region = self._newest.get(value.untyped_storage()._cdata)
+                if region is not None:
+                    found.append(region.number)
+        return tuple(found)
+
     def _stage_pending(self) -> None:
         """Send out what is due; the owner's lock is held."""
         owner = self.owner
@@ -285,12 +298,11 @@ class ForwardPass:
 
     def _plan_keeps(self, region: Region) -> bool:
         """Say whether the plan has `region` stay; look for another plan where its size is wrong."""
-        plan, number = self.plan, region.number
+        plan, number, book = self.plan, region.number, self.owner.book
         if plan is None and self._unlike_all:
             return False
         if plan is None or number >= len(plan.sizes) or plan.sizes[number] != region.nbytes:
             sizes = [earlier.nbytes for earlier in self.regions[: number + 1]]
-            book = self.owner.book
             plan = self.plan = book.plan_like(sizes)
             if plan is None:
                 self._unlike_all = True
@@ -299,6 +311,9 @@ class ForwardPass:
             if plan.confirmed and not book.record_next:
                 self.recording = None
         if not plan.stays[number]:
+            return False
+        if book.probe_bytes > 0:
+            book.probe_bytes -= region.nbytes
             return False
         self.owner.counters.planned_to_stay += region.nbytes
         return True
@@ -312,10 +327,11 @@ class ForwardPass:
         self.depth = len(self.owner.forwards)
         if self.plan is not None and self.plan.sizes == self.signature:
             self.due = -1
-            self.order = list(self.plan.schedule.order)
+            self.order = list(self.plan.order)
             self.owner.counters.predicted_peak = self.plan.schedule.peak_bytes
         else:
-            self.plan = None
+            if self.plan is not None:  # it saves more than this forward did
+                self.plan, self.owner.book.record_next = None, self.recording is None
             self.order = self.owner.book.order_of(self.signature) or self._reversed()
         for position, number in enumerate(self.order):
             self.regions[number].position = position

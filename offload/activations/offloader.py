@@ -8,12 +8,12 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from offload.activations.blocks import Running
 from offload.activations.forward import ForwardPass
 from offload.activations.ownership import foreign_process, lock_out_children
 from offload.activations.region import Region
@@ -51,6 +51,7 @@ class ActivationOffload:
         min_tensor_bytes: int = 1 << 20,
         staging_bytes: int = 256 << 20,
         spill_bytes: int | None = None,
+        ssd_write_bytes_per_day: int | None = None,
         keep_bytes: int | None = None,
         read_ahead_bytes: int | None = None,
         schedule: str = "auto",
@@ -69,6 +70,7 @@ class ActivationOffload:
             min_tensor_bytes=min_tensor_bytes,
             staging_bytes=staging_bytes,
             spill_bytes=spill_bytes,
+            ssd_write_bytes_per_day=ssd_write_bytes_per_day,
             keep_bytes=keep_bytes,
             read_ahead_bytes=read_ahead_bytes,
             schedule=schedule,
@@ -90,6 +92,7 @@ class ActivationOffload:
     def _open(self, faults: FaultPlan | None) -> None:
         self._tier = SsdTier(self.config, faults)
         self._facts = self._tier.facts()
+        self.flush = self._tier.flush
         # Joins the I/O threads when this object dies, at the interpreter's exit at the latest.
         self._finalizer = weakref.finalize(self, self._tier.close)
         self.process = os.getpid()
@@ -99,18 +102,19 @@ class ActivationOffload:
         self.lock: Any = threading.RLock()
         self.counters = Counters()
         self.forwards: set[ForwardPass] = set()  # with regions that somebody may want
+        self.running = Running()
         # Views that autograd lets go of put their regions here, in any thread at any moment.
         self.dropped = DropBox(self.settle)
         self._ending: list[Region] = []  # without a view, and not freed yet
         self._said_full = False
-        self._ahead_bytes = 0
-        self._keep_bytes = self.config.keep_bytes
-        self.stall_s = self._tier.stall_s
+        self._ahead_bytes, self._keep_bytes = 0, self.config.keep_bytes
         self.book = ScheduleBook(
             staging_bytes=self.config.staging_bytes,
             spill_bytes=self._tier.limit_bytes(),
             memory_bytes=self.config.memory_bytes,
+            write_bytes_per_s=self._tier.write_bytes_per_s(),
             follow=self.config.schedule == "auto",
+            stall_s=self._tier.stall_s,
         )
         wanted = self.config.read_ahead_bytes
         self._read_ahead_bytes = self.config.staging_bytes // 2 if wanted is None else wanted
@@ -126,6 +130,17 @@ class ActivationOffload:
         """
         self.check_open()
         return ForwardPass(self)
+
+    def block(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`, a layer's output say, as one thing that may be computed again.
+
+        Where `memory_bytes` is set and would not hold all that a forward saves, some of its blocks
+        save only their `args`, and run again in the backward with the same random numbers.
+        """
+        forward = self.running.current()
+        if forward is None or not torch.is_grad_enabled():
+            return function(*args)
+        return forward.blocks.run(forward, function, args)
 
     def stats(self) -> ActivationStats:
         """Return what has happened so far; cheap enough for every step.
@@ -143,6 +158,8 @@ class ActivationOffload:
         Of a forward still under way nothing leaves from now on; of one that has ended, reading
         begins.
         """
+        if not isinstance(next_backward, ForwardPass):
+            raise TypeError(f"next_backward={next_backward!r} is not what act.forward() returned")
         with self.lock:
             if next_backward.ended:
                 next_backward.due = math.inf
@@ -172,13 +189,11 @@ class ActivationOffload:
     def __enter__(self) -> ActivationOffload:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
         self.close()
+        if kind is None and not self.book.forwards:
+            said = "nothing was offloaded: no `with act.forward():` stood around any forward"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
 
     # ---- for the passes; `lock` is held where not said otherwise -----------------------------
 
@@ -202,13 +217,13 @@ class ActivationOffload:
             return  # emptied since by its owner, who may fill it again before the backward
         if self._keep_bytes is not None:
             self._require_keeping(0)
-        begin = region.begin
-        nbytes = region.end - begin
+        begin, nbytes = region.begin, region.nbytes
+        address = storage.data_ptr() + begin
         if region.on_host:
-            extent = self._tier.write(storage.data_ptr() + begin, nbytes)
+            extent = self._tier.write(address, nbytes)
         else:
+            region.residue = address % KERNEL_ALIGN
             copy = host_copy(storage, begin, region.end)
-            region.residue = (storage.data_ptr() + begin) % KERNEL_ALIGN
             extent = self._tier.write(copy.data_ptr(), nbytes)
         if extent is None:
             self._keep(region)
@@ -223,10 +238,6 @@ class ActivationOffload:
         self.counters.kept_now += region.nbytes
         region.kept = True
 
-    def flush(self) -> None:
-        """Start whatever small writes still wait for company."""
-        self._tier.flush()
-
     def say_if_full(self) -> None:
         """Warn once that tensors stayed for want of space. Without `lock`."""
         if not self._said_full and self._tier.kept_total_bytes() + self.counters.kept:
@@ -234,8 +245,7 @@ class ActivationOffload:
             warnings.warn(self._tier.why_full(), RuntimeWarning, stacklevel=3)
 
     def _require_keeping(self, nbytes: int) -> None:
-        limit = self._keep_bytes
-        if limit is None:
+        if (limit := self._keep_bytes) is None:
             return
         # What found no space when it was written is kept by the tier.
         kept = self.counters.kept_now + self._tier.kept_bytes() + nbytes
@@ -326,15 +336,10 @@ class ActivationOffload:
         recording = forward.recording
         if recording is not None and not all(region.on_host for region in forward.regions):
             recording = None  # a GPU runs behind the clock of its host
-        self.book.learn(forward.signature, forward.used, recording, max(1, forward.depth))
+        depth = max(1, forward.depth)
+        self.book.learn(forward.signature, forward.used, recording, depth, forward.blocks)
         if self.book.follow:
             self.book.observe(*self._tier.transferred())
-
-    def renew_plans(self) -> None:
-        """Plan for what was seen since the last forward began. Without `lock`."""
-        if self.book.follow:
-            with self.lock:
-                self.book.renew()
 
     # ---- the end of saved views ---------------------------------------------------------------
 
@@ -357,8 +362,11 @@ class ActivationOffload:
                         continue
                     unread = dropped.unread
                     views = unread or dropped.read
-                    region: Region = views[-1]
+                    # Any thread adds to them at any moment, but not between these two: nothing
+                    # dies here, so nobody else runs.
+                    region: Region | None = views[-1]
                     del views[-1]
+                    assert region is not None
                     region.handles -= 1
                     if views is unread:
                         region.unread -= 1
@@ -366,6 +374,7 @@ class ActivationOffload:
                             region.restored = None
                     if not region.handles:
                         ending.append(region)
+                    region = None
             if not taken:
                 break
         if self._close_later and not self.lock._is_owned():

@@ -7,13 +7,16 @@ that save the same sizes in the same order follow what was planned for it.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
+from offload.activations.blocks import BlockBook, BlockKey, BlockRuns
 from perfmodel.schedules.activations import ActivationSchedule, plan_activations
 from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
 
@@ -26,10 +29,14 @@ _RELIED_ON = 0.8
 # A drive this much faster or slower than it was planned with is planned with again.
 _CHANGED = 0.2
 _MOST_PATIENT = 64
+# A pause between two forwards, to validate say, shall not count.
+_PERIODS = 9
 # Shorter measurements say nothing about a drive.
 _LEAST_BYTES, _LEAST_BUSY_S = 8 << 20, 2e-3
 # However little came through, after so long it is all that the drive does.
 _LONG_BUSY_S = 0.05
+# After so many backwards without a measurement a little goes out to have one.
+_PROBED_AFTER = 16
 
 
 class Throughput(NamedTuple):
@@ -53,8 +60,12 @@ class Recording:
         """Return the time as it would be had nobody waited for I/O."""
         return perf_counter() - self._stall_s()
 
-    def trace(self, sizes: Sequence[int]) -> Trace:
-        """Return what was recorded of regions with these sizes."""
+    def trace(self, sizes: Sequence[int], transients: Iterable[tuple[int, int]] = ()) -> Trace:
+        """Return what was recorded of regions with these sizes.
+
+        Behind them stand `transients`: bytes that cannot leave, from the first need of a region
+        until the next one is needed.
+        """
         begin_s = self.saved_s[0]
         latest_s = max(self.released_s.values(), default=begin_s)
         tensors = []
@@ -67,7 +78,15 @@ class Recording:
             needed_s = min(max(saved_s, needed_s), released_s)
             held = number in self.held
             tensors.append(SavedTensor(nbytes, saved_s, needed_s, released_s, held))
-        return Trace(tuple(tensors))
+        needs = sorted(tensor.needed_s for tensor in tensors)
+        passing = []
+        for number, nbytes in transients:
+            needed_s = max(saved_s, tensors[number].needed_s)
+            after = bisect_right(needs, needed_s)
+            end_s = needs[after] if after < len(needs) else max(needed_s, latest_s - begin_s)
+            passing.append(SavedTensor(nbytes, needed_s, end_s, end_s, held=True))
+        passing.sort(key=lambda tensor: tensor.saved_s)
+        return Trace((*tensors, *passing))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +95,10 @@ class Plan:
 
     sizes: tuple[int, ...]
     stays: tuple[bool, ...]
+    order: tuple[int, ...]
+    """Of the regions, as the backward wants them."""
     due: tuple[int, ...]
-    """For each place in the schedule's order: the last place whose read has begun by then."""
+    """For each place in `order`: the last place whose read has begun by then."""
     schedule: ActivationSchedule
     throughput: Throughput
     """What the drive was taken to do."""
@@ -89,6 +110,8 @@ class Plan:
 class _Entry:
     order: list[int]
     trace: Trace | None = None
+    key: BlockKey | None = None
+    """Of the forward's blocks, where some are recomputed."""
     plan: Plan | None = None
     stale: bool = False
     depth: int = 1
@@ -105,24 +128,46 @@ class ScheduleBook:
     staging_bytes: int
     spill_bytes: float
     memory_bytes: int | None
+    write_bytes_per_s: float
+    """What the drive may be given without end, for the sake of its life."""
     follow: bool
     """False: everything large is offloaded, and only orders are remembered."""
+    stall_s: Callable[[], float] = lambda: 0.0
+    """For how long training has waited for I/O."""
     _entries: OrderedDict[tuple[int, ...], _Entry] = field(default_factory=OrderedDict)
     _seen: list[float] = field(default_factory=lambda: [0.0] * 4)
+    blocks: BlockBook = field(init=False)
     throughput: Throughput | None = None
+    _begun_s: float = math.nan
+    _periods_s: deque[float] = field(default_factory=lambda: deque(maxlen=_PERIODS))
+    """From the begin of one forward to that of the next, the last few times."""
+    planning_s: float = 0.0
+    """How long all planning took: it is none of the step's own time."""
+    probe_bytes: int = 0
+    """So many leave whatever the plan says, because nothing has for long."""
+    _unseen: int = 0
+    forwards: int = 0
     planned: int = 0
     """How often a schedule was made."""
     record_next: bool = False
     """The last forward turned out to be of no known kind when it was late to record it."""
 
+    def __post_init__(self) -> None:
+        """Open the book of blocks."""
+        self.blocks = BlockBook(self.memory_bytes)
+
     def plan_like(self, sizes: Sequence[int]) -> Plan | None:
-        """Return the plan used last whose first sizes are these."""
+        """Return the plan used last whose first sizes are these; it is made when first asked for.
+
+        Not before, since there may be many kinds of forward, and some come only once.
+        """
         count = len(sizes)
         begun = tuple(sizes)
-        for entry in reversed(self._entries.values()):
-            plan = entry.plan
-            if plan is not None and plan.sizes[:count] == begun:
-                return plan
+        for key, entry in reversed(self._entries.items()):
+            if key[:count] == begun:
+                self._renew(key, entry)
+                if entry.plan is not None:
+                    return entry.plan
         return None
 
     def order_of(self, sizes: tuple[int, ...]) -> list[int] | None:
@@ -131,9 +176,17 @@ class ScheduleBook:
         return entry.order if entry is not None else None
 
     def learn(
-        self, sizes: tuple[int, ...], order: list[int], recording: Recording | None, depth: int
+        self,
+        sizes: tuple[int, ...],
+        order: list[int],
+        recording: Recording | None,
+        depth: int,
+        runs: BlockRuns | None = None,
     ) -> None:
-        """Remember how a whole backward went."""
+        """Remember how a whole backward went, and the blocks of its forward.
+
+        `order` is of its regions, `depth` how many forwards were under way with it.
+        """
         entry = self._entries.get(sizes)
         if entry is None:
             entry = self._entries[sizes] = _Entry(order)
@@ -148,9 +201,22 @@ class ScheduleBook:
                 # What stays cannot be seen to be held by others.
                 tensors = enumerate(entry.trace.tensors)
                 recording.held |= {number for number, tensor in tensors if tensor.held}
-            entry.trace, entry.depth, entry.stale = recording.trace(sizes), depth, True
+            transients = self.blocks.transients(runs) if runs is not None else ()
+            entry.trace, entry.depth, entry.stale = recording.trace(sizes, transients), depth, True
             entry.recordings += 1
             self.record_next = False
+            if runs is not None and runs.recompute:
+                entry.key = runs.key
+            elif runs is not None and entry.recordings > 1:
+                self.blocks.learn(runs, entry.trace, depth)
+
+    def recompute_of(self, key: BlockKey) -> frozenset[int]:
+        """Return the numbers of the blocks that this kind of forward recomputes."""
+        if self._knows_drive():
+            begin_s = perf_counter()
+            self.blocks.renew(key, self._machine)
+            self.planning_s += perf_counter() - begin_s
+        return self.blocks.recompute_of(key)
 
     def observe(self, write: tuple[float, float], read: tuple[float, float]) -> None:
         """Take in what the drive has done so far: bytes and busy seconds of both directions."""
@@ -165,12 +231,18 @@ class ScheduleBook:
             rate = max(nbytes, 1.0) / busy_s
             rates.append(rate if math.isnan(known) else (rate + known) / 2)
             self._seen[at : at + 2] = seen[at : at + 2]
+            self._unseen = -1
         self.throughput = Throughput(*rates)
+        # A drive to which nothing goes is not seen to have become faster.
+        self._unseen += 1
+        if self._unseen >= _PROBED_AFTER:
+            self._unseen, self.probe_bytes = 0, _LEAST_BYTES
         for entry in self._entries.values():
             if entry.plan is None or entry.uses < entry.patience:
                 continue
             if self._differs(entry.plan.throughput):
                 entry.stale = True
+                self.blocks.drive_changed()
 
     def _differs(self, planned: Throughput) -> bool:
         assert self.throughput is not None
@@ -180,43 +252,73 @@ class ScheduleBook:
             if not math.isnan(now)
         )
 
-    def renew(self) -> None:
-        """Plan what was recorded, or planned for another drive than it has become."""
-        throughput = self.throughput
-        if not self.follow or throughput is None or math.isnan(throughput.write_bytes_per_s):
-            return
-        for sizes, entry in self._entries.items():
-            if entry.stale and entry.trace is not None:
-                entry.plan = self._planned(sizes, entry, entry.trace, throughput)
-                entry.stale, entry.uses = False, 0
-                entry.patience = min(2 * entry.patience, _MOST_PATIENT)
+    def idle_s(self) -> float:
+        """Return for how long training has waited for I/O or for a plan."""
+        return self.stall_s() + self.planning_s
 
-    def _planned(
-        self, sizes: tuple[int, ...], entry: _Entry, trace: Trace, throughput: Throughput
-    ) -> Plan:
-        write, read = throughput
-        if math.isnan(read):  # nothing was read yet: take the drive to read as fast as it writes
-            read = write
-        # Forwards that are under way together share the drive.
-        share = _RELIED_ON / entry.depth
+    def begin(self, now_s: float) -> None:
+        """Take in that a forward begins at this time."""
+        self.forwards += 1
+        if not math.isnan(self._begun_s):
+            self._periods_s.append(now_s - self._begun_s)
+        self._begun_s = now_s
+
+    def _knows_drive(self) -> bool:
+        known = self.throughput
+        return self.follow and known is not None and not math.isnan(known.write_bytes_per_s)
+
+    def _renew(self, sizes: tuple[int, ...], entry: _Entry) -> None:
+        """Plan what was recorded, or planned for another drive than it has become."""
+        if not entry.stale or entry.trace is None or not self._knows_drive():
+            return
+        begin_s = perf_counter()
+        entry.plan = self._planned(sizes, entry, entry.trace)
+        entry.stale, entry.uses = False, 0
+        entry.patience = min(2 * entry.patience, _MOST_PATIENT)
+        if entry.key is not None:
+            self.blocks.missed(entry.key, entry.plan.schedule.peak_bytes)
+        self.planning_s += perf_counter() - begin_s
+
+    def _machine(self, depth: int) -> tuple[list[Channel], Limits]:
+        """Return what each of `depth` forwards that are under way together may use."""
+        assert self.throughput is not None
+        write, read = self.throughput
+        share = _RELIED_ON / depth
         channel = Channel(
             tier="ssd",
             write_bytes_per_s=write * share,
-            read_bytes_per_s=read * share,
-            capacity_bytes=self.spill_bytes / entry.depth,
+            # Until anything was read, take the drive to read as fast as it writes.
+            read_bytes_per_s=(write if math.isnan(read) else read) * share,
+            capacity_bytes=self.spill_bytes / depth,
+            written_bytes=self._written_bytes(),
         )
-        limits = Limits(staging_bytes=self.staging_bytes / entry.depth)
-        schedule = plan_activations(trace, [channel], limits, self.memory_bytes)
+        return [channel], Limits(staging_bytes=self.staging_bytes / depth)
+
+    def _written_bytes(self) -> float:
+        """Return what one forward may write."""
+        if self.write_bytes_per_s == math.inf or not self._periods_s:
+            return math.inf
+        return self.write_bytes_per_s * median(self._periods_s)
+
+    def _planned(self, sizes: tuple[int, ...], entry: _Entry, trace: Trace) -> Plan:
+        assert self.throughput is not None
+        channels, limits = self._machine(entry.depth)
+        schedule = plan_activations(trace, channels, limits, self.memory_bytes)
         self.planned += 1
-        place = {number: at for at, number in enumerate(schedule.order)}
+        count = len(sizes)
+        order = [number for number in schedule.order if number < count]
+        place = {number: at for at, number in enumerate(order)}
         begun = [
             max((place[number] for number in some), default=-1) for some in schedule.reads_before
         ]
+        due = zip(schedule.order, accumulate(begun, max), strict=True)
+        write, read = self.throughput
         return Plan(
             sizes=sizes,
-            stays=tuple(tier == "device" for tier in schedule.tiers),
-            due=tuple(accumulate(begun, max)),
+            stays=tuple(tier == "device" for tier in schedule.tiers[:count]),
+            order=tuple(order),
+            due=tuple(last for number, last in due if number < count),
             schedule=schedule,
-            throughput=Throughput(write, read),
+            throughput=Throughput(write, write if math.isnan(read) else read),
             confirmed=entry.recordings > 1,
         )

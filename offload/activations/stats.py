@@ -25,6 +25,8 @@ class ActivationStats:
     """Left in memory because the SSD had no space."""
     scheduled_to_stay_bytes: int
     """Left in memory because the schedule says so."""
+    recomputed_blocks: int
+    """Calls of `act.block` that saved only what entered them, to be run again."""
     predicted_peak_bytes: int
     """Of the last forward that followed a schedule: saved tensors at the worst moment; or 0."""
     deduplicated_bytes: int
@@ -72,6 +74,7 @@ class Counters:
     kept: int = 0
     kept_now: int = 0
     planned_to_stay: int = 0
+    recomputed_blocks: int = 0
     predicted_peak: int = 0
     deduplicated: int = 0
     recast: int = 0
@@ -97,6 +100,7 @@ def snapshot(
         forwarded_bytes=counts.forwarded + whole("forwarded_bytes"),
         kept_bytes=counts.kept + whole("kept_total_bytes"),
         scheduled_to_stay_bytes=counts.planned_to_stay,
+        recomputed_blocks=counts.recomputed_blocks,
         predicted_peak_bytes=counts.predicted_peak,
         deduplicated_bytes=counts.deduplicated,
         recast_bytes=counts.recast,

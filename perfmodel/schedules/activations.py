@@ -50,17 +50,19 @@ def plan_activations(
     channels: Sequence[Channel],
     limits: Limits | None = None,
     memory_bytes: int | None = None,
+    *,
+    thorough: bool = True,
 ) -> ActivationSchedule:
     """Choose a tier for every tensor of `trace`.
 
     No write may hold up the forward, no read the backward. Without `memory_bytes`: the least peak
     that is possible so. With it: the fewest bytes moved with a peak within `memory_bytes`; where
     that is out of reach, the least peak. The result is the same for the same arguments, however
-    fast the machine.
+    fast the machine. Not `thorough`: a good choice and no search for a better one.
     """
     limits = limits or Limits()
     search = _Search(Replay(trace, channels, limits), memory_bytes or 0)
-    return _schedule_of(search.replay, *search.best())
+    return _schedule_of(search.replay, *(search.best() if thorough else search.first()))
 
 
 class _NestedStaging:
@@ -108,21 +110,29 @@ class _Search:
         # Of equal peaks, the emptier memory is closer to a lower peak.
         return max(outcome.peak_bytes, self.target), outcome.byte_seconds
 
+    def first(self) -> _Found:
+        """Return the best of the beginnings."""
+        found = self._nothing()
+        if self.replay.channels and self.movable:
+            for start in self._beginnings():
+                found = self._better(found, start)
+        return found
+
+    def _nothing(self) -> _Found:
+        kept = [KEPT] * len(self.replay.nbytes)
+        return kept, self.replay.run(kept)
+
     def best(self) -> _Found:
         """Return the best choice found."""
         replay = self.replay
-        kept = [KEPT] * len(replay.nbytes)
-        nothing = kept, replay.run(kept)
+        nothing = self._nothing()
         if not replay.channels or not self.movable:
             return nothing
         options = range(KEPT, len(replay.channels))
         if len(options) ** len(self.movable) <= _FEW_CHOICES:
             return self._best_of_all(nothing, options)
-        self._tries = _SEARCH_TENSORS // len(kept)
-        found = nothing
-        for start in self._beginnings():
-            found = self._better(found, start)
-        found = self._improve(*found, pairs=True)
+        self._tries = _SEARCH_TENSORS // len(replay.nbytes)
+        found = self._improve(*self.first(), pairs=True)
         rng = random.Random(0)  # the same plan for the same trace
         for restart in range(_RESTARTS if len(self.movable) <= _MANY else 0):
             if self._tries <= 0 or found[1].peak_bytes <= self.target:
@@ -228,7 +238,7 @@ class _Search:
         found = choice, outcome
         step, tries = len(moved), _SEARCH_TENSORS // max(1, len(choice))
         while step and moved and tries > 0:
-            at = 0
+            at, before = 0, len(moved)
             while at < len(moved) and tries > 0:
                 tries -= 1
                 some = moved[at : at + step]
@@ -241,7 +251,8 @@ class _Search:
                     del moved[at : at + step]
                 else:
                     at += step
-            step //= 2
+            # What could not stay before may now that others do.
+            step = step // 2 or int(len(moved) < before)
         return found
 
     def _improve(self, choice: list[int], outcome: Outcome, *, pairs: bool) -> _Found:

@@ -108,6 +108,18 @@ def test_a_full_spill_whose_directory_is_gone_is_told_and_the_step_ends_right(
     assert act.stats().kept_bytes > 0
 
 
+@pytest.mark.parametrize("schedule", ["all", "auto"])
+def test_what_may_not_be_written_today_stays_and_is_told(
+    make: Any, same_bits: Any, schedule: str
+) -> None:
+    act = make(ssd_write_bytes_per_day=24 * 4 * NBYTES, schedule=schedule)
+    with pytest.warns(RuntimeWarning, match="ssd_write_bytes_per_day"):
+        [same_bits(act, chain) for _ in range(4)]
+    act._tier.drain()
+    assert 0 < act.stats().ssd_write_bytes <= 4 * NBYTES + BLOCK
+    assert act.stats().kept_bytes + act.stats().scheduled_to_stay_bytes >= 3 * REGIONS * NBYTES
+
+
 @pytest.mark.parametrize("kind", ["spill_bytes", "drive"])
 def test_keeping_more_than_keep_bytes_is_enospc(make: Any, bound: Any, kind: str) -> None:
     if kind == "spill_bytes":

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import _global_forward_pre_hooks
 
 import offload
 from offload import native
@@ -263,6 +264,8 @@ def test_no_signal_is_lost_in_a_step_and_the_next_step_works(make: Any, on_signa
     weights = leaves(30)
     on_signal(interrupt, signal.SIGVTALRM)
     lost: list[Any] = []
+    top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+    hooks_before = len(_global_forward_pre_hooks)
     before = sys.unraisablehook
     sys.unraisablehook = lost.append
     try:
@@ -272,9 +275,12 @@ def test_no_signal_is_lost_in_a_step_and_the_next_step_works(make: Any, on_signa
             signal.setitimer(signal.ITIMER_VIRTUAL, (20 + turn / 3) * 1e-3)
             with pytest.raises(InterruptionError):
                 steps(2000)
+            assert top_hooks(True) is None, "hooks stay in force after their forward"
     finally:
         sys.unraisablehook = before
     assert not lost
+    torch.nn.Identity()(torch.ones(1))  # a hook of modules that was left goes with its first call
+    assert len(_global_forward_pre_hooks) <= hooks_before + 1
     chain(act, weights).backward()
     gc.collect()
     act.settle()
@@ -282,3 +288,51 @@ def test_no_signal_is_lost_in_a_step_and_the_next_step_works(make: Any, on_signa
     assert act.stats().spill_bytes == 0
     assert act._tier.counters()["used_bytes"] == 0
     assert act.forwards == set()
+
+
+def test_graphs_dropped_in_several_threads_at_once_leave_nothing(make: Any) -> None:
+    act = make(staging_bytes=8 << 20)
+    weight = torch.randn(SIZE, SIZE, requires_grad=True)
+
+    def drop() -> None:
+        for _ in range(300):
+            with act.forward():
+                y = (weight * 2).sin() * weight.cos()
+            del y
+
+    threads = [threading.Thread(target=drop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    act.settle()
+    act._tier.drain()
+    assert act.forwards == set()
+    assert act.stats().spill_bytes == 0
+
+
+def test_forgetting_the_forward_is_told(spill_dir: Path) -> None:
+    with (
+        pytest.warns(RuntimeWarning, match="nothing was offloaded: no `with act.forward"),
+        offload.ActivationOffload(path=spill_dir, staging_bytes=1 << 20) as act,
+    ):
+        act.forward()  # without `with`
+
+
+def test_a_directory_in_ram_is_told() -> None:
+    if not os.path.isdir("/dev/shm") or native.inspect_directory("/dev/shm").backing != "memory":
+        pytest.skip("/dev/shm is not in RAM here")
+    with pytest.warns(RuntimeWarning, match="/dev/shm is in RAM"):
+        act = offload.ActivationOffload(path="/dev/shm", staging_bytes=1 << 20)
+    act.close()
+
+
+def test_what_cannot_be_hinted_at_is_refused(make: Any) -> None:
+    with pytest.raises(TypeError, match="next_backward='x' is not what"):
+        make().hint(next_backward="x")
+
+
+def test_too_much_staging_is_refused_by_name(make: Any) -> None:
+    with pytest.raises(MemoryError, match="staging_bytes=1125899906842624"):
+        make(staging_bytes=1 << 50)

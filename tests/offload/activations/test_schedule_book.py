@@ -18,6 +18,7 @@ def book(**settings: object) -> ScheduleBook:
         "staging_bytes": 1 << 40,
         "spill_bytes": math.inf,
         "memory_bytes": None,
+        "write_bytes_per_s": math.inf,
         "follow": True,
     } | settings
     return ScheduleBook(**chosen)  # type: ignore[arg-type]
@@ -44,7 +45,6 @@ def drive(rate: float, seconds: float = 1.0) -> tuple[tuple[float, float], tuple
 
 
 def renewed(of: ScheduleBook, sizes: tuple[int, ...]) -> Plan:
-    of.renew()
     plan = of.plan_like(sizes)
     assert plan is not None
     return plan
@@ -61,13 +61,10 @@ TOTAL = sum(SIZES)
 def test_nothing_is_planned_before_the_drive_has_shown_what_it_does() -> None:
     it = book()
     learn(it, SIZES)
-    it.renew()
     assert it.plan_like(SIZES) is None
     it.observe((4096, 1e-4), (0, 0))
-    it.renew()
     assert it.plan_like(SIZES) is None, "a few kilobytes say nothing"
     it.observe(*drive(TOTAL * 4))
-    it.renew()
     assert it.plan_like(SIZES) is not None
     assert it.planned == 1
 
@@ -99,7 +96,7 @@ def test_a_drive_that_becomes_slow_makes_the_next_schedule_keep_more() -> None:
     for _ in range(100):
         it.learn(SIZES, list(reversed(range(REGIONS))), None, 1)
     it.observe((written + TOTAL, 31), (written + TOTAL, 31))
-    it.renew()
+    it.plan_like(SIZES)
     assert it.planned == planned, "no news, no new plan"
 
 
@@ -107,7 +104,7 @@ def test_a_plan_is_followed_for_a_while_before_it_is_made_anew() -> None:
     it = book()
     learn(it, SIZES)
     it.observe(*drive(TOTAL))
-    it.renew()
+    it.plan_like(SIZES)
     seen = 1.0
     made = []
     for step in range(200):  # a drive that is never the same
@@ -116,7 +113,7 @@ def test_a_plan_is_followed_for_a_while_before_it_is_made_anew() -> None:
         seen += seconds
         it.observe((TOTAL * (step + 2), seen), (TOTAL * (step + 2), seen))
         planned = it.planned
-        it.renew()
+        it.plan_like(SIZES)
         if it.planned > planned:
             made.append(step)
     assert 1 <= len(made) <= 10
@@ -162,7 +159,6 @@ def test_several_kinds_of_forward_are_told_apart_by_their_first_sizes() -> None:
     for sizes in kinds:
         learn(it, sizes)
     it.observe(*drive(TOTAL))
-    it.renew()
     for sizes in kinds:
         for first in range(1, len(sizes) + 1):
             plan = it.plan_like(sizes[:first])
@@ -234,6 +230,43 @@ def test_a_book_that_is_not_followed_remembers_orders_only() -> None:
     it = book(follow=False)
     learn(it, SIZES)
     it.observe(*drive(TOTAL))
-    it.renew()
     assert it.plan_like(SIZES) is None
     assert it.order_of(SIZES) == list(reversed(range(REGIONS)))
+
+
+def test_no_more_is_written_than_the_days_bytes_allow() -> None:
+    it = book(write_bytes_per_s=TOTAL / 4)
+    for now_s in (0, 1, 2, 60, 61):  # a pause does not count
+        it.begin(now_s)
+    learn(it, SIZES)
+    it.observe(*drive(TOTAL * 10))
+    plan = renewed(it, SIZES)
+    assert 0 < plan.schedule.moved_bytes <= TOTAL / 4
+
+
+def test_only_the_kind_that_comes_is_planned_for() -> None:
+    it = book()
+    kinds = [(size * MIB, MIB) for size in range(1, 40)]
+    for sizes in kinds:
+        learn(it, sizes)
+    it.observe(*drive(TOTAL))
+    assert it.planned == 0
+    assert it.plan_like(kinds[7][:1]) is not None
+    assert it.planned == 1
+    assert it.planning_s > 0
+
+
+def test_a_drive_to_which_nothing_goes_is_tried_again() -> None:
+    it = book()
+    learn(it, SIZES)
+    it.observe(*drive(1e4))
+    assert staying(it, SIZES) == REGIONS
+    seen = drive(1e4)
+    for _ in range(16):
+        assert it.probe_bytes == 0
+        it.learn(SIZES, list(reversed(range(REGIONS))), None, 1)
+        it.observe(*seen)
+    assert it.probe_bytes > 0, "nobody knows whether it still is so slow"
+    nbytes, busy_s = 1e4 + TOTAL, 1 + 1 / 10
+    it.observe((nbytes, busy_s), (nbytes, busy_s))
+    assert staying(it, SIZES) < REGIONS // 2

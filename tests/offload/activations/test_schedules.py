@@ -140,6 +140,25 @@ def test_a_hint_begins_to_read_a_forward_that_has_ended(make: Any) -> None:
     loss.backward()
 
 
+def test_a_drive_that_was_slow_once_is_measured_again(make: Any) -> None:
+    act = make(schedule="auto", staging_bytes=64 << 20, spill_bytes=256 << 20)
+    weights = weights_of(4, 512)
+    offloaded = []
+    for step in range(40):
+        if step < 3:  # what it did the first times
+            act.book.throughput = Throughput(1.0, 1.0)
+        before = act.stats().offloaded_bytes
+        with act.forward():
+            loss = block(torch.ones(2048, 512), weights).sum()
+        act._tier.drain()
+        loss.backward()
+        del loss
+        offloaded.append(act.stats().offloaded_bytes - before)
+    assert 0 in offloaded, "at first all is thought to be better off in memory"
+    assert sum(offloaded[-20:]) > 0
+    assert act.book.throughput.write_bytes_per_s > 1e6
+
+
 def legal_order(rng: random.Random, micro_batches: int, open_at_once: int) -> list[tuple[str, int]]:
     """Return forwards and backwards of micro-batches as some pipeline stage might run them."""
     waiting: list[int] = []
@@ -201,9 +220,6 @@ def test_any_order_of_a_pipeline_gives_the_same_bits_and_leaves_nothing(
                     losses[number] = block(x, weights).sum()
         sums.append([weight.grad for weight in weights])
     assert all(map(torch.equal, *sums))
-    act._tier.drain()
-    assert act.stats().spill_bytes == 0
-    act.close()  # a thousand of them have too many descriptors and threads
     event(f"planned: {act.book.planned > 0}")
     act._tier.drain()  # a write under way still has its space
     stats = act.stats()

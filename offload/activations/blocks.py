@@ -1,0 +1,157 @@
+"""The blocks of a forward, its layers say: what each saved, and which are computed again."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from perfmodel.schedules.blocks import Block, choose_blocks, freed_by
+from perfmodel.schedules.trace import Channel, Limits, Trace
+
+if TYPE_CHECKING:
+    from offload.activations.forward import ForwardPass
+
+__all__ = ["BlockBook", "BlockKey", "BlockRuns", "Running"]
+
+BlockKey = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+"""The sizes of what was saved before the first block, and the shapes of what enters it."""
+
+# How many kinds of forward are remembered.
+_REMEMBERED = 64
+# How often a choice that turned out to take too much memory is made again, more strictly.
+_MOST_MISSES = 8
+
+
+class Running(threading.local):
+    """Which forward a thread is in; nested ones are the innermost."""
+
+    forward: ForwardPass | None = None
+
+    def current(self) -> ForwardPass | None:
+        """Return that forward; one that a signal's handler threw its thread out of is left."""
+        forward = self.forward
+        while forward is not None and not forward.active:
+            forward = forward.outer
+        return forward
+
+    def alone(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function`; blocks inside of it are plain calls, now and when it is repeated."""
+        outer, self.forward = self.current(), None
+        try:
+            return function(*args)
+        finally:
+            self.forward = outer
+
+
+class BlockRuns:
+    """Runs the blocks of one forward, and notes what each saved and how long it took."""
+
+    def __init__(self) -> None:
+        self.key: BlockKey | None = None
+        """Of this kind of forward; None before the first block."""
+        self.recompute: frozenset[int] = frozenset()
+        self.noted: list[Block] = []
+
+    def run(self, forward: ForwardPass, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Return `function(*args)`, of which the schedule may have only `args` saved."""
+        book, regions, recording = forward.owner.book, forward.regions, forward.recording
+        alone = forward.owner.running.alone
+        if self.key is None:
+            shapes = tuple(tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor))
+            self.key = tuple(region.nbytes for region in regions), shapes
+            with forward.owner.lock:
+                self.recompute = book.recompute_of(self.key)
+        first = len(regions)
+        begin_s = recording.now_s() if recording is not None else 0.0
+        if len(self.noted) in self.recompute:
+            forward.owner.counters.recomputed_blocks += 1
+            out = checkpoint(alone, function, *args, use_reentrant=False)
+        else:
+            out = alone(function, *args)
+        end_s = recording.now_s() if recording is not None else 0.0
+        saved = range(first, len(regions))
+        self.noted.append(Block(max(0.0, end_s - begin_s), saved, forward.regions_of(args)))
+        return out
+
+
+@dataclass
+class _Choice:
+    trace: Trace
+    blocks: tuple[Block, ...]
+    depth: int
+    recompute: frozenset[int] = frozenset()
+    stale: bool = True
+    aim: float = 1.0
+    """How much of the memory a choice may take: less once a choice took more than was thought."""
+    misses: int = 0
+
+
+class BlockBook:
+    """Which blocks each kind of forward recomputes, so that what it saves fits `memory_bytes`."""
+
+    def __init__(self, memory_bytes: int | None) -> None:
+        self._memory_bytes = memory_bytes
+        self._choices: OrderedDict[BlockKey, _Choice] = OrderedDict()
+
+    def recompute_of(self, key: BlockKey) -> frozenset[int]:
+        """Return the numbers of the blocks to recompute."""
+        choice = self._choices.get(key)
+        return choice.recompute if choice is not None else frozenset()
+
+    def learn(self, runs: BlockRuns, trace: Trace, depth: int) -> None:
+        """Take in what a forward without recomputation saved, and when."""
+        if self._memory_bytes is None or runs.key is None or runs.recompute:
+            return
+        self._choices[runs.key] = _Choice(trace, tuple(runs.noted), depth)
+        self._choices.move_to_end(runs.key)
+        if len(self._choices) > _REMEMBERED:
+            self._choices.popitem(last=False)
+
+    def transients(self, runs: BlockRuns) -> list[tuple[int, int]]:
+        """Return what recomputation holds for a while: from the first need of a region, bytes."""
+        choice = self._choices.get(runs.key) if runs.key is not None else None
+        if choice is None:
+            return []
+        found = []
+        for number in sorted(runs.recompute):
+            if number < min(len(runs.noted), len(choice.blocks)) and runs.noted[number].enters:
+                freed = freed_by(choice.blocks, number)
+                nbytes = sum(choice.trace.tensors[index].nbytes for index in freed)
+                if nbytes:
+                    found.append((max(runs.noted[number].enters), nbytes))
+        return found
+
+    def missed(self, key: BlockKey, peak_bytes: int) -> None:
+        """Take in that a choice's schedule needs `peak_bytes`."""
+        choice = self._choices.get(key)
+        if choice is None or self._memory_bytes is None or peak_bytes <= self._memory_bytes:
+            return
+        if choice.misses < _MOST_MISSES and len(choice.recompute) < len(choice.blocks):
+            choice.misses += 1
+            choice.aim *= self._memory_bytes / peak_bytes
+            choice.stale = True
+
+    def drive_changed(self) -> None:
+        """Have every choice made again."""
+        for choice in self._choices.values():
+            choice.stale, choice.aim, choice.misses = True, 1.0, 0
+
+    def renew(
+        self, key: BlockKey, machine: Callable[[int], tuple[Sequence[Channel], Limits]]
+    ) -> None:
+        """Choose for what was learned; `machine` says what so many forwards at once may use."""
+        choice = self._choices.get(key)
+        if choice is None or not choice.stale or self._memory_bytes is None:
+            return
+        channels, limits = machine(choice.depth)
+        memory_bytes = int(self._memory_bytes * choice.aim)
+        choice.recompute = choose_blocks(
+            choice.trace, choice.blocks, channels, limits, memory_bytes
+        ).recompute
+        choice.stale = False

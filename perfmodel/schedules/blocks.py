@@ -1,0 +1,184 @@
+"""Which blocks of a model are computed again in the backward instead of being saved.
+
+A block that is recomputed saves only what enters it. Its other tensors come into being when its
+backward begins, and everything after that is later by the time of its forward.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from perfmodel.schedules.activations import plan_activations
+from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
+
+__all__ = ["Block", "BlockChoice", "choose_blocks", "freed_by", "recomputed"]
+
+# How many choices are tried while the last of too many blocks are taken out again.
+_PRUNINGS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of the forward that can be repeated, and what it saved.
+
+    Raises ValueError for a negative duration.
+    """
+
+    duration_s: float
+    """Of its forward."""
+    saved: range
+    """The tensors of the trace that it saved."""
+    enters: tuple[int, ...] = ()
+    """Those that repeating it needs: they are saved either way."""
+
+    def __post_init__(self) -> None:
+        """Check the duration."""
+        if not self.duration_s >= 0:
+            raise ValueError(f"a block cannot take {self.duration_s} s")
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """Which blocks are recomputed, and what is expected of it."""
+
+    recompute: frozenset[int]
+    extra_s: float
+    """What recomputing adds to the step."""
+    peak_bytes: int
+
+
+def freed_by(blocks: Sequence[Block], number: int) -> list[int]:
+    """Return the tensors that block `number` need not save: no block needs them to be repeated."""
+    needed = {index for block in blocks for index in block.enters}
+    return [index for index in blocks[number].saved if index not in needed]
+
+
+def recomputed(trace: Trace, blocks: Sequence[Block], chosen: Collection[int]) -> Trace:
+    """Return the trace of the same step with the blocks `chosen` recomputed."""
+    tensors = trace.tensors
+    repeats = []
+    inside: dict[int, int] = {}
+    for number in chosen:
+        freed = freed_by(blocks, number)
+        if freed:
+            inside.update(dict.fromkeys(freed, number))
+            begin_s = min(tensors[index].needed_s for index in freed)
+            repeats.append((begin_s, blocks[number].duration_s, number))
+    repeats.sort()
+    starts = [begin_s for begin_s, _, _ in repeats]
+    delays = [0.0, *accumulate(duration_s for _, duration_s, _ in repeats)]
+    begun_s = {
+        number: begin_s + delays[place] for place, (begin_s, _, number) in enumerate(repeats)
+    }
+
+    def later(time_s: float) -> float:
+        return time_s + delays[bisect_right(starts, time_s)]
+
+    moved = []
+    for index, tensor in enumerate(tensors):
+        released_s, needed_s = later(tensor.released_s), later(tensor.needed_s)
+        if index in inside:
+            # All at once: when exactly each comes into being again is not worth a trace.
+            saved_s = begun_s[inside[index]]
+            moved.append(SavedTensor(tensor.nbytes, saved_s, needed_s, released_s, held=True))
+            continue
+        for number, time_s in begun_s.items():
+            if index in blocks[number].enters:
+                needed_s = min(needed_s, time_s)
+        needed_s = max(tensor.saved_s, needed_s)
+        moved.append(replace(tensor, needed_s=needed_s, released_s=max(needed_s, released_s)))
+    return Trace(tuple(sorted(moved, key=lambda tensor: tensor.saved_s)))
+
+
+def choose_blocks(
+    trace: Trace,
+    blocks: Sequence[Block],
+    channels: Sequence[Channel],
+    limits: Limits,
+    memory_bytes: int,
+) -> BlockChoice:
+    """Choose the blocks that take the least time and let the peak fit into `memory_bytes`.
+
+    What is not recomputed may leave by `channels`. Where nothing fits: the least peak found.
+    """
+    trials = _Trials(trace, blocks, channels, limits, memory_bytes)
+    best = trials.of(())
+    worthwhile = [number for number in range(len(blocks)) if freed_by(blocks, number)]
+    if best.peak_bytes <= memory_bytes or not worthwhile:
+        return best
+    for order in _orders(trace, blocks, worthwhile):
+        best = trials.better(best, trials.fewest_of(order))
+    for number in sorted(best.recompute, key=lambda number: -blocks[number].duration_s)[:_PRUNINGS]:
+        best = trials.better(best, trials.of(best.recompute - {number}))
+    return best
+
+
+class _Trials:
+    """What comes of recomputing some blocks, and which outcome is the better one."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        blocks: Sequence[Block],
+        channels: Sequence[Channel],
+        limits: Limits,
+        memory_bytes: int,
+    ) -> None:
+        self._trace, self._blocks = trace, blocks
+        self._channels, self._limits = channels, limits
+        self._memory_bytes = memory_bytes
+
+    def of(self, chosen: Collection[int]) -> BlockChoice:
+        """Recompute `chosen`."""
+        schedule = plan_activations(
+            recomputed(self._trace, self._blocks, chosen),
+            self._channels,
+            self._limits,
+            self._memory_bytes,
+            thorough=False,
+        )
+        extra_s = sum(self._blocks[number].duration_s for number in chosen)
+        return BlockChoice(frozenset(chosen), extra_s, schedule.peak_bytes)
+
+    def better(self, one: BlockChoice, other: BlockChoice) -> BlockChoice:
+        """Return the one that fits in less time, or comes closer to fitting."""
+        return min(one, other, key=lambda it: (max(it.peak_bytes, self._memory_bytes), it.extra_s))
+
+    def fewest_of(self, order: Sequence[int]) -> BlockChoice:
+        """Return the best of some beginnings of `order`, the shortest that fits if more fit."""
+        best = self.of(order)
+        low, high = 0, len(order)
+        while low < high:  # most often more blocks are less memory
+            middle = (low + high) // 2
+            choice = self.of(order[:middle])
+            best = self.better(best, choice)
+            if choice.peak_bytes <= self._memory_bytes:
+                high = middle
+            else:
+                low = middle + 1
+        return best
+
+
+def _orders(
+    trace: Trace, blocks: Sequence[Block], worthwhile: Sequence[int]
+) -> Iterator[list[int]]:
+    """Yield orders to take blocks in: cheapest first, last first, first first, evenly spread."""
+
+    def seconds_a_byte(number: int) -> float:
+        freed = sum(trace.tensors[index].nbytes for index in freed_by(blocks, number))
+        return blocks[number].duration_s / freed
+
+    yield sorted(worthwhile, key=seconds_a_byte)
+    yield list(reversed(worthwhile))
+    yield list(worthwhile)
+    count = len(worthwhile)
+    # Of each halving the middle: 1/2, 1/4, 3/4, 1/8, ...
+    spread = sorted(range(count), key=lambda place: _bits_reversed(place, count.bit_length()))
+    yield [worthwhile[place] for place in spread]
+
+
+def _bits_reversed(value: int, width: int) -> int:
+    return int(format(value, f"0{width}b")[::-1], 2)
