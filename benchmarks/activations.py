@@ -1,4 +1,4 @@
-"""Trains a GPT with its activations in memory, recomputed, and on the SSD: step time and peak.
+"""Trains with activations in memory, recomputed, on the SSD, and as planned: step time and peak.
 
 Every mode trains in a process of its own, one step at a time in turns, on the same windows; mode
 none stands twice, for the noise. Losses and gradients are compared to the bit before anything is
@@ -34,10 +34,17 @@ from benchmarks.record import (
 )
 from benchmarks.spill_directory import spill_directory
 from benchmarks.worker import Worker, WorkerError, number
+from examples.models import MODELS
 
-MODES = {"none": "none", "ssd": "ssd", "recompute": "recompute", "none again": "none"}
+MODES = {
+    "none": "none",
+    "ssd": "ssd",
+    "auto": "auto",
+    "recompute": "recompute",
+    "none again": "none",
+}
 PEAK_GOAL = 0.20
-TIME_GOALS = {"none": 1.03, "recompute": 0.88}
+TIME_GOALS = {"ssd": {"none": 1.03, "recompute": 0.88}, "auto": {"none": 1.02}}
 NUM_DIGESTS = 2  # the first step of AdamW starts from nothing, the second from its state
 MIB = 1 << 20
 
@@ -46,6 +53,8 @@ Samples = dict[str, dict[str, list[float]]]
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what describes the training."""
+    parser.add_argument("--model", choices=tuple(MODELS), default="gpt", help="(gpt)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of channels (0)")
     for flag, default in (
         ("--layers", 8),
         ("--hidden", 1024),
@@ -130,6 +139,14 @@ def ratio_to_both_nones(samples: Samples, name: str) -> Interval:
     return median_interval(paired_ratios(samples[name]["step_s"], both))
 
 
+def peak_claim(peaks: Mapping[str, float], mode: str, other: str, goal: float) -> Claim:
+    """Return the claim about the worst moment of `mode`, which is counted and not sampled."""
+    ratio = peaks[mode] / peaks[other]
+    exactly = Interval(median=ratio, low=ratio, high=ratio, coverage=1.0, count=1)
+    name = f"peak, {mode} / {other}"
+    return Claim(name=name, sense="at most", goal=goal, interval=exactly, exact=True)
+
+
 def make_record(
     training: Training,
     samples: Samples,
@@ -139,33 +156,35 @@ def make_record(
     """Put the samples, the claims and the ratios together."""
     peaks = peaks_of(peak_answers)
     times = {
-        "none": ratio_to_both_nones(samples, "ssd"),
-        "recompute": step_ratio(samples, "ssd", "recompute"),
+        (mode, other): ratio_to_both_nones(samples, mode)
+        if other == "none"
+        else step_ratio(samples, mode, other)
+        for mode, goals in TIME_GOALS.items()
+        for other in goals
     }
-    peak = peaks["ssd"] / peaks["none"]
-    exactly = Interval(median=peak, low=peak, high=peak, coverage=1.0, count=1)
-    claims = [
-        Claim(
-            name="peak, ssd / none", sense="at most", goal=PEAK_GOAL, interval=exactly, exact=True
-        ),
-        *(
-            Claim(name=f"step time, ssd / {name}", sense="at most", goal=goal, interval=times[name])
-            for name, goal in TIME_GOALS.items()
-        ),
-    ]
+    claims = []
+    for mode, goals in TIME_GOALS.items():
+        claims.append(peak_claim(peaks, mode, "none", PEAK_GOAL))
+        claims += [
+            Claim(
+                name=f"step time, {mode} / {other}",
+                sense="at most",
+                goal=goal,
+                interval=times[mode, other],
+            )
+            for other, goal in goals.items()
+        ]
+    claims.append(peak_claim(peaks, "auto", "recompute", 1.0))
     return Record(
         claim="activations on the SSD take a fifth of the memory and no time",
-        goal=(
-            f"peak <= {PEAK_GOAL} of none, step time <= {TIME_GOALS['none']} of none and <= "
-            f"{TIME_GOALS['recompute']} of recompute"
-        ),
+        goal="; ".join(f"{claim.name} {claim.sense} {claim.goal}" for claim in claims),
         claims=claims,
-        value=times["none"].median,
-        floor=times["none"].median,
+        value=times["ssd", "none"].median,
+        floor=times["ssd", "none"].median,
         peers={
-            "step time, none": times["none"].median,
-            "step time, recompute": times["recompute"].median,
-            "peak, none": peak,
+            "step time, none": times["ssd", "none"].median,
+            "step time, recompute": times["ssd", "recompute"].median,
+            "peak, none": peaks["ssd"] / peaks["none"],
             "peak, recompute": peaks["ssd"] / peaks["recompute"],
         },
         noise={
@@ -194,6 +213,8 @@ def mode_table(samples: Samples, peaks: Mapping[str, float]) -> str:
 def training_of(arguments: argparse.Namespace, directory: str) -> Training:
     """Return what the command line says that everyone trains."""
     return Training(
+        model=arguments.model,
+        dropout=arguments.dropout,
         layers=arguments.layers,
         hidden=arguments.hidden,
         heads=arguments.heads,

@@ -1,4 +1,4 @@
-"""The process in which one mode trains: none, recompute or ssd, a step at each request."""
+"""The process in which one mode trains: none, recompute, ssd or auto, a step at each request."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import offload
 from benchmarks.worker import Answer, Subject, Worker, serve
 from examples.memory import StepMemory
-from examples.models import GPT, GPTConfig
+from examples.models import MODELS, ModelConfig, Run, call, recompute
 from offload.native import FaultPlan
 
 __all__ = ["Trainee", "Training", "open_worker"]
@@ -24,14 +23,16 @@ __all__ = ["Trainee", "Training", "open_worker"]
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What every mode trains alike; the last seven are for ssd alone."""
+    """What every mode trains alike; what follows `threads` is for ssd and auto."""
 
+    model: str
     layers: int
     hidden: int
     heads: int
     seq_len: int
     micro_batch: int
     vocab: int
+    dropout: float
     threads: int
     directory: str
     staging_bytes: int
@@ -41,6 +42,7 @@ class Training:
     schedule: str = "auto"
     bytes_per_s: float = 0.0
     """The drive is held to this; 0: not at all."""
+    memory_bytes: int | None = None
 
 
 class Trainee:
@@ -50,34 +52,25 @@ class Trainee:
         torch.set_num_threads(training.threads)
         torch.manual_seed(0)
         self._training = training
-        config = GPTConfig(
+        self._act: offload.ActivationOffload | None = None
+        run: Run = recompute if mode == "recompute" else call
+        if mode in ("ssd", "auto"):
+            self._act = open_offload(training)
+            run = self._act.block if mode == "auto" else call
+        config = ModelConfig(
             vocab_size=training.vocab,
             seq_len=training.seq_len,
             num_layers=training.layers,
             hidden_size=training.hidden,
             num_heads=training.heads,
+            dropout=training.dropout,
         )
-        self._model = GPT(config, recompute=mode == "recompute")
+        self._model = MODELS[training.model](config, run)
         self._parameters = list(self._model.parameters())
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
         self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-4, fused=True)
         self._num_steps = 0
-        self._act: offload.ActivationOffload | None = None
-        if mode == "ssd":
-            self._act = offload.ActivationOffload(
-                tier="ssd",
-                path=training.directory,
-                staging_bytes=training.staging_bytes,
-                min_tensor_bytes=training.min_tensor_bytes,
-                io_engine=(
-                    FaultPlan(bytes_per_s=training.bytes_per_s)
-                    if training.bytes_per_s
-                    else training.io_engine
-                ),
-                verify=training.verify,
-                schedule=training.schedule,
-            )
 
     def facts(self) -> Answer:
         """Return the path that activations take."""
@@ -141,11 +134,11 @@ class Trainee:
             self._act.close()
 
     def _next_tokens(self) -> torch.Tensor:
-        # The same windows in every mode: all of them are at the same step.
+        # The same windows, and the same to be dropped, in every mode: all are at the same step.
         self._num_steps += 1
-        generator = torch.Generator().manual_seed(self._num_steps)
+        torch.manual_seed(self._num_steps)
         shape = (self._training.micro_batch, self._training.seq_len + 1)
-        return torch.randint(self._training.vocab, shape, generator=generator)
+        return torch.randint(self._training.vocab, shape)
 
     def _forward(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._act is None else self._act.forward()
@@ -154,11 +147,9 @@ class Trainee:
         # Kept allocated: what a step needs on top of the process at rest are its activations.
         self._optimizer.zero_grad(set_to_none=False)
         with self._forward():
-            logits = self._model(tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            del logits
+            loss = self._model(tokens[:, :-1], tokens[:, 1:])
         torch.autograd.backward(loss)
-        return loss.item()
+        return float(loss)
 
     def _seconds_spent(self) -> dict[str, float]:
         if self._act is None:
@@ -171,6 +162,21 @@ class Trainee:
 
     def _page_cache_bytes(self) -> int:
         return 0 if self._act is None else self._act.stats().page_cache_bytes
+
+
+def open_offload(training: Training) -> offload.ActivationOffload:
+    """Open what sends activations to the SSD."""
+    held = FaultPlan(bytes_per_s=training.bytes_per_s) if training.bytes_per_s else None
+    return offload.ActivationOffload(
+        tier="ssd",
+        path=training.directory,
+        staging_bytes=training.staging_bytes,
+        min_tensor_bytes=training.min_tensor_bytes,
+        memory_bytes=training.memory_bytes,
+        io_engine=held or training.io_engine,
+        verify=training.verify,
+        schedule=training.schedule,
+    )
 
 
 def live_tensor_bytes() -> int:

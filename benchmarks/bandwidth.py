@@ -28,6 +28,7 @@ from benchmarks.activations import (
     measure,
     mode_table,
     parse_training,
+    peak_claim,
     peaks_of,
     ratio_to_both_nones,
     require_same_numbers,
@@ -35,7 +36,7 @@ from benchmarks.activations import (
     training_of,
 )
 from benchmarks.activations_worker import Training, open_worker
-from benchmarks.record import Claim, Interval, Record, add_record_arguments, write_record
+from benchmarks.record import Claim, Record, add_record_arguments, write_record
 from benchmarks.spill_directory import spill_directory
 from benchmarks.worker import number
 
@@ -87,10 +88,7 @@ def make_record(
         for part in PARTS
     ]
     for less, more in pairwise(PARTS):
-        ratio = peaks[mode_of(more)] / peaks[mode_of(less)]
-        exactly = Interval(median=ratio, low=ratio, high=ratio, coverage=1.0, count=1)
-        name = f"peak, {mode_of(more)} / {mode_of(less)}"
-        claims.append(Claim(name=name, sense="at most", goal=1.0, interval=exactly, exact=True))
+        claims.append(peak_claim(peaks, mode_of(more), mode_of(less), 1.0))
     worst = max(interval.median for interval in times.values())
     return Record(
         claim="a slow drive costs memory and no time",

@@ -47,9 +47,9 @@ def at_least(minimum: float, convert: Callable[[str], float] = int) -> Callable[
 
 
 def byte_size(text: str) -> int:
-    """Read `4096`, `64KiB`, `64MiB` or `2GiB`."""
+    """Read `4096`, `64KiB`, `64MiB`, `2GiB` or `1TiB`."""
     number, unit = text, 1
-    for suffix, factor in (("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)):
+    for suffix, factor in (("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)):
         if text.endswith(suffix):
             number, unit = text.removesuffix(suffix), factor
     if not (number.isascii() and number.isdecimal() and len(number) < 16):

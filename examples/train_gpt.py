@@ -1,4 +1,4 @@
-"""Train a GPT on text, with its saved activations in memory, recomputed, or on an SSD.
+"""Train a transformer on text, with its saved activations in memory, recomputed, or on an SSD.
 
     python examples/train_gpt.py --offload none
     torchrun --nproc_per_node 2 examples/train_gpt.py --offload ssd --offload-path /mnt/nvme
@@ -24,11 +24,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from data import Corpus, evenly_spaced, load_corpus, random_windows
 from flags import Parser, at_least, byte_size, one_of
 from memory import StepMemory, resident_bytes
-from models import GPT, GPTConfig
+from models import MODELS, ModelConfig, Run, call, recompute
 from summary import Measured, summarize
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -45,28 +44,35 @@ def make_parser() -> Parser:
     """List the flags."""
     parser = Parser(
         prog="train_gpt.py",
-        description="Train a GPT on text. Sizes may be written 64MiB, and count per rank.",
+        description="Train a transformer on text. Sizes may be written 64MiB; they are per rank.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     also = {"nvme": "ssd", "cpu": "host"}
-    modes = one_of("none", "recompute", "ssd", later=("host", "auto"), aliases=also)
-    add("--offload", type=modes, default="none", help="none, recompute or ssd")
+    modes = one_of("none", "recompute", "ssd", "auto", later=("host",), aliases=also)
+    add("--offload", type=modes, default="none", help="none, recompute, ssd, or auto: each layer")
     where = "directories on SSDs; spill files have no names, so nothing is ever left there"
     add("--offload-path", nargs="+", default=["/var/tmp"], metavar="DIR", help=where)
     add("--min-tensor-bytes", type=byte_size, default="1MiB", help="smaller tensors stay")
     add("--staging-bytes", type=byte_size, default="64MiB", help="memory on the way to the SSD")
+    fit = "saved activations to fit into; without, as little as can be had for no time"
+    add("--memory-bytes", type=byte_size, help=fit)
     add("--spill-bytes", type=byte_size, help="limit on each SSD; without, half of what is free")
+    wear = "the most written to each SSD in 24 hours, by each rank"
+    add("--ssd-write-bytes-per-day", type=byte_size, help=wear)
     add(
         "--io-engine", type=one_of("auto", "uring", "posix"), default="auto", help="or uring, posix"
     )
-    add("--layers", type=at_least(1), default=6, help="transformer blocks")
+    models = one_of(*MODELS)
+    add("--model", type=models, default="gpt", help=", ".join(MODELS))
+    add("--layers", type=at_least(1), default=6, help="of the encoder, or the decoder, or of each")
     add("--hidden", type=at_least(1), default=384, help="channels")
     add("--heads", type=at_least(1), default=6, help="attention heads; divides --hidden")
     add("--seq-len", type=at_least(1), default=256, help="tokens in a window")
     add("--micro-batch", type=at_least(1), default=8, help="windows in a forward, on each rank")
     add("--grad-accum", type=at_least(1), default=1, help="forwards in a step")
+    add("--dropout", type=at_least(0, float), default=0.0, help="of channels while training")
     add("--steps", type=at_least(1), default=200, help="optimizer steps")
     add("--dtype", type=one_of("fp32", "bf16"), default="fp32", help="fp32, or bf16 by autocast")
     add("--seed", type=at_least(0), default=0, help="of the first weights and the data's order")
@@ -76,7 +82,6 @@ def make_parser() -> Parser:
     add("--eval-every", type=at_least(0), default=50, help="steps between validations; 0 for none")
     add("--summary", metavar="FILE", help="where to write what was measured, as JSON")
     for flag, only, later in (
-        ("--model", "gpt", ("bert", "t5", "llama")),
         ("--framework", "torch", ("deepspeed", "megatron")),
         ("--optimizer", "torch", ("offload",)),
         ("--tokens", "off", ("exact", "sparse", "gradient")),
@@ -91,6 +96,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_known_flags(argv)
     if args.hidden % args.heads:
         parser.error(f"--heads {args.heads} does not divide --hidden {args.hidden}; choose both so")
+    if args.model == "llama" and args.hidden // args.heads % 2:
+        parser.error(f"--heads {args.heads}: llama turns pairs, so hidden / heads must be even")
+    if args.model == "t5" and args.seq_len < 2:
+        parser.error(f"--seq-len {args.seq_len}: t5 reads one half and writes the other; take more")
+    if args.dropout >= 1:
+        parser.error(f"--dropout {args.dropout} would drop everything; choose one below 1")
     if args.summary:
         summary = Path(args.summary)
         if summary.is_dir() or not os.access(summary.parent, os.W_OK):
@@ -109,7 +120,7 @@ def open_offload(
     Raises ValueError for a wrong setting or a directory in RAM, OSError for an unusable one,
     MemoryError where there is not as much as --staging-bytes.
     """
-    if args.offload != "ssd":
+    if args.offload not in ("ssd", "auto"):
         return contextlib.nullcontext()
     for path in args.offload_path:
         facts = inspect_directory(path)
@@ -124,6 +135,8 @@ def open_offload(
         min_tensor_bytes=args.min_tensor_bytes,
         staging_bytes=args.staging_bytes,
         spill_bytes=args.spill_bytes,
+        memory_bytes=args.memory_bytes,
+        ssd_write_bytes_per_day=args.ssd_write_bytes_per_day,
         io_engine=args.io_engine,
     )
 
@@ -151,21 +164,26 @@ class Trainer:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
         torch.manual_seed(args.seed)
-        config = GPTConfig(
+        config = ModelConfig(
             vocab_size=corpus.vocab_size,
             seq_len=args.seq_len,
             num_layers=args.layers,
             hidden_size=args.hidden,
             num_heads=args.heads,
+            dropout=args.dropout,
         )
-        self.gpt = GPT(config, recompute=args.offload == "recompute").to(self.device)
-        parameters = list(self.gpt.parameters())
+        # How a layer is run: as it is, again in the backward, or as the schedule says.
+        run: Run = {"recompute": recompute, "auto": act.block if act else call}.get(
+            args.offload, call
+        )
+        self.bare = MODELS[args.model](config, run).to(self.device)
+        parameters = list(self.bare.parameters())
         # Made now and never set to None: what a step then needs on top is its activations.
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        self.model: nn.Module = self.gpt
+        self.model: nn.Module = self.bare
         if self.num_ranks > 1:
-            self.model = DistributedDataParallel(self.gpt, gradient_as_bucket_view=True)
+            self.model = DistributedDataParallel(self.bare, gradient_as_bucket_view=True)
         decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1}
         others = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
         # Fused, because the default makes temporary copies of all gradients.
@@ -192,27 +210,30 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
         if args.max_norm:
-            nn.utils.clip_grad_norm_(self.gpt.parameters(), args.max_norm)
+            nn.utils.clip_grad_norm_(self.bare.parameters(), args.max_norm)
         self.optimizer.step()
         return self.mean_over_ranks(total)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return how badly `model` predicts each token's successor."""
+        """Return how badly `model` predicts what it is to predict."""
         tokens, successors = (part.to(self.device) for part in batch)
         bf16 = self.args.dtype == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return F.cross_entropy(model(tokens).flatten(0, 1), successors.flatten())
+            loss: Tensor = model(tokens, successors)
+        return loss
 
     @torch.no_grad()
     def validate(self) -> float:
         """Return the loss on text that is never trained on, the mean over all ranks."""
+        self.bare.eval()
         windows = evenly_spaced(
             self.corpus.validation, self.args.seq_len, VALIDATION_WINDOWS, self.rank, self.num_ranks
         )
         total = torch.zeros((), device=self.device)
         tokens, successors = (torch.split(part, self.args.micro_batch) for part in windows)
         for batch in zip(tokens, successors, strict=True):
-            total += self.loss(self.gpt, batch) * len(batch[0]) / VALIDATION_WINDOWS
+            total += self.loss(self.bare, batch) * len(batch[0]) / VALIDATION_WINDOWS
+        self.bare.train()
         return self.mean_over_ranks(total)
 
     def no_exchange(self) -> contextlib.AbstractContextManager[None]:
@@ -259,17 +280,18 @@ def train(trainer: Trainer) -> Measured:
                 validation = trainer.validate()
                 if trainer.rank == 0:
                     bar.write(f"step {step + 1}: loss {loss:.4f}, validation {validation:.4f}")
-    measured.resident_bytes = resident_bytes(trainer.gpt, trainer.optimizer)
+    measured.resident_bytes = resident_bytes(trainer.bare, trainer.optimizer)
     return measured
 
 
 def introduce(trainer: Trainer) -> None:
     """Say what is trained on what, and which path the activations take."""
     args, corpus = trainer.args, trainer.corpus
-    num_parameters = sum(parameter.numel() for parameter in trainer.gpt.parameters())
+    num_parameters = sum(parameter.numel() for parameter in trainer.bare.parameters())
     print(
-        f"GPT of {num_parameters / 1e6:.1f} M parameters, {args.dtype}, on {trainer.num_ranks} x "
-        f"{trainer.device.type}; {corpus.name}: {len(corpus.train) / 1e6:.1f} M tokens to train on"
+        f"{args.model} of {num_parameters / 1e6:.1f} M parameters, {args.dtype}, on "
+        f"{trainer.num_ranks} x {trainer.device.type}; {corpus.name}: "
+        f"{len(corpus.train) / 1e6:.1f} M tokens to train on"
     )
     if trainer.act:
         stats = trainer.act.stats()
@@ -288,9 +310,10 @@ def conclude(trainer: Trainer, measured: Measured, summary: Mapping[str, Any]) -
         f"{summary['peak_device_bytes'] / MIB:,.0f} MiB with parameters, gradients and optimizer"
     )
     if trainer.act:
+        kept = f"{summary['kept_bytes'] / MIB:,.0f} MiB found no space on the SSD and stayed; "
         print(
-            f"{summary['offloaded_bytes'] / MIB:,.0f} MiB were offloaded, "
-            f"{summary['kept_bytes'] / MIB:,.0f} MiB kept in memory because no space was left; "
+            f"{summary['offloaded_bytes'] / MIB:,.0f} MiB were offloaded; "
+            f"{kept if summary['kept_bytes'] else ''}"
             f"stalled for {summary['stall_s']:.1f} s of {sum(measured.step_s):.1f} s"
         )
 
@@ -313,7 +336,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             flag = "--offload-path"
             act = resources.enter_context(open_offload(args))
         except OSError as error:
-            problem = f"{flag} {error.filename or ''}: {error.strerror}, or name another"
+            problem = f"{flag} {error.filename or ''}: {error.strerror}; or name another"
             if error.filename in ("io_uring", "posix"):
                 problem = f"--io-engine {args.io_engine}: {error.strerror}; use --io-engine auto"
         except ValueError as error:

@@ -71,6 +71,8 @@ def test_a_storage_counts_once_and_gradients_count() -> None:
 
 def training(threads: int) -> Training:
     return Training(
+        model="gpt",
+        dropout=0.1,
         layers=2,
         hidden=32,
         heads=2,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import activations, bandwidth, hooks, io
+from benchmarks import activations, bandwidth, hooks, io, rok
 from benchmarks.record import ROOT, Interval, median_interval
 
 CONTRACT = {
@@ -30,7 +30,7 @@ TINY_GPT = [
 
 def record_of(name: str, directory: Path, out: Path, *flags: str) -> dict[str, Any]:
     """Run a benchmark and check what every record has to have."""
-    where = "--offload-path" if name in {"activations", "bandwidth"} else "--path"
+    where = "--offload-path" if name in {"activations", "bandwidth", "rok"} else "--path"
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *ROUNDS]
     command += ["--json", str(out), where, str(directory), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -91,7 +91,7 @@ def test_activations_compares_bits_time_and_peak(
     out = tmp_path_factory.mktemp("record") / "activations.json"
     found = record_of("activations", spill_dir, out, *TINY_GPT, "--staging-bytes", "8388608")
     assert found["met"] in {True, False}
-    for name in ("none", "ssd", "recompute", "none again"):
+    for name in ("none", "ssd", "auto", "recompute", "none again"):
         assert len(found["samples"][name]["step_s"]) == 6
     peaks = found["samples"]["peak_bytes"]
     assert peaks["none"] == peaks["none again"] > peaks["recompute"] > 0
@@ -113,6 +113,41 @@ def test_bandwidth_compares_parts_of_what_full_overlap_needs(
     assert (out / "bandwidth.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rok_compares_what_fits_at_several_micro_batches(
+    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("record")
+    flags = [*TINY_GPT, "--staging-bytes", "1048576", "--picture", str(out / "rok.png")]
+    flags += ["--micro-batches", "2", "1", "--limit-bytes", "1000000000"]
+    found = record_of("rok", spill_dir, out / "rok.json", *flags)
+    assert list(found["samples"]) == ["1", "2"]
+    peaks = found["samples"]["2"]["peaks"]
+    assert peaks["none"] > peaks["recompute"] > 0
+    assert (out / "rok.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_fits_decides_which_micro_batches_are_compared() -> None:
+    def point(micro_batch: int, peaks: dict[str, float], step_s: dict[str, float]) -> rok.Point:
+        samples = {mode: {"step_s": [seconds] * 24} for mode, seconds in step_s.items()}
+        return rok.Point(micro_batch, 100 * micro_batch, samples, peaks)
+
+    step_s = {"none": 1.0, "recompute": 1.3, "ssd": 1.0, "auto": 1.04}
+    small = point(1, {"none": 90, "recompute": 30, "ssd": 40, "auto": 40}, step_s)
+    large = point(2, {"none": 180, "recompute": 60, "ssd": 80, "auto": 80}, step_s)
+    within = {mode: rok.largest_fitting([small, large], mode, 100) for mode in rok.MODES}
+    assert within == {"none": small, "recompute": large, "ssd": large, "auto": large}
+    first, second = rok.claims_of([small, large], 100)
+    assert first.interval is not None
+    assert first.interval.median == pytest.approx(200 / 1.04 / 100), "keep is the slowest"
+    assert second.interval is not None
+    assert second.interval.median == pytest.approx(1.25)
+    assert second.met
+    first, second = rok.claims_of([small, large], 50)
+    assert second.interval is not None, "at micro-batch 1"
+    first, second = rok.claims_of([small, large], 10)
+    assert (first.met, second.met) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("program", "flags", "named"),
     [
@@ -126,6 +161,7 @@ def test_bandwidth_compares_parts_of_what_full_overlap_needs(
         (hooks, ["--tensors", "0"], "'0'"),
         (activations, ["--offload-path", "/no/such/directory"], "/no/such/directory"),
         (bandwidth, ["--heads", "3"], "--heads 3"),
+        (rok, ["--micro-batches", "0"], "'0'"),
         (activations, ["--heads", "3"], "--heads 3"),
         (activations, ["--json", "/no/such/directory/a.json"], "/no/such/directory/a.json"),
     ],

@@ -17,7 +17,6 @@ Main = Callable[..., int]
 
 BAD_FLAGS = [
     (["--offload=host"], ["--offload", "host", "not available yet", "ssd"]),
-    (["--offload=auto"], ["--offload", "auto", "not available yet"]),
     (["--offload=sdd"], ["--offload", "sdd", "did you mean ssd?"]),
     (["--ofload=ssd"], ["--ofload", "did you mean --offload?"]),
     (["--qqqq"], ["--qqqq", "--help"]),
@@ -38,7 +37,11 @@ BAD_FLAGS = [
     (["--lr=inf"], ["--lr", "inf"]),
     (["--heads=3"], ["--heads 3", "--hidden 64"]),
     (["--dtype=fp16"], ["--dtype", "fp16", "bf16"]),
-    (["--model=bert"], ["--model", "bert", "not available yet"]),
+    (["--model=brt"], ["--model", "brt", "bert"]),
+    (["--model=llama", "--hidden=6"], ["--heads 2", "llama", "even"]),
+    (["--model=t5", "--seq-len=1"], ["--seq-len 1", "t5"]),
+    (["--dropout=1.5"], ["--dropout", "1.5"]),
+    (["--memory-bytes=-1"], ["--memory-bytes", "-1"]),
     (["--framework=deepspeed"], ["--framework", "deepspeed", "not available yet"]),
     (["--optimizer=offload"], ["--optimizer", "offload", "not available yet"]),
     (["--tokens=exact"], ["--tokens", "exact", "not available yet"]),

@@ -87,6 +87,22 @@ def test_losses_are_the_same_to_the_bit_in_every_mode(
         assert summaries[engine]["reloaded_bytes"] + summaries[engine]["forwarded_bytes"] > 0
 
 
+@pytest.mark.parametrize("model", ["gpt", "bert", "t5", "llama"])
+def test_every_model_has_the_same_losses_in_every_mode(
+    model: str, start: Start, tmp_path: Path, spill_dir: Path
+) -> None:
+    same = [f"--model={model}", "--dropout=0.1", "--steps=5", f"--offload-path={spill_dir}"]
+    modes = {mode: [*same, f"--offload={mode}"] for mode in ("none", "recompute", "ssd", "auto")}
+    modes["auto, tight"] = [*modes["auto"], "--memory-bytes=200KiB"]
+    summaries = summaries_of(start, modes, tmp_path)
+    losses = summaries["none"]["losses"]
+    assert len(set(losses)) == 5
+    for mode, summary in summaries.items():
+        assert list(map(repr, summary["losses"])) == list(map(repr, losses)), mode
+    for mode in ("ssd", "auto", "auto, tight"):
+        assert summaries[mode]["offloaded_bytes"] > 0, mode
+
+
 def test_two_ranks_have_the_same_losses_with_and_without_offload(
     start: Start, tmp_path: Path, spill_dir: Path
 ) -> None:
