@@ -149,7 +149,7 @@ class Trainee:
         with self._forward():
             loss = self._model(tokens[:, :-1], tokens[:, 1:])
         torch.autograd.backward(loss)
-        return float(loss)
+        return float(loss.detach())
 
     def _seconds_spent(self) -> dict[str, float]:
         if self._act is None:

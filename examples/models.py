@@ -225,23 +225,25 @@ def head_of(config: ModelConfig, norm: type[nn.Module]) -> nn.Sequential:
 # ---- The models ----------------------------------------------------------------------------------
 
 
-class GPT(nn.Module):
-    """A decoder that predicts each token's successor."""
+class Decoder(nn.Module):
+    """Layers that predict each token's successor; what they are made of, a subclass says."""
 
-    def __init__(self, config: ModelConfig, run: Run = call) -> None:
+    def __init__(
+        self, config: ModelConfig, run: Run, norm: type[nn.Module], *, positions: bool
+    ) -> None:
         super().__init__()
         self.run = run
-        self.embedding = Embedding(config)
+        self.embedding = Embedding(config, positions=positions)
         self.layers = nn.ModuleList(
-            Layer(
-                config,
-                [SelfAttention(config, causal=True), perceptron(config, nn.GELU())],
-                nn.LayerNorm,
-            )
-            for _ in range(config.num_layers)
+            Layer(config, self.parts(config), norm) for _ in range(config.num_layers)
         )
-        self.head = head_of(config, nn.LayerNorm)
+        self.head = head_of(config, norm)
         self.apply(initialise)
+
+    @staticmethod
+    def parts(config: ModelConfig) -> list[nn.Module]:
+        """Return what a layer consists of."""
+        raise NotImplementedError
 
     def forward(self, tokens: Tensor, successors: Tensor) -> Tensor:
         """Return the mean loss over [batch, position]."""
@@ -251,26 +253,28 @@ class GPT(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), successors.flatten())
 
 
-class Llama(nn.Module):
+class GPT(Decoder):
+    """A decoder of layer norms, GELU and learned positions."""
+
+    def __init__(self, config: ModelConfig, run: Run = call) -> None:
+        super().__init__(config, run, nn.LayerNorm, positions=True)
+
+    @staticmethod
+    def parts(config: ModelConfig) -> list[nn.Module]:
+        """Return attention and a perceptron."""
+        return [SelfAttention(config, causal=True), perceptron(config, nn.GELU())]
+
+
+class Llama(Decoder):
     """A decoder with RMSNorm, SwiGLU, rotary positions and grouped-query attention."""
 
     def __init__(self, config: ModelConfig, run: Run = call) -> None:
-        super().__init__()
-        self.run = run
-        self.embedding = Embedding(config, positions=False)
-        self.layers = nn.ModuleList(
-            Layer(config, [GroupedAttention(config), SwiGLU(config)], nn.RMSNorm)
-            for _ in range(config.num_layers)
-        )
-        self.head = head_of(config, nn.RMSNorm)
-        self.apply(initialise)
+        super().__init__(config, run, nn.RMSNorm, positions=False)
 
-    def forward(self, tokens: Tensor, successors: Tensor) -> Tensor:
-        """Return the mean loss over [batch, position]."""
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = self.run(layer, x)
-        return F.cross_entropy(self.head(x).flatten(0, 1), successors.flatten())
+    @staticmethod
+    def parts(config: ModelConfig) -> list[nn.Module]:
+        """Return attention and a gated perceptron."""
+        return [GroupedAttention(config), SwiGLU(config)]
 
 
 class BERT(nn.Module):

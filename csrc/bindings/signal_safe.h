@@ -11,7 +11,7 @@
 
 namespace offload {
 
-// Adds both types to `module`; false with a Python error set.
+// Adds these types to `module`; false with a Python error set.
 bool add_signal_safe_types(PyObject* module);
 
 }  // namespace offload

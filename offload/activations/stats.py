@@ -22,7 +22,7 @@ class ActivationStats:
     forwarded_bytes: int
     """Handed back without a read: the tensor or its staging copy was still there."""
     kept_bytes: int
-    """Left in memory because the SSD had no space."""
+    """Left in memory because the SSD had no space, or no writes left for today."""
     scheduled_to_stay_bytes: int
     """Left in memory because the schedule says so."""
     recomputed_blocks: int
