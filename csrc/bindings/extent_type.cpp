@@ -92,6 +92,25 @@ PyObject* extent_wait_written(PyObject* self, PyObject*) {
   });
 }
 
+PyObject* extent_staged(PyObject* self, PyObject*) {
+  return guarded([&] { return make(buffer_type, extent_of(self).staged()); });
+}
+
+PyObject* extent_start_write(PyObject* self, PyObject*) {
+  return guarded([&] {
+    const std::shared_ptr<Extent> extent = reinterpret_cast<ExtentObject*>(self)->value;
+    {
+      pybind11::gil_scoped_release nogil;
+      extent->start_write();
+    }
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* extent_ready(PyObject* self, void*) {
+  return guarded([&] { return PyBool_FromLong(extent_of(self).ready()); });
+}
+
 PyObject* extent_nbytes(PyObject* self, void*) {
   return PyLong_FromUnsignedLongLong(extent_of(self).nbytes());
 }
@@ -162,10 +181,13 @@ PyMethodDef extent_methods[] = {
     {"prefetch", extent_prefetch, METH_NOARGS, nullptr},
     {"fetch", extent_fetch, METH_NOARGS, nullptr},
     {"wait_written", extent_wait_written, METH_NOARGS, nullptr},
+    {"staged", extent_staged, METH_NOARGS, nullptr},
+    {"start_write", extent_start_write, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyGetSetDef extent_properties[] = {
+    {"ready", extent_ready, nullptr, nullptr, nullptr},
     {"nbytes", extent_nbytes, nullptr, nullptr, nullptr},
     {"offset", extent_offset, nullptr, nullptr, nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
@@ -230,6 +252,11 @@ bool add_extent_types(PyObject* module) {
 PyObject* make_extent(std::shared_ptr<Extent> extent) {
   if (extent == nullptr) Py_RETURN_NONE;
   return make(extent_type, std::move(extent));
+}
+
+PyObject* make_buffer(Restored restored) {
+  if (restored.slice == nullptr) Py_RETURN_NONE;
+  return make(buffer_type, std::move(restored));
 }
 
 }  // namespace offload

@@ -20,4 +20,7 @@ bool add_extent_types(PyObject* module);
 // A new reference to an Extent, or to None for nullptr; nullptr with a Python error set.
 PyObject* make_extent(std::shared_ptr<Extent> extent);
 
+// The same for a Buffer; None where it has no slice.
+PyObject* make_buffer(Restored restored);
+
 }  // namespace offload

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../core/align.h"
 #include "../core/arena.h"
 #include "../core/crc32c.h"
 #include "../core/error.h"
@@ -124,9 +125,38 @@ py::dict arena_stats(const Arena& arena) {
   return out;
 }
 
+// What a function of the C API made, or its error.
+py::object made(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+py::object allocate_buffer(Arena& arena, std::uint64_t nbytes, std::uint64_t lead) {
+  if (nbytes == 0 || lead >= kTensorAlign) {
+    throw std::invalid_argument("a buffer has at least a byte, and its lead is below 64");
+  }
+  auto slice = arena.try_allocate(lead + nbytes);
+  if (slice == nullptr) return py::none();
+  std::byte* first = slice->data() + lead;
+  return made(make_buffer({std::move(slice), first, nbytes, false}));
+}
+
 void bind_memory(py::module_& module) {
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init([](std::size_t nbytes) { return Arena::create(nbytes); }), py::arg("nbytes"))
+      .def("allocate", &allocate_buffer, py::arg("nbytes"), py::arg("lead"))
+      .def("mark_resident", &Arena::mark_resident)
+      .def("trim", &Arena::trim)
+      .def_property_readonly(
+          "address",
+          [](const Arena& self) { return reinterpret_cast<std::uintptr_t>(self.data()); })
+      .def_property_readonly("nbytes", &Arena::capacity)
+      .def_property_readonly("free_bytes",
+                             [](const Arena& self) {
+                               const ArenaStats stats = self.stats();
+                               return stats.capacity - stats.used;
+                             })
+      .def_property_readonly("numa_node", &Arena::numa_node)
       .def("stats", &arena_stats);
 }
 
@@ -158,11 +188,20 @@ void bind_spill(py::module_& module) {
               py::gil_scoped_release nogil;
               extent = self.write(reinterpret_cast<const std::byte*>(address), nbytes);
             }
-            PyObject* made = make_extent(std::move(extent));
-            if (made == nullptr) throw py::error_already_set();
-            return py::reinterpret_steal<py::object>(made);
+            return made(make_extent(std::move(extent)));
           },
           py::arg("address"), py::arg("nbytes"))
+      .def(
+          "stage",
+          [](Spill& self, std::uint64_t nbytes, std::uint64_t lead) {
+            std::shared_ptr<Extent> extent;
+            {
+              py::gil_scoped_release nogil;
+              extent = self.stage(nbytes, lead);
+            }
+            return made(make_extent(std::move(extent)));
+          },
+          py::arg("nbytes"), py::arg("lead"))
       .def("flush", &Spill::flush)
       .def("drain", &Spill::drain, NoGil())
       .def("close", &Spill::close, NoGil())

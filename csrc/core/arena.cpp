@@ -1,6 +1,9 @@
 #include "arena.h"
 
+#include <linux/mempolicy.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <new>
@@ -90,6 +93,15 @@ void Arena::mark_resident() {
   std::lock_guard lock(mutex_);
   resident_ = true;
   note_peak();
+}
+
+int Arena::numa_node() {
+  volatile std::byte* first = mapping_.data();
+  *first = *first;
+  int node = -1;
+  const long code = ::syscall(SYS_get_mempolicy, &node, nullptr, 0UL, mapping_.data(),
+                              static_cast<unsigned long>(MPOL_F_NODE | MPOL_F_ADDR));
+  return code == 0 ? node : -1;
 }
 
 void Arena::trim() {

@@ -89,6 +89,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::byte* data() const { return mapping_.data(); }
   std::size_t capacity() const { return mapping_.nbytes(); }
   void mark_resident();
+  // The NUMA node that the first page lies on, touching it; -1 where the kernel does not tell.
+  int numa_node();
   // Gives the memory back to the system if no slice is in use. Registered memory must not be
   // trimmed: the kernel would go on using the old pages.
   void trim();

@@ -30,7 +30,7 @@ bool Extent::whole_in_memory() const {
 
 bool Extent::written() const {
   return std::all_of(shared_->pieces.begin(), shared_->pieces.end(),
-                     [](const Piece& piece) { return piece.write->ended(); });
+                     [](const Piece& piece) { return piece.write && piece.write->ended(); });
 }
 
 bool Extent::ready() const {
@@ -43,7 +43,9 @@ void Extent::wait_written() {
   std::vector<std::shared_ptr<Transfer>> writes;
   {
     std::lock_guard lock(shared_->mutex);
-    for (const Piece& piece : shared_->pieces) writes.push_back(piece.write);
+    for (const Piece& piece : shared_->pieces) {
+      if (piece.write) writes.push_back(piece.write);
+    }
   }
   for (const auto& write : writes) {
     try {
@@ -53,6 +55,28 @@ void Extent::wait_written() {
       if (!is_no_space(error.code()) && error.code() != ECANCELED) throw;
     }
   }
+}
+
+Restored Extent::staged() {
+  std::lock_guard lock(shared_->mutex);
+  if (!filling_) throw std::logic_error("nothing is to be put into this extent any more");
+  const auto& slice = shared_->pieces[0].slice;
+  return {slice, slice->data() + lead_, nbytes_, false};
+}
+
+void Extent::start_write() {
+  spill_->check_process();
+  std::shared_ptr<Spill::StagedWrite> staged;
+  {
+    std::lock_guard lock(shared_->mutex);
+    staged = std::static_pointer_cast<Spill::StagedWrite>(std::exchange(filling_, nullptr));
+  }
+  if (!staged) return;
+  spill_->fill_piece(*this, 0, nullptr);
+  std::unique_lock lock(shared_->mutex);
+  if (unwanted_) return;
+  lock.unlock();
+  spill_->submit_piece(*this, 0, std::move(staged));
 }
 
 // Reads [begin, begin + nbytes) of the extent to the same place in `slice`.
@@ -96,13 +120,17 @@ bool Extent::prefetch() {
 std::optional<Restored> Extent::forward() {
   std::shared_ptr<Slice> slice;
   std::shared_ptr<Transfer> write;
+  std::shared_ptr<void> filling;  // let go of without the lock
   {
     std::lock_guard lock(shared_->mutex);
     if (!whole_in_memory()) return std::nullopt;
     slice = shared_->pieces[0].slice;
     write = shared_->pieces[0].write;
+    filling = std::exchange(filling_, nullptr);
+    unwanted_ = write == nullptr;
   }
-  const bool cancelled = !write->ended() && spill_->queue_->try_cancel(*write);
+  const bool cancelled =
+      write ? !write->ended() && spill_->queue_->try_cancel(*write) : filling != nullptr;
   if (cancelled) {
     std::lock_guard lock(spill_->space_->mutex);
     spill_->space_->counters.cancelled_bytes += nbytes_;

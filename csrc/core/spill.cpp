@@ -141,12 +141,12 @@ std::shared_ptr<Slice> Spill::stage_memory(std::uint64_t nbytes) {
   }
 }
 
-std::shared_ptr<Extent> Spill::write(const std::byte* source, std::uint64_t nbytes) {
+// Space in the file for an extent, and nothing else yet; nullptr where there is none.
+std::shared_ptr<Extent> Spill::make_extent(std::uint64_t nbytes, std::uint64_t lead) {
   check_process();
   if (closed_) throw std::runtime_error("the spill is closed");
   raise_write_error();
   if (nbytes == 0) throw std::invalid_argument("an extent of 0 bytes cannot be written");
-  const std::uint64_t lead = reinterpret_cast<std::uintptr_t>(source) % kTensorAlign;
   const std::uint64_t whole = align_up(lead + nbytes, kPageBytes);
   auto range = allocate(whole);
   if (!range) return nullptr;
@@ -161,10 +161,18 @@ std::shared_ptr<Extent> Spill::write(const std::byte* source, std::uint64_t nbyt
   if (options_.verify) {
     extent->shared_->checksums.resize((whole + options_.block_bytes - 1) / options_.block_bytes);
   }
+  return extent;
+}
+
+std::shared_ptr<Extent> Spill::write(const std::byte* source, std::uint64_t nbytes) {
+  auto extent = make_extent(nbytes, reinterpret_cast<std::uintptr_t>(source) % kTensorAlign);
+  if (!extent) return nullptr;
+  const std::uint64_t whole = extent->extent_bytes_;
   auto& pieces = extent->shared_->pieces;
   if (auto slice = arena_->try_allocate(whole)) {
     pieces.push_back({0, whole, std::move(slice), nullptr, false});
-    start_piece(*extent, 0, source);
+    fill_piece(*extent, 0, source);
+    submit_piece(*extent, 0, std::make_shared<StagedWrite>(arena_, pieces[0].slice));
     return extent;
   }
   const std::uint64_t step = kPieceBlocks * options_.block_bytes;
@@ -176,13 +184,28 @@ std::shared_ptr<Extent> Spill::write(const std::byte* source, std::uint64_t nbyt
       std::lock_guard lock(extent->shared_->mutex);
       pieces.push_back({begin, length, std::move(slice), nullptr, false});
     }
-    start_piece(*extent, pieces.size() - 1, source);
+    fill_piece(*extent, pieces.size() - 1, source);
+    submit_piece(*extent, pieces.size() - 1,
+                 std::make_shared<StagedWrite>(arena_, pieces.back().slice));
   }
   return extent;
 }
 
-// Fills a piece's slice block by block from the tensor and submits it.
-void Spill::start_piece(Extent& extent, std::size_t index, const std::byte* source) {
+std::shared_ptr<Extent> Spill::stage(std::uint64_t nbytes, std::uint64_t lead) {
+  if (lead >= kTensorAlign) {
+    throw std::invalid_argument("lead must be below 64, not " + std::to_string(lead));
+  }
+  auto extent = make_extent(nbytes, lead);
+  if (!extent) return nullptr;
+  auto slice = stage_memory(extent->extent_bytes_);
+  extent->filling_ = std::make_shared<StagedWrite>(arena_, slice);
+  extent->shared_->pieces.push_back({0, extent->extent_bytes_, std::move(slice), nullptr, false});
+  return extent;
+}
+
+// Fills a piece's slice block by block from the tensor, and makes the checksums; without a `source`
+// the bytes are there already.
+void Spill::fill_piece(Extent& extent, std::size_t index, const std::byte* source) {
   const auto shared = extent.shared_;
   Extent::Piece& piece = shared->pieces[index];
   const double begin = copy_clock_s(piece.nbytes);
@@ -195,9 +218,15 @@ void Spill::start_piece(Extent& extent, std::size_t index, const std::byte* sour
     const std::uint64_t first = std::clamp(data_begin, at, end);
     const std::uint64_t last = std::clamp(data_end, at, end);
     std::byte* block = to + (at - piece.begin);
-    const std::byte* from = source + (first - data_begin);
     std::memset(block, 0, first - at);
     std::memset(block + (last - at), 0, end - last);
+    if (source == nullptr) {
+      if (!shared->checksums.empty()) {
+        shared->checksums[at / options_.block_bytes] = crc32c(0, block, end - at);
+      }
+      continue;
+    }
+    const std::byte* from = source + (first - data_begin);
     if (shared->checksums.empty()) {
       copy_stream(block + (first - at), from, last - first);
     } else {
@@ -207,16 +236,20 @@ void Spill::start_piece(Extent& extent, std::size_t index, const std::byte* sour
     }
   }
   const double copied = copy_clock_s(piece.nbytes) - begin;
+  std::lock_guard lock(space_->mutex);
+  space_->counters.copy_s += copied;
+}
 
+void Spill::submit_piece(Extent& extent, std::size_t index, std::shared_ptr<StagedWrite> staged) {
+  const auto shared = extent.shared_;
   TransferRequest request;
   request.op = IoOp::kWrite;
-  request.address = to;
-  request.nbytes = piece.nbytes;
-  request.offset = shared->range->offset + piece.begin;
+  request.address = staged->slice->data();
+  request.nbytes = shared->pieces[index].nbytes;
+  request.offset = shared->range->offset + shared->pieces[index].begin;
   request.owner = shared;
-  // `shared` is the transfer's owner, so it outlives this call; the slice is named here too, so
+  // `shared` is the transfer's owner, so it outlives this call; the slice is named in `staged`, so
   // that it comes back to the arena when the transfer ends even if the extent is long gone.
-  auto staged = std::make_shared<StagedWrite>(arena_, piece.slice);
   request.on_end = [space = space_, state = shared.get(), index, staged = std::move(staged)](
                        const std::optional<IoError>& error, bool cancelled) {
     // A cancelled write leaves its staging copy with the extent.
@@ -224,12 +257,8 @@ void Spill::start_piece(Extent& extent, std::size_t index, const std::byte* sour
   };
   // One directory's small write must not keep the memory that another directory waits for.
   auto write = queue_->submit(std::move(request), /*lazy=*/!arena_->shared());
-  {
-    std::lock_guard lock(shared->mutex);
-    piece.write = std::move(write);
-  }
-  std::lock_guard lock(space_->mutex);
-  space_->counters.copy_s += copied;
+  std::lock_guard lock(shared->mutex);
+  shared->pieces[index].write = std::move(write);
 }
 
 // Staging must not fill up with what cannot be written, so its copy moves out of the arena, if

@@ -76,6 +76,12 @@ class Extent {
   // may go at any moment.
   bool ready() const;
   void wait_written();
+  // Of Spill::stage(): where somebody is to put the bytes. They must stay untouched from
+  // start_write() on.
+  Restored staged();
+  // Says that they are all there: makes their checksums and begins to write, unless they have been
+  // fetched meanwhile. Any thread, once.
+  void start_write();
   std::uint64_t nbytes() const { return nbytes_; }
   std::uint64_t offset() const;
 
@@ -111,6 +117,9 @@ class Extent {
   std::weak_ptr<Slice> handed_out_;  // by the last fetch()
   std::shared_ptr<Slice> read_slice_;
   std::shared_ptr<Transfer> read_;
+  // Both under Shared::mutex: what start_write() will write, and that it need not any more.
+  std::shared_ptr<void> filling_;
+  bool unwanted_ = false;
 };
 
 class Spill : public std::enable_shared_from_this<Spill> {
@@ -122,6 +131,9 @@ class Spill : public std::enable_shared_from_this<Spill> {
   // return. Waits while staging is full. nullptr when the spill has no space for it. Throws the
   // IoError of an earlier write that failed.
   std::shared_ptr<Extent> write(const std::byte* source, std::uint64_t nbytes);
+  // Space and staging, in one run, for bytes that a device will put there, the first one at an
+  // address equal to `lead` modulo 64: see Extent::staged(). Otherwise as write().
+  std::shared_ptr<Extent> stage(std::uint64_t nbytes, std::uint64_t lead);
   // Starts writes that still wait for company.
   void flush();
   void drain();
@@ -149,7 +161,9 @@ class Spill : public std::enable_shared_from_this<Spill> {
   std::shared_ptr<FileRange> allocate(std::uint64_t nbytes);
   bool grow(std::uint64_t nbytes);  // under Space::mutex
   std::shared_ptr<Slice> stage_memory(std::uint64_t nbytes);
-  void start_piece(Extent& extent, std::size_t index, const std::byte* source);
+  std::shared_ptr<Extent> make_extent(std::uint64_t nbytes, std::uint64_t lead);
+  void fill_piece(Extent& extent, std::size_t index, const std::byte* source);
+  void submit_piece(Extent& extent, std::size_t index, std::shared_ptr<StagedWrite> staged);
   static std::shared_ptr<Slice> move_outside(Arena& arena, std::shared_ptr<Slice> staged);
   static void end_write(Space& space, Extent::Shared& shared, std::size_t piece, Arena& arena,
                         const std::optional<IoError>& error);
