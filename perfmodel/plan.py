@@ -85,7 +85,12 @@ class ActivationsConfig:
     min_tensor_bytes: int = 1 << 20
     """Saved tensors smaller than this stay where they are."""
     staging_bytes: int = 256 << 20
-    """Hard cap of the arena that staged and read-ahead tensors share."""
+    """Hard cap of the arena that staged and read-ahead tensors share. A GPU's tensor must fit."""
+    host_bytes: int | None = None
+    """What the host tier may hold; None: a quarter of the memory that is available where `tier` is
+    `host`, else nothing. With tier `ssd`, host memory takes what the SSD is too slow for."""
+    device_window_bytes: int = 64 << 20
+    """What copies may hold of a GPU's memory in each direction, or one tensor if it is larger."""
     spill_bytes: int | None = None
     """Limit of the spill file in each directory; None: half of what is free when it is opened."""
     ssd_write_bytes_per_day: int | None = None
@@ -132,7 +137,8 @@ class ActivationsConfig:
         for key in ("spill_bytes", "ssd_write_bytes_per_day"):
             if getattr(self, key) is not None:
                 require_bytes(key, getattr(self, key), minimum=1)
-        for key in ("keep_bytes", "read_ahead_bytes", "memory_bytes"):
+        require_bytes("device_window_bytes", self.device_window_bytes)
+        for key in ("keep_bytes", "read_ahead_bytes", "memory_bytes", "host_bytes"):
             if getattr(self, key) is not None:
                 require_bytes(key, getattr(self, key))
         require_choice("io_engine", self.io_engine, IO_ENGINES)

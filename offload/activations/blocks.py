@@ -6,11 +6,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from offload.activations.recording import Recording
 from perfmodel.schedules.blocks import Block, choose_blocks, freed_by
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
@@ -49,6 +50,15 @@ class Running(threading.local):
             self.forward = outer
 
 
+class Noted(NamedTuple):
+    """What a block saved, and the recording's marks around its forward."""
+
+    begin: Any
+    end: Any
+    saved: range
+    enters: tuple[int, ...]
+
+
 class BlockRuns:
     """Runs the blocks of one forward, and notes what each saved and how long it took."""
 
@@ -56,7 +66,7 @@ class BlockRuns:
         self.key: BlockKey | None = None
         """Of this kind of forward; None before the first block."""
         self.recompute: frozenset[int] = frozenset()
-        self.noted: list[Block] = []
+        self.noted: list[Noted] = []
 
     def run(self, forward: ForwardPass, function: Callable[..., Any], args: Sequence[Any]) -> Any:
         """Return `function(*args)`, of which the schedule may have only `args` saved."""
@@ -68,16 +78,23 @@ class BlockRuns:
             with forward.owner.lock:
                 self.recompute = book.recompute_of(self.key)
         first = len(regions)
-        begin_s = recording.now_s() if recording is not None else 0.0
+        begin = recording.mark() if recording is not None else None
         if len(self.noted) in self.recompute:
             forward.owner.counters.recomputed_blocks += 1
             out = checkpoint(alone, function, *args, use_reentrant=False)
         else:
             out = alone(function, *args)
-        end_s = recording.now_s() if recording is not None else 0.0
+        end = recording.mark() if recording is not None else None
         saved = range(first, len(regions))
-        self.noted.append(Block(max(0.0, end_s - begin_s), saved, forward.regions_of(args)))
+        self.noted.append(Noted(begin, end, saved, forward.regions_of(args)))
         return out
+
+    def blocks(self, recording: Recording) -> tuple[Block, ...]:
+        """Return the blocks of a forward that was recorded."""
+        return tuple(
+            Block(recording.duration_s(noted.begin, noted.end), noted.saved, noted.enters)
+            for noted in self.noted
+        )
 
 
 @dataclass
@@ -104,11 +121,11 @@ class BlockBook:
         choice = self._choices.get(key)
         return choice.recompute if choice is not None else frozenset()
 
-    def learn(self, runs: BlockRuns, trace: Trace, depth: int) -> None:
+    def learn(self, runs: BlockRuns, trace: Trace, depth: int, recording: Recording) -> None:
         """Take in what a forward without recomputation saved, and when."""
         if self._memory_bytes is None or runs.key is None or runs.recompute:
             return
-        self._choices[runs.key] = _Choice(trace, tuple(runs.noted), depth)
+        self._choices[runs.key] = _Choice(trace, runs.blocks(recording), depth)
         self._choices.move_to_end(runs.key)
         if len(self._choices) > _REMEMBERED:
             self._choices.popitem(last=False)

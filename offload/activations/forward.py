@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable
 from os import getpid
 from time import perf_counter
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from offload.activations.backward import BackwardOrder
 from offload.activations.blocks import BlockRuns
 from offload.activations.classify import parameter_of_cast, reason_to_pass, span_of
 from offload.activations.identity import (
@@ -25,7 +25,7 @@ from offload.activations.identity import (
 )
 from offload.activations.region import Region, element_begin
 from offload.activations.saved import Kept, RecastParameter, Saved
-from offload.activations.schedule_book import Plan, Recording
+from offload.activations.schedule_book import Plan
 from offload.native import HeldKeys, HookScope, SavedView
 
 if TYPE_CHECKING:
@@ -56,14 +56,11 @@ class ForwardPass(HookScope):
         self.owner = owner
         self.regions: list[Region] = []
         self.live = 0
-        self.order: list[int] = []  # of region numbers, as the backward is expected to want them
-        self.used: list[int] = []  # the same, as it really did
-        self.cursor = 0
+        self.backward = BackwardOrder(self.regions)
         self.signature: tuple[int, ...] = ()
         self.plan: Plan | None = None
         self._unlike_all = False  # that are known
-        self.due = math.inf  # the last place in `order` that may be read by now
-        self.recording = Recording(owner.book.idle_s) if owner.book.follow else None
+        self.recording, self.crossing = owner.new_recording()
         self.blocks = BlockRuns()
         self.depth = 0  # of forwards under way at once, itself included
         self.stays = False  # nothing leaves from now on
@@ -80,6 +77,7 @@ class ForwardPass(HookScope):
         self._noted: dict[int, tuple[torch.Tensor, int, int]] = {}
         self._min_bytes = max(1, owner.config.min_tensor_bytes)
         self._recast = owner.config.recast_parameters
+        self._stays_on_host = owner.stays_on_host
         self._dropped = owner.dropped
         self._entered = self.ended = False
 
@@ -116,10 +114,10 @@ class ForwardPass(HookScope):
                 self._pending.clear()
                 if not self.live:
                     self.all_freed()
-                owner.flush()
+                owner.transfers.flush()
         finally:
             owner.settle()
-        owner.say_if_full()
+        owner.transfers.say_if_full()
 
     def _note_module(self, module: torch.nn.Module, _args: object) -> None:
         if not self.active:  # a signal's handler raised before this hook was removed
@@ -164,7 +162,7 @@ class ForwardPass(HookScope):
 
     def _pack(self, tensor: torch.Tensor) -> Saved:
         reason = reason_to_pass(tensor, self._min_bytes)
-        if reason is None and self._recast:
+        if reason is None and self._recast and tensor.is_cpu:
             parameter = parameter_of_cast(tensor)
             if parameter is not None and self._unchanged_since_cast(parameter, tensor):
                 reason = "recast"
@@ -201,6 +199,8 @@ class ForwardPass(HookScope):
             return self._pass(tensor, self._owned[key])
         if storage.nbytes() < end:
             return self._pass(tensor, "emptied")
+        if self._stays_on_host and tensor.is_cpu:
+            return self._pass(tensor, "on_host")
         conj = tensor.is_conj()
         neg = tensor.is_neg()
         try:
@@ -262,7 +262,7 @@ class ForwardPass(HookScope):
         region.number = len(self.regions)
         self.regions.append(region)
         if self.recording is not None:
-            self.recording.saved_s.append(self.recording.now_s())
+            self.recording.saved.append(self.recording.mark())
         key = region.storage
         region.older = older = self._newest.get(key)
         if older is not None:
@@ -291,32 +291,39 @@ class ForwardPass(HookScope):
         try:
             for region in pending:
                 region.pending = False
-                if region.handles and not (self.stays or (follow and self._plan_keeps(region))):
-                    owner.stage(region)
+                if region.handles and not self.stays:
+                    tier = self._planned_tier(region) if follow else ""
+                    if tier != "device":
+                        owner.transfers.stage(region, tier)
         finally:
             pending.clear()  # what could not be staged stays in memory
 
-    def _plan_keeps(self, region: Region) -> bool:
-        """Say whether the plan has `region` stay; look for another plan where its size is wrong."""
+    def _planned_tier(self, region: Region) -> str:
+        """Say where the plan has `region` be, or "" without one; look for another plan where its
+        size is wrong.
+        """
         plan, number, book = self.plan, region.number, self.owner.book
         if plan is None and self._unlike_all:
-            return False
+            return ""
         if plan is None or number >= len(plan.sizes) or plan.sizes[number] != region.nbytes:
             sizes = [earlier.nbytes for earlier in self.regions[: number + 1]]
+            begin = self.recording.mark() if self.recording is not None else None
             plan = self.plan = book.plan_like(sizes)
+            if self.recording is not None:
+                self.recording.clock.waited(begin)
             if plan is None:
                 self._unlike_all = True
                 book.record_next = self.recording is None
-                return False
+                return ""
             if plan.confirmed and not book.record_next:
                 self.recording = None
-        if not plan.stays[number]:
-            return False
-        if book.probe_bytes > 0:
-            book.probe_bytes -= region.nbytes
-            return False
-        self.owner.counters.planned_to_stay += region.nbytes
-        return True
+        tier = plan.tiers[number]
+        if tier == "device":
+            if book.probe_bytes > 0:
+                book.probe_bytes -= region.nbytes
+                return ""
+            self.owner.counters.planned_to_stay += region.nbytes
+        return tier
 
     # ---- the backward -----------------------------------------------------------------------
 
@@ -326,15 +333,12 @@ class ForwardPass(HookScope):
         self.signature = tuple([region.end - region.begin for region in self.regions])
         self.depth = len(self.owner.forwards)
         if self.plan is not None and self.plan.sizes == self.signature:
-            self.due = -1
-            self.order = list(self.plan.order)
+            self.backward.expect(self.plan, None)
             self.owner.counters.predicted_peak = self.plan.schedule.peak_bytes
         else:
             if self.plan is not None:  # it saves more than this forward did
                 self.plan, self.owner.book.record_next = None, self.recording is None
-            self.order = self.owner.book.order_of(self.signature) or self._reversed()
-        for position, number in enumerate(self.order):
-            self.regions[number].position = position
+            self.backward.expect(None, self.owner.book.order_of(self.signature))
         held = 0
         for region in self.regions:
             gone = region.in_memory or not region.handles
@@ -344,57 +348,16 @@ class ForwardPass(HookScope):
                     self.recording.held.add(region.number)
         self.owner.counters.still_held += held
 
-    def _reversed(self) -> list[int]:
-        """Return the regions by their last save, the latest first: that node comes first."""
-        regions = self.regions
-        return sorted(range(len(regions)), key=lambda number: -regions[number].last_save)
-
-    def want(self, region: Region, again: bool) -> None:
-        """Note that the backward wants `region` now; what comes next follows from it.
-
-        `again`: by a view that has been asked for before, so it is another backward over a graph
-        that was retained.
-        """
-        if region.position < 0:
-            return
-        if self.plan is not None:
-            self.due = max(self.due, self.plan.due[region.position])
-        if not region.used:
-            region.used = True
-            if self.recording is not None:
-                self.recording.needed_s[region.number] = self.recording.now_s()
-            self.used.append(region.number)
-            self.cursor = max(self.cursor, region.position + 1)
-        elif again:
-            self.cursor = region.position + 1
-
-    def next_to_read(self) -> Region | None:
-        """Return the region that the backward should want next of those that must be read."""
-        while self.cursor < len(self.order) and self.cursor <= self.due:
-            region = self.regions[self.order[self.cursor]]
-            if (
-                region.extent is not None
-                and not region.ahead
-                and region.restored is None
-                and storage_alive(region.storage) is None
-            ):
-                return region
-            self.cursor += 1
-        return None
-
     def all_freed(self) -> None:
         """Take leave of the last region; teach the owner the order that was used."""
         self.depth = max(self.depth, len(self.owner.forwards))
         self.owner.forwards.discard(self)
         if not self.ended:
             return  # more may come
-        if self.used and self.owner.process == getpid():
-            if len(self.used) < len(self.order):
-                self.used += [number for number in self.order if not self.regions[number].used]
+        if self.backward.used and self.owner.process == getpid():
             self.owner.learn(self)
         self.regions = []
-        self.order = []
-        self.used = []
+        self.backward = BackwardOrder(self.regions)
         self._newest = {}
         self._pieces = {}
         self._weak.free()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import threading
@@ -14,29 +13,40 @@ from typing import Any
 import torch
 
 from offload.activations.blocks import Running
+from offload.activations.crossing import Crossing
 from offload.activations.forward import ForwardPass
 from offload.activations.ownership import foreign_process, lock_out_children
+from offload.activations.recording import HostClock, Recording
 from offload.activations.region import Region
 from offload.activations.saved import not_restorable, over_restored, over_storage
 from offload.activations.schedule_book import ScheduleBook
 from offload.activations.stats import ActivationStats, Counters, snapshot
+from offload.activations.transfers import Transfers
 from offload.config import ActivationsConfig
-from offload.device import KERNEL_ALIGN, Restored, host_copy, materialise
+from offload.device import EmulatedLink, computing_on, has_gpu
 from offload.native import DropBox, FaultPlan, SavedView, TryLock
-from offload.tiers import SsdTier
+from offload.tiers import Stores
 
 __all__ = ["ActivationOffload"]
 
-# Reads ahead start in batches, so that many small ones wake the I/O thread once.
-_READ_BATCH_BYTES = 4 << 20
+
+def require_useful(tier: str, emulated_device: EmulatedLink | None) -> None:
+    """Raise ValueError where sending activations to `tier` would save nothing."""
+    on_device = has_gpu() or emulated_device is not None
+    if tier == "device" or (tier == "host" and not on_device):
+        raise ValueError(
+            f"tier={tier!r} saves nothing here: activations can go to tier 'ssd'; "
+            "'host' needs a GPU, and 'device' is where they are already"
+        )
 
 
 class ActivationOffload:
-    """Keeps saved activations on the SSD between forward and backward.
+    """Keeps saved activations on the SSD, or a GPU's on the host, between forward and backward.
 
     Parameters are those of `ActivationsConfig`, per rank; `path` is a directory on a local SSD, or
-    several. Use as a context manager, or call `close()`. One instance serves one process; any
-    number of forwards may be open or waiting for their backward.
+    several. `emulated_device` has tensors of the CPU treated as if they lay on a device. Use as a
+    context manager, or call `close()`. One instance serves one process; any number of forwards may
+    be open or waiting for their backward.
 
     Raises ValueError for a wrong setting, OSError with errno and path for an unusable directory.
     While training: OSError when bytes were lost or damaged (never a wrong gradient), RuntimeError
@@ -50,6 +60,8 @@ class ActivationOffload:
         *,
         min_tensor_bytes: int = 1 << 20,
         staging_bytes: int = 256 << 20,
+        host_bytes: int | None = None,
+        device_window_bytes: int = 64 << 20,
         spill_bytes: int | None = None,
         ssd_write_bytes_per_day: int | None = None,
         keep_bytes: int | None = None,
@@ -62,6 +74,7 @@ class ActivationOffload:
         verify: bool = True,
         direct: bool = True,
         recast_parameters: bool = True,
+        emulated_device: EmulatedLink | None = None,
     ) -> None:
         faults = io_engine if isinstance(io_engine, FaultPlan) else None
         self.config = ActivationsConfig(
@@ -69,6 +82,8 @@ class ActivationOffload:
             path=path,  # type: ignore[arg-type]  # the dataclass makes a tuple of strings of it
             min_tensor_bytes=min_tensor_bytes,
             staging_bytes=staging_bytes,
+            host_bytes=host_bytes,
+            device_window_bytes=device_window_bytes,
             spill_bytes=spill_bytes,
             ssd_write_bytes_per_day=ssd_write_bytes_per_day,
             keep_bytes=keep_bytes,
@@ -82,44 +97,39 @@ class ActivationOffload:
             direct=direct,
             recast_parameters=recast_parameters,
         )
-        if self.config.tier != "ssd":
-            raise ValueError(
-                f"tier={tier!r} saves nothing here: activations can go to tier 'ssd'; "
-                "'host' needs a GPU, and 'device' is where they are already"
-            )
-        self._open(faults)
+        require_useful(self.config.tier, emulated_device)
+        self._open(faults, emulated_device)
 
-    def _open(self, faults: FaultPlan | None) -> None:
-        self._tier = SsdTier(self.config, faults)
-        self._facts = self._tier.facts()
-        self.flush = self._tier.flush
+    def _open(self, faults: FaultPlan | None, emulated_device: EmulatedLink | None) -> None:
+        self._stores = Stores(self.config, faults)
+        self._facts = self._stores.facts()
+        self.counters = Counters()
+        self.transfers = Transfers(self.config, self._stores, self.counters)
+        # What is in host memory gains nothing from going to host memory.
+        self.stays_on_host = self.config.tier == "host" and emulated_device is None
+        self._emulated = (
+            self.transfers.crossing_over(emulated_device) if emulated_device is not None else None
+        )
         # Joins the I/O threads when this object dies, at the interpreter's exit at the latest.
-        self._finalizer = weakref.finalize(self, self._tier.close)
+        self._finalizer = weakref.finalize(self, self.transfers.close)
         self.process = os.getpid()
         lock_out_children(self)
         self.closed = self._close_later = False
         # Reentrant only so that it can say whether this thread holds it; see `close` and `settle`.
         self.lock: Any = threading.RLock()
-        self.counters = Counters()
         self.forwards: set[ForwardPass] = set()  # with regions that somebody may want
         self.running = Running()
         # Views that autograd lets go of put their regions here, in any thread at any moment.
         self.dropped = DropBox(self.settle)
         self._ending: list[Region] = []  # without a view, and not freed yet
-        self._said_full = False
-        self._ahead_bytes, self._keep_bytes = 0, self.config.keep_bytes
         self.book = ScheduleBook(
             staging_bytes=self.config.staging_bytes,
-            spill_bytes=self._tier.limit_bytes(),
+            tier_bytes=self._stores.limits(),
             memory_bytes=self.config.memory_bytes,
-            write_bytes_per_s=self._tier.write_bytes_per_s(),
+            write_bytes_per_s=self._stores.write_bytes_per_s(),
             follow=self.config.schedule == "auto",
-            stall_s=self._tier.stall_s,
+            stall_s=self._stores.stall_s,
         )
-        wanted = self.config.read_ahead_bytes
-        self._read_ahead_bytes = self.config.staging_bytes // 2 if wanted is None else wanted
-        batch = min(self._read_ahead_bytes // 2, _READ_BATCH_BYTES)
-        self._read_more_below = self._read_ahead_bytes - batch
 
     # ---- what users call --------------------------------------------------------------------
 
@@ -150,7 +160,8 @@ class ActivationOffload:
         if self.process != os.getpid():
             raise foreign_process(self.process)
         self.settle()
-        return snapshot(self.counters, self._tier.counters(), self._facts)
+        links = tuple(crossing.facts for crossing in self.transfers.crossings.values())
+        return snapshot(self.counters, self._stores.counters(), self._facts, links)
 
     def hint(self, *, next_backward: ForwardPass) -> None:
         """Say whose backward runs next, as a pipeline's scheduler knows.
@@ -162,8 +173,8 @@ class ActivationOffload:
             raise TypeError(f"next_backward={next_backward!r} is not what act.forward() returned")
         with self.lock:
             if next_backward.ended:
-                next_backward.due = math.inf
-                self._read_ahead(next_backward)
+                next_backward.backward.due = math.inf
+                self.transfers.begin(next_backward)
             else:
                 next_backward.stays = True
 
@@ -204,58 +215,22 @@ class ActivationOffload:
         if self.closed:
             raise RuntimeError("this ActivationOffload is closed; make a new one")
 
-    def stage(self, region: Region) -> None:
-        """Send a region out and let go of its memory, or keep it where the SSD is full.
+    def crossing_of(self, alias: torch.Tensor) -> Crossing | None:
+        """Return the way of this tensor's bytes to the host; None where they are on it."""
+        if alias.is_cpu:
+            return self._emulated
+        return self.transfers.crossing_to(alias.device)
 
-        Raises OSError once an earlier write has failed, or when keeping would exceed its bound.
-        """
-        alias = region.alias
-        if alias._version != region.version:
-            return  # its backward will say so; there is no point in storing the wrong bytes
-        storage = region.original()
-        if storage is None:
-            return  # emptied since by its owner, who may fill it again before the backward
-        if self._keep_bytes is not None:
-            self._require_keeping(0)
-        begin, nbytes = region.begin, region.nbytes
-        address = storage.data_ptr() + begin
-        if region.on_host:
-            extent = self._tier.write(address, nbytes)
-        else:
-            region.residue = address % KERNEL_ALIGN
-            copy = host_copy(storage, begin, region.end)
-            extent = self._tier.write(copy.data_ptr(), nbytes)
-        if extent is None:
-            self._keep(region)
-            return
-        region.extent = extent
-        region.leave_memory()
-        self.counters.offloaded += nbytes
-
-    def _keep(self, region: Region) -> None:
-        self._require_keeping(region.nbytes)
-        self.counters.kept += region.nbytes
-        self.counters.kept_now += region.nbytes
-        region.kept = True
-
-    def say_if_full(self) -> None:
-        """Warn once that tensors stayed for want of space. Without `lock`."""
-        if not self._said_full and self._tier.kept_total_bytes() + self.counters.kept:
-            self._said_full = True
-            warnings.warn(self._tier.why_full(), RuntimeWarning, stacklevel=3)
-
-    def _require_keeping(self, nbytes: int) -> None:
-        if (limit := self._keep_bytes) is None:
-            return
-        # What found no space when it was written is kept by the tier.
-        kept = self.counters.kept_now + self._tier.kept_bytes() + nbytes
-        if kept > limit:
-            raise OSError(
-                errno.ENOSPC,
-                f"the spill is full, and keeping {kept} bytes in memory would exceed "
-                f"keep_bytes={limit}; free space, raise spill_bytes or keep_bytes",
-                self.config.path[0],
-            )
+    def new_recording(self) -> tuple[Recording | None, Crossing | None]:
+        """Return what a forward notes its times in, and the way that its regions should take."""
+        if not self.book.follow:
+            return None, None
+        crossing = self._emulated
+        if crossing is None and (device := computing_on()) is not None:
+            crossing = self.transfers.crossing_to(device)
+        if crossing is None:
+            return Recording(HostClock(self.book.idle_s)), None
+        return Recording(crossing.clock()), crossing
 
     def restore(self, view: SavedView) -> torch.Tensor:
         """Return a saved tensor. Takes `lock`."""
@@ -266,11 +241,12 @@ class ActivationOffload:
                     raise not_restorable(view, self.closed)
                 storage = region.original()
                 if storage is not None:
-                    tensor = self._forward_original(view, region, storage)
+                    self.transfers.forwarded(region, view.read)
+                    tensor = over_storage(view, storage)
                 else:
                     restored = region.restored
                     if restored is None:
-                        restored = self._fetch(region, view.read)
+                        restored = self.transfers.fetch(region, view.read)
                     tensor = over_restored(view, restored)
                 if not view.read:
                     view.read = True
@@ -280,66 +256,18 @@ class ActivationOffload:
             if self.dropped:
                 self.settle()
 
-    def _forward_original(
-        self, view: SavedView, region: Region, storage: torch.UntypedStorage
-    ) -> torch.Tensor:
-        if not region.in_memory:
-            self.counters.forwarded += region.nbytes
-        region.forward.want(region, view.read)
-        self._read_ahead(region.forward)
-        return over_storage(view, storage)
-
-    def _fetch(self, region: Region, again: bool) -> Restored:
-        forward = region.forward
-        extent = region.extent
-        if extent is None:
-            raise RuntimeError(
-                f"a saved tensor of {region.nbytes} bytes is asked for, but its storage was "
-                "emptied before it was offloaded and not filled again"
-            )
-        forward.want(region, again)
-        if region.ahead:
-            region.ahead = False
-            self._ahead_bytes -= region.nbytes
-        else:
-            extent.prefetch()  # before everything that is only expected
-        if self._ahead_bytes <= self._read_more_below:
-            self._read_ahead(forward)
-        buffer = extent.fetch()
-        restored = buffer if region.on_host else materialise(buffer, region.device, region.residue)
-        # Kept until every saved view has asked once. No longer: a second backward over a retained
-        # graph would hold everything.
-        region.restored = restored if region.unread else None
-        return restored
-
-    def _read_ahead(self, forward: ForwardPass) -> None:
-        """Start a batch of reads that the backward should want soon: one at least, if any."""
-        limit = self._read_ahead_bytes
-        if not limit:
-            return
-        began = False
-        while self._ahead_bytes <= self._read_more_below or began:
-            region = forward.next_to_read()
-            if region is None or region.extent is None:
-                break
-            ahead = self._ahead_bytes + region.nbytes
-            if (ahead > limit and self._ahead_bytes) or not region.extent.prefetch():
-                break
-            region.ahead = began = True
-            self._ahead_bytes = ahead
-            forward.cursor += 1
-        if began:
-            self._tier.flush()
-
     def learn(self, forward: ForwardPass) -> None:
         """Remember how a whole backward went, and what the drive did meanwhile."""
         recording = forward.recording
-        if recording is not None and not all(region.on_host for region in forward.regions):
-            recording = None  # a GPU runs behind the clock of its host
+        if any(region.crossing is not forward.crossing for region in forward.regions):
+            recording = None  # nobody's clock tells the times of several devices
         depth = max(1, forward.depth)
-        self.book.learn(forward.signature, forward.used, recording, depth, forward.blocks)
+        used = forward.backward.complete()
+        self.book.learn(forward.signature, used, recording, depth, forward.blocks)
+        for crossing in () if self.forwards else self.transfers.crossings.values():
+            crossing.finish()
         if self.book.follow:
-            self.book.observe(*self._tier.transferred())
+            self.book.observe(**self.transfers.totals(forward.crossing))
 
     # ---- the end of saved views ---------------------------------------------------------------
 
@@ -383,17 +311,10 @@ class ActivationOffload:
 
     def _end(self, region: Region) -> None:
         """Free the last of those that are ending; may be called again after an interruption."""
-        nbytes = region.end - region.begin
-        if region.ahead:
-            region.ahead = False
-            self._ahead_bytes -= nbytes
-        if region.kept:
-            region.kept = False
-            self.counters.kept_now -= nbytes
-        region.free()
+        self.transfers.forget(region)
         forward: ForwardPass = region.forward
         if forward.recording is not None and self.process == os.getpid():
-            forward.recording.released_s[region.number] = forward.recording.now_s()
+            forward.recording.released[region.number] = forward.recording.mark()
         if forward.live == 1:
             forward.all_freed()
         forward.live -= 1

@@ -11,10 +11,11 @@ from offload.activations.identity import (
     drop_memory,
     storage_alive,
 )
-from offload.device import Restored
-from offload.native import Extent
+from offload.device import Moment, Restored
+from offload.tiers import Staged
 
 if TYPE_CHECKING:
+    from offload.activations.crossing import Arrival, Crossing
     from offload.activations.forward import ForwardPass
 
 __all__ = ["Region", "element_begin"]
@@ -39,7 +40,10 @@ class Region:
     __slots__ = (
         "ahead",
         "alias",
+        "arrival",
         "begin",
+        "crossing",
+        "departed",
         "end",
         "extent",
         "forward",
@@ -49,7 +53,6 @@ class Region:
         "last_save",
         "number",
         "older",
-        "on_host",
         "pending",
         "position",
         "residue",
@@ -80,13 +83,17 @@ class Region:
         self.version: int = alias._version
         self.begin = element_begin(begin)
         self.end = end
-        self.on_host = alias.is_cpu
         self.in_memory = True
         self.pending = True  # saved, and not staged yet
         self.kept = False  # because the SSD had no space
-        self.extent: Extent | None = None
+        self.extent: Staged | None = None
         self.restored: Restored | None = None
-        self.residue = 0  # of its address on a GPU, modulo what kernels look at
+        # Of regions on another device than the host: by which way they go, how they lay modulo what
+        # kernels look at, when their bytes had been copied out, and what they come back to.
+        self.crossing: Crossing | None = forward.owner.crossing_of(alias)
+        self.residue = 0
+        self.departed: Moment | None = None
+        self.arrival: Arrival | None = None
         self.handles = self.unread = 0  # saved views: all, and those that nobody asked for yet
         self.older: Region | None = None  # the region of this storage saved before
         self.number = self.position = -1  # in the forward, and in the expected backward
@@ -135,6 +142,14 @@ class Region:
         storage = self.alias.untyped_storage() if self.in_memory else storage_alive(self.storage)
         return storage if storage is not None and storage.nbytes() >= self.end else None
 
+    def is_away(self) -> bool:
+        """Say whether the bytes are nowhere but in a tier."""
+        return (
+            self.extent is not None
+            and self.restored is None
+            and storage_alive(self.storage) is None
+        )
+
     def leave_memory(self) -> None:
         """Let go of the storage; the version counter stays to be checked."""
         drop_memory(self.alias)
@@ -150,4 +165,6 @@ class Region:
         """Give back memory and space; nobody will ask again."""
         if self.in_memory:
             self.leave_memory()
+        if self.crossing is not None:
+            self.crossing.forget(self)
         self.extent = self.restored = None

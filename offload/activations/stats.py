@@ -8,7 +8,20 @@ from types import MappingProxyType
 
 from offload.tiers import TierFacts
 
-__all__ = ["ActivationStats", "Counters", "snapshot"]
+__all__ = ["ActivationStats", "Counters", "LinkFacts", "snapshot"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkFacts:
+    """The way between a device and host memory."""
+
+    device: str
+    pinned: bool
+    pinned_reason: str
+    device_numa_node: int
+    """-1 where the system does not tell."""
+    staging_numa_nodes: Mapping[str, int]
+    """Of each tier's host memory. Copies from another node than the device's are slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +29,7 @@ class ActivationStats:
     """A snapshot of `ActivationOffload.stats()`; byte counts are totals unless said otherwise."""
 
     offloaded_bytes: int
-    """Sent to the SSD, once a storage region."""
+    """Sent to the SSD or the host, once a storage region."""
     reloaded_bytes: int
     """Read back for a backward."""
     forwarded_bytes: int
@@ -49,6 +62,9 @@ class ActivationStats:
     spill_bytes: int
     """Live in the spill files at this moment."""
     spill_peak_bytes: int
+    host_bytes: int
+    """Live in the host tier at this moment."""
+    host_peak_bytes: int
     page_cache_bytes: int
     """Pages of the spill files in the page cache: 0 where O_DIRECT works."""
     copy_s: float
@@ -63,6 +79,8 @@ class ActivationStats:
     backing: str
     """`disk`, or `memory` where the directory is in RAM and nothing is saved."""
     verify: bool
+    links: tuple[LinkFacts, ...]
+    """One for each device that tensors have left; none where they are in host memory."""
 
 
 @dataclass
@@ -87,7 +105,10 @@ class Counters:
 
 
 def snapshot(
-    counts: Counters, native: Mapping[str, int | float], facts: TierFacts
+    counts: Counters,
+    native: Mapping[str, int | float],
+    facts: TierFacts,
+    links: tuple[LinkFacts, ...] = (),
 ) -> ActivationStats:
     """Return what both sides have counted, and the path that transfers take."""
 
@@ -114,8 +135,11 @@ def snapshot(
         staging_peak_bytes=whole("peak_used_bytes"),
         spill_bytes=whole("spill_used_bytes"),
         spill_peak_bytes=whole("spill_peak_used_bytes"),
+        host_bytes=whole("host_used_bytes"),
+        host_peak_bytes=whole("host_peak_used_bytes"),
         page_cache_bytes=whole("page_cache_bytes"),
         copy_s=float(native["copy_s"]),
         verify_s=float(native["verify_s"]),
+        links=links,
         **asdict(facts),
     )

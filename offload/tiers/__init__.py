@@ -1,5 +1,9 @@
 """Where tensors' bytes can lie besides the device they are computed on."""
 
-from offload.tiers.ssd import SsdTier, TierFacts
+from __future__ import annotations
 
-__all__ = ["SsdTier", "TierFacts"]
+from offload.tiers.host import HostExtent, HostTier
+from offload.tiers.ssd import SsdTier, TierFacts
+from offload.tiers.stores import Staged, Store, Stores
+
+__all__ = ["HostExtent", "HostTier", "SsdTier", "Staged", "Store", "Stores", "TierFacts"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from time import monotonic
@@ -42,10 +42,21 @@ class SsdTier:
     Raises OSError with errno, message and path when a directory cannot be used.
     """
 
+    NOTHING: Mapping[str, int | float] = dict.fromkeys(
+        (
+            *("reloaded_bytes", "forwarded_bytes", "kept_bytes", "kept_total_bytes"),
+            *("write_bytes", "read_bytes", "write_wait_s", "read_wait_s", "copy_s", "verify_s"),
+            *("native_bytes", "native_peak_bytes", "peak_used_bytes", "spill_used_bytes"),
+            *("spill_peak_used_bytes", "page_cache_bytes"),
+        ),
+        0,
+    )
+    """The counters that are asked for, where there is no SSD."""
+
     def __init__(self, config: ActivationsConfig, faults: FaultPlan | None = None) -> None:
         self._process = os.getpid()
         try:
-            self._arena = Arena(config.staging_bytes)
+            self.arena = Arena(config.staging_bytes)
         except MemoryError:
             raise MemoryError(
                 f"staging_bytes={config.staging_bytes} is more memory than there is; ask for less"
@@ -83,7 +94,7 @@ class SsdTier:
     ) -> None:
         spill = Spill(
             directory,
-            self._arena,
+            self.arena,
             engine=config.io_engine,
             queue_depth=config.queue_depth,
             block_bytes=config.block_bytes,
@@ -97,22 +108,41 @@ class SsdTier:
             said = f"{directory} is in RAM ({spill.filesystem}), where nothing is saved"
             warnings.warn(f"{said}; name a directory on an SSD", RuntimeWarning, stacklevel=5)
 
-    def _write_in_turn(self, address: int, nbytes: int) -> Extent | None:
+    def _in_turn(self) -> Iterator[Spill]:
+        """Yield every directory's spill, beginning with the one that is next."""
         spills = self._spills
         for _ in spills:
-            spill = spills[self._next % len(spills)]
             self._next += 1
+            yield spills[(self._next - 1) % len(spills)]
+
+    def _write_in_turn(self, address: int, nbytes: int) -> Extent | None:
+        for spill in self._in_turn():
             extent = spill.write(address, nbytes)
             if extent is not None:
                 return extent
         return None
 
     def _write_within_budget(self, address: int, nbytes: int) -> Extent | None:
-        assert self._budget is not None
-        if not self._budget.allow(nbytes, monotonic()):
-            self._refused_bytes += nbytes
-            return None
-        return self._write(address, nbytes)
+        return self._write(address, nbytes) if self._may_write(nbytes) else None
+
+    def _may_write(self, nbytes: int) -> bool:
+        if self._budget is None or self._budget.allow(nbytes, monotonic()):
+            return True
+        self._refused_bytes += nbytes
+        return False
+
+    def stage(self, nbytes: int, lead: int) -> Extent | None:
+        """Return an extent with room in staging, at an address equal to `lead` modulo 64.
+
+        Its bytes are put where `staged()` says, and then `start_write()` sends them on. Otherwise
+        as `write`.
+        """
+        if self._may_write(nbytes):
+            for spill in self._in_turn():
+                extent = spill.stage(nbytes, lead)
+                if extent is not None:
+                    return extent
+        return None
 
     def write_bytes_per_s(self) -> float:
         """Return what may be written without end; infinite without a limit."""
@@ -127,7 +157,7 @@ class SsdTier:
         """Return how many live bytes are in memory because their write found the disk full."""
         return sum(int(spill.stats()["kept_bytes"]) for spill in self._spills)
 
-    def why_full(self) -> str:
+    def why_full(self) -> list[str]:
         """Say, directory by directory, what stands in the way of more bytes."""
         bound = "spill_bytes" if self._spill_bytes else "half of what was free at the start"
         reasons = []
@@ -139,10 +169,7 @@ class SsdTier:
             )
         if self._refused_bytes:
             reasons.append("the writes of the last 24 hours are used up (ssd_write_bytes_per_day)")
-        return (
-            f"{'; '.join(reasons)}. From here on saved tensors that find no space stay in memory "
-            "(stats().kept_bytes counts them)"
-        )
+        return reasons
 
     def flush(self) -> None:
         """Start the small writes that still wait for company."""
@@ -201,7 +228,7 @@ class SsdTier:
 
     def counters(self) -> dict[str, int | float]:
         """Return the sums of all directories' counters and the arena's (`*_bytes`, `*_s`)."""
-        total: dict[str, int | float] = dict(self._arena.stats())
+        total: dict[str, int | float] = dict(self.arena.stats())
         for spill in self._spills:
             for key, value in spill.stats().items():
                 # The arena's own "used_bytes" and the spills' must not be added to each other.

@@ -27,7 +27,7 @@ class Run:
     def written(self) -> None:
         """Wait until everything is on the SSD, so that the backward has to read it."""
         if self.act is not None:
-            self.act._tier.drain()
+            self.act.transfers.drain()
 
 
 Computation = Callable[[Run], Sequence[torch.Tensor]]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offload.activations.schedule_book import Throughput
+from offload.activations.rates import Rates, Throughput
 
 WIDTH, ROWS, DEPTH = 64, 64, 6
 NBYTES = ROWS * WIDTH * 4
@@ -66,7 +66,7 @@ def limited(make: Any) -> Callable[..., Any]:
 
     def of(memory_bytes: int | None, drive: Throughput = DEAF, **rest: Any) -> Any:
         act = make(schedule="auto", memory_bytes=memory_bytes, **rest)
-        act.book.throughput = drive
+        act.book.rates["ssd"] = Rates(drive)
         return act
 
     return of
@@ -193,7 +193,7 @@ def test_an_error_inside_a_block_leaves_the_next_forward_whole(limited: Any) -> 
         assert act.running.current() is None
         found = step(act, layers, seed)
         assert all(map(torch.equal, found, step(None, layers, seed)))
-    act._tier.drain()
+    act.transfers.drain()
     assert act.stats().spill_bytes == 0
 
 
@@ -251,6 +251,6 @@ def test_interleaved_forwards_with_any_limits_give_the_same_bits(limited: Any, s
             del losses, loss
         gradients.append([layer.weight.grad for layer in layers])
     assert all(map(torch.equal, *gradients))
-    act._tier.drain()
+    act.transfers.drain()
     assert act.stats().spill_bytes == 0
     act.close()

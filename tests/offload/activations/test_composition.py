@@ -109,7 +109,7 @@ def test_an_exception_in_the_forward_leaves_nothing_behind(make: Any, same_bits:
     for _ in range(3):
         with pytest.raises(KeyError):
             forward_that_fails()
-    act._tier.drain()
+    act.transfers.drain()
     assert act.stats().spill_bytes == 0
     assert act.forwards == set()
 

@@ -51,8 +51,8 @@ def test_a_full_drive_at_any_block_keeps_the_tensor_with_the_right_bits(
     act = bound(faults(op="write", first=nth, count=1, errno=errno.ENOSPC))
     same_bits(act, chain)
     assert act.stats().kept_bytes in (0, NBYTES, 2 * NBYTES)
-    act._tier.drain()
-    assert act._tier.kept_bytes() == 0
+    act.transfers.drain()
+    assert act._stores.kept_bytes() == 0
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -115,7 +115,7 @@ def test_what_may_not_be_written_today_stays_and_is_told(
     act = make(ssd_write_bytes_per_day=24 * 4 * NBYTES, schedule=schedule)
     with pytest.warns(RuntimeWarning, match="ssd_write_bytes_per_day"):
         [same_bits(act, chain) for _ in range(4)]
-    act._tier.drain()
+    act.transfers.drain()
     assert 0 < act.stats().ssd_write_bytes <= 4 * NBYTES + BLOCK
     assert act.stats().kept_bytes + act.stats().scheduled_to_stay_bytes >= 3 * REGIONS * NBYTES
 
@@ -133,7 +133,7 @@ def test_keeping_more_than_keep_bytes_is_enospc(make: Any, bound: Any, kind: str
             y = torch.randn(SIZE, SIZE)
             for weight in weights:
                 y = (y * weight).sin()
-                act._tier.drain()
+                act.transfers.drain()
 
     with pytest.raises(OSError, match="keep_bytes=32768") as caught:
         forward()
@@ -185,7 +185,7 @@ def test_a_changed_byte_is_an_error_naming_its_place(
 def test_short_transfers_are_resumed(bound: Any, same_bits: Any, op: str, nbytes: int) -> None:
     act = bound(faults(op=op, first=1, count=3, action="short", nbytes=nbytes))
     same_bits(act, chain)
-    assert act._tier.counters()["resumed"] > 0
+    assert act._stores.counters()["resumed"] > 0
 
 
 @pytest.mark.parametrize("op", ["read", "write"])
@@ -246,8 +246,8 @@ def test_a_write_not_begun_is_cancelled(make: Any, same_bits: Any) -> None:
 
     same_bits(act, compute)
     stats = act.stats()
-    assert act._tier.counters()["cancelled_bytes"] > 0
-    act._tier.drain()
+    assert act._stores.counters()["cancelled_bytes"] > 0
+    act.transfers.drain()
     assert act.stats().ssd_write_bytes < stats.offloaded_bytes
     assert act.stats().spill_bytes == 0
 

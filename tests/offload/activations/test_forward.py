@@ -281,8 +281,8 @@ def test_the_second_step_reads_in_the_order_of_the_first(make: Any) -> None:
         step = act.forward()
         with step:
             y = _Both.apply(w)
-        act._tier.drain()
-        orders.append(list(step.order))
+        act.transfers.drain()
+        orders.append(list(step.backward.order))
         y.sum().backward()
         del y
     assert orders == [[5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]]
@@ -305,7 +305,7 @@ def test_any_read_ahead_gives_the_same_bits(
     for _ in range(3):
         same_bits(act, compute)
     assert act.stats().reloaded_bytes > 0
-    assert act._ahead_bytes == 0
+    assert act.transfers.ahead_bytes == 0
 
 
 def test_a_lazy_module_with_buffers_meets_its_first_batch(make: Any) -> None:
@@ -346,13 +346,13 @@ def reads_in_order(act: Any, weights: list[torch.Tensor], held: torch.Tensor) ->
         for weight in weights:
             y = (y * weight) * held
         loss = y.sum()
-    want = step.want
+    want = step.backward.want
 
-    def noted(region: Any, again: bool) -> None:
-        want(region, again)
-        places.append(step.cursor)
+    def noted(region: Any, again: bool, recording: Any) -> None:
+        want(region, again, recording)
+        places.append(step.backward.read_at)
 
-    step.want = noted
+    step.backward.want = noted
     loss.backward()
     return places
 

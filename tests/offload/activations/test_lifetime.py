@@ -142,7 +142,7 @@ def test_close_in_a_signal_handler_waits_for_the_method_it_interrupted(
 ) -> None:
     act = make()
     on_signal(act.close)
-    write = act._tier.write
+    write = act.transfers._write
     held = []
 
     def interrupted(address: int, nbytes: int) -> Any:
@@ -150,7 +150,7 @@ def test_close_in_a_signal_handler_waits_for_the_method_it_interrupted(
         held.append(act.lock._is_owned())
         return write(address, nbytes)
 
-    monkeypatch.setattr(act._tier, "write", interrupted)
+    monkeypatch.setattr(act.transfers, "_write", interrupted)
     with pytest.raises(RuntimeError, match="closed"):
         chain(act, leaves(2))
     assert held == [True]
@@ -165,7 +165,7 @@ def test_a_forked_child_is_refused_though_another_thread_held_the_lock(
 ) -> None:
     act = make()
     loss = chain(act, leaves(2))
-    act._tier.drain()
+    act.transfers.drain()
     taken, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -224,10 +224,10 @@ def test_backwards_over_a_retained_graph_hold_nothing_in_between(make: Any) -> N
     weights = leaves(4)
     loss = chain(act, weights)
     for _ in range(3):
-        act._tier.drain()
+        act.transfers.drain()
         loss.backward(retain_graph=True)
-        act._tier.drain()
-        assert act._tier.counters()["used_bytes"] == 0
+        act.transfers.drain()
+        assert act._stores.counters()["used_bytes"] == 0
     assert act.stats().reloaded_bytes == 3 * act.stats().offloaded_bytes > 0
 
 
@@ -284,9 +284,9 @@ def test_no_signal_is_lost_in_a_step_and_the_next_step_works(make: Any, on_signa
     chain(act, weights).backward()
     gc.collect()
     act.settle()
-    act._tier.drain()
+    act.transfers.drain()
     assert act.stats().spill_bytes == 0
-    assert act._tier.counters()["used_bytes"] == 0
+    assert act._stores.counters()["used_bytes"] == 0
     assert act.forwards == set()
 
 
@@ -307,7 +307,7 @@ def test_graphs_dropped_in_several_threads_at_once_leave_nothing(make: Any) -> N
         thread.join()
     gc.collect()
     act.settle()
-    act._tier.drain()
+    act.transfers.drain()
     assert act.forwards == set()
     assert act.stats().spill_bytes == 0
 

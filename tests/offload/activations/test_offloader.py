@@ -108,7 +108,7 @@ def test_a_retained_graph_runs_again(make: Any, same_bits: Any, times: int, wait
 
     act = make(staging_bytes=8 * NBYTES)
     same_bits(act, compute)
-    act._tier.drain()
+    act.transfers.drain()
     assert act.stats().spill_bytes == 0
 
 
@@ -227,7 +227,7 @@ def test_graphs_dropped_without_a_backward_leave_nothing(make: Any) -> None:
                 y = (y * 1.5).sin()
 
     forward_only()
-    act._tier.drain()
+    act.transfers.drain()
     before = resident_bytes()
     gc.disable()
     try:
@@ -235,12 +235,12 @@ def test_graphs_dropped_without_a_backward_leave_nothing(make: Any) -> None:
             forward_only()
     finally:
         gc.enable()
-    act._tier.drain()
+    act.transfers.drain()
     stats = act.stats()
     assert stats.offloaded_bytes > 100 << 20
     assert stats.spill_bytes == 0
-    assert act._tier.counters()["used_bytes"] == 0
-    assert act._tier.counters()["outside_bytes"] == 0
+    assert act._stores.counters()["used_bytes"] == 0
+    assert act._stores.counters()["outside_bytes"] == 0
     assert act.forwards == set()
     # 20 graphs would be 160 MiB; the allocator's own slack is some.
     assert resident_bytes() - before < 24 << 20
@@ -256,7 +256,7 @@ def test_a_graph_in_a_cycle_is_freed_by_the_collector(make: Any) -> None:
         holder["self"] = holder
     del holder, y
     gc.collect()
-    act._tier.drain()
+    act.transfers.drain()
     assert act.stats().spill_bytes == 0
 
 
@@ -310,7 +310,7 @@ def test_threads_may_each_train(make: Any, same_bits: Any) -> None:
 
     act = make(staging_bytes=6 * NBYTES)
     same_bits(act, compute)
-    act._tier.drain()
+    act.transfers.drain()
     assert act.stats().spill_bytes == 0
 
 
@@ -364,7 +364,7 @@ def test_two_directories_share_the_writes(make: Any, same_bits: Any, spill_dir: 
         return [weight.grad for weight in weights]
 
     same_bits(act, compute)
-    written = [spill.stats()["write_bytes"] for spill in act._tier._spills]
+    written = [spill.stats()["write_bytes"] for spill in act._stores.ssd._spills]
     assert min(written) > 0
     act.close()
     for folder in folders:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import offload
-from offload.activations.schedule_book import Throughput
+from offload.activations.rates import Rates, Throughput
 from offload.native import FaultPlan, FaultRule
 
 MIB = 1 << 20
@@ -134,7 +134,7 @@ def test_a_hint_begins_to_read_a_forward_that_has_ended(make: Any) -> None:
     forward = act.forward()
     with forward:
         loss = block(torch.ones(256, WIDTH), weights).sum()
-    act._tier.drain()
+    act.transfers.drain()
     act.hint(next_backward=forward)
     assert any(region.ahead for region in forward.regions)
     loss.backward()
@@ -146,17 +146,17 @@ def test_a_drive_that_was_slow_once_is_measured_again(make: Any) -> None:
     offloaded = []
     for step in range(40):
         if step < 3:  # what it did the first times
-            act.book.throughput = Throughput(1.0, 1.0)
+            act.book.rates["ssd"] = Rates(Throughput(1.0, 1.0))
         before = act.stats().offloaded_bytes
         with act.forward():
             loss = block(torch.ones(2048, 512), weights).sum()
-        act._tier.drain()
+        act.transfers.drain()
         loss.backward()
         del loss
         offloaded.append(act.stats().offloaded_bytes - before)
     assert 0 in offloaded, "at first all is thought to be better off in memory"
     assert sum(offloaded[-20:]) > 0
-    assert act.book.throughput.write_bytes_per_s > 1e6
+    assert act.book.rates["ssd"].throughput.write_bytes_per_s > 1e6
 
 
 def legal_order(rng: random.Random, micro_batches: int, open_at_once: int) -> list[tuple[str, int]]:
@@ -196,7 +196,7 @@ def test_any_order_of_a_pipeline_gives_the_same_bits_and_leaves_nothing(
     )
     # So few bytes say nothing about a drive; this is what it is taken to do.
     rate = rng.choice([1e6, 1e8, 1e10])
-    act.book.throughput = Throughput(rate, rate)
+    act.book.rates["ssd"] = Rates(Throughput(rate, rate))
     weights = weights_of(3, 32)
     rows = [rng.randint(1, 300) for _ in range(rng.randint(1, 2))]
     sums = []
@@ -221,10 +221,10 @@ def test_any_order_of_a_pipeline_gives_the_same_bits_and_leaves_nothing(
         sums.append([weight.grad for weight in weights])
     assert all(map(torch.equal, *sums))
     event(f"planned: {act.book.planned > 0}")
-    act._tier.drain()  # a write under way still has its space
+    act.transfers.drain()  # a write under way still has its space
     stats = act.stats()
     assert stats.spill_bytes == 0
     assert stats.staging_peak_bytes <= staging
     assert act.forwards == set()
-    assert act._ahead_bytes == 0
+    assert act.transfers.ahead_bytes == 0
     act.close()

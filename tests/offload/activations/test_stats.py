@@ -23,7 +23,7 @@ def step(act: Any, count: int = 4, drained: bool = True) -> None:
         loss = y.sum()
         del y
     if drained:
-        act._tier.drain()
+        act.transfers.drain()
     loss.backward()
 
 
@@ -48,7 +48,7 @@ def test_what_the_caller_still_holds_is_told(make: Any) -> None:
         held = w.sin()
         loss = held.sin().sin().sum()
     assert act.stats().still_held_bytes == NBYTES
-    act._tier.drain()
+    act.transfers.drain()
     loss.backward()
     stats = act.stats()
     assert (stats.forwarded_bytes, stats.reloaded_bytes) == (NBYTES, NBYTES)

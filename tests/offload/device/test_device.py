@@ -23,15 +23,11 @@ def test_only_real_memory_can_be_offloaded() -> None:
     assert not device.can_offload(torch.ones(2, device="meta"))
 
 
-def test_a_host_copy_is_of_the_storages_bytes() -> None:
+def test_the_bytes_of_a_storage_are_seen_in_place() -> None:
     storage = torch.arange(10, dtype=torch.uint8).untyped_storage()
-    copy = device.host_copy(storage, 3, 8)
-    assert copy.is_cpu
-    assert copy.tolist() == [3, 4, 5, 6, 7]
-
-
-def test_on_a_cpu_the_buffer_itself_is_the_memory(buffer: Buffer) -> None:
-    assert device.materialise(buffer, torch.device("cpu"), 3) is buffer
+    flat = device.bytes_of(storage, 3, 8)
+    assert flat.tolist() == [3, 4, 5, 6, 7]
+    assert flat.data_ptr() == storage.data_ptr() + 3
 
 
 def test_a_view_has_the_given_geometry_and_keeps_the_bytes(buffer: Buffer) -> None:

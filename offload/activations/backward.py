@@ -1,0 +1,93 @@
+"""What a backward is expected to want, in which order, and how far it has come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from offload.activations.recording import Recording
+    from offload.activations.region import Region
+    from offload.activations.schedule_book import Plan
+
+__all__ = ["BackwardOrder"]
+
+
+class BackwardOrder:
+    """Two places in one order: reading goes ahead of the backward, and arriving between them."""
+
+    def __init__(self, regions: list[Region]) -> None:
+        self._regions = regions
+        self.order: list[int] = []  # of region numbers, as the backward is expected to want them
+        self.used: list[int] = []  # the same, as it really did
+        self.read_at = 0  # the next place to read from the SSD
+        self.bring_at = 0  # the next place to bring back to a device
+        self.due = math.inf  # the last place that may be back in the computation's memory by now
+        self.plan: Plan | None = None
+
+    def expect(self, plan: Plan | None, order: Sequence[int] | None) -> None:
+        """Take the order that `plan` has, else `order`, else the reverse of saving."""
+        if plan is not None:
+            self.plan, self.due, order = plan, -1, plan.order
+        self.order = list(order) if order is not None else self._reversed()
+        for position, number in enumerate(self.order):
+            self._regions[number].position = position
+
+    def _reversed(self) -> list[int]:
+        """Return the regions by their last save, the latest first: that node comes first."""
+        regions = self._regions
+        return sorted(range(len(regions)), key=lambda number: -regions[number].last_save)
+
+    def want(self, region: Region, again: bool, recording: Recording | None) -> None:
+        """Note that the backward wants `region` now; what comes next follows from it.
+
+        `again`: by a view that has been asked for before, so it is another backward over a graph
+        that was retained.
+        """
+        position = region.position
+        if position < 0:
+            return
+        if self.plan is not None:
+            self.due = max(self.due, self.plan.due[position])
+        if not region.used:
+            region.used = True
+            if recording is not None:
+                recording.needed[region.number] = recording.mark()
+            self.used.append(region.number)
+            self.read_at = max(self.read_at, position + 1)
+            self.bring_at = max(self.bring_at, position + 1)
+        elif again:
+            self.read_at = self.bring_at = position + 1
+
+    def next_to_read(self) -> Region | None:
+        """Return the region that the backward should want next of those that must be read.
+
+        What is read for another device's memory waits in staging, so no schedule holds it back.
+        """
+        order, regions = self.order, self._regions
+        while self.read_at < len(order):
+            region = regions[order[self.read_at]]
+            if region.crossing is None and self.read_at > self.due:
+                return None
+            if not region.ahead and region.is_away():
+                return region
+            self.read_at += 1
+        return None
+
+    def next_to_bring(self) -> Region | None:
+        """Return the region that should come back to its device next, if it is time for any."""
+        order, regions = self.order, self._regions
+        while self.bring_at < len(order) and self.bring_at <= self.due:
+            region = regions[order[self.bring_at]]
+            if region.crossing is not None and region.arrival is None and region.is_away():
+                return region
+            self.bring_at += 1
+        return None
+
+    def complete(self) -> list[int]:
+        """Return the order in which all regions were used, those that never were at the end."""
+        if len(self.used) < len(self.order):
+            regions = self._regions
+            self.used += [number for number in self.order if not regions[number].used]
+        return self.used

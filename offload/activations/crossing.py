@@ -1,0 +1,314 @@
+"""Regions on their way between a device and host memory, in both directions.
+
+A region leaves by a copy that runs beside the computation; its memory is let go of once the
+computation is ordered behind that copy. It comes back the same way: memory for it is taken some
+time before it is wanted, and the computation waits for the copy only where it uses it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+
+from offload.activations.recording import DeviceClock
+from offload.activations.stats import LinkFacts
+from offload.device import KERNEL_ALIGN, DeviceLink, Moment, bytes_of
+from offload.native import Arena, Buffer
+from offload.tiers import Staged, Store
+
+if TYPE_CHECKING:
+    from offload.activations.region import Region
+
+__all__ = ["Arrival", "Crossing"]
+
+
+@dataclass(slots=True)
+class _Departure:
+    """A storage that must live until the computation is ordered behind its copy."""
+
+    storage: torch.UntypedStorage
+    nbytes: int
+    copied: Moment
+    queue_id: int
+
+
+class Arrival:
+    """Memory on the device for a region that is expected back."""
+
+    __slots__ = ("copied", "free_at", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, free_at: Moment) -> None:
+        self.tensor = tensor
+        self.free_at = free_at  # the computation is done with what the memory held before
+        self.copied: Moment | None = None
+
+
+class WriteStarter:
+    """Has each extent written once its bytes have come from the device, in a thread."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[tuple[Region, Staged, Buffer, Moment] | threading.Event | None] = (
+            SimpleQueue()
+        )
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self.error: BaseException | None = None
+
+    def follow(self, region: Region, extent: Staged, buffer: Buffer, copied: Moment) -> None:
+        """Begin to write `extent` after `copied`, unless `region` has let go of it by then."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="offload writes")
+            self._thread.start()
+        self._queue.put((region, extent, buffer, copied))
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+            else:
+                self._start(*item)
+            del item
+
+    def _start(self, region: Region, extent: Staged, _buffer: Buffer, copied: Moment) -> None:
+        # The buffer is held until the copy has been made, whatever becomes of the extent.
+        try:
+            copied.synchronize()
+            if region.extent is extent and not self._closing:
+                extent.start_write()
+        except BaseException as error:
+            self.error = self.error or error
+
+    def drain(self) -> None:
+        """Wait until all that was followed so far has been dealt with."""
+        if self._thread is not None:
+            passed = threading.Event()
+            self._queue.put(passed)
+            passed.wait()
+
+    def close(self) -> None:
+        """Wait for the copies under way; begin no more writes."""
+        self._closing = True
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+class Crossing:
+    """The traffic of one link with one or several stores. The owner's lock guards it.
+
+    `window_bytes` bounds the device memory that copies hold: of what leaves until its copy has been
+    made, and of what comes back before it is used. A single region may be larger.
+    """
+
+    def __init__(self, link: DeviceLink, stores: dict[str, Store], window_bytes: int) -> None:
+        self.link = link
+        self._stores = stores
+        self._window_bytes = window_bytes
+        self._departing: deque[_Departure] = deque()
+        self._departing_bytes = 0
+        # Buffers that the device still reads from.
+        self._landing: deque[tuple[Moment, Buffer]] = deque()
+        # With memory, and their copy not asked for yet.
+        self._expected: dict[Region, Arrival] = {}
+        self._arriving_bytes = 0
+        self.departing_peak_bytes = self.arriving_peak_bytes = 0
+        self.launched_ahead = 0
+        """How many regions were on their way back before they were wanted."""
+        self._writes = WriteStarter()
+        self._clocks: WeakSet[DeviceClock] = WeakSet()  # of those who record a step
+        self._pinned: list[int] = []
+        pinned = [self._pin(store.arena) for store in stores.values()]
+        self.facts = LinkFacts(
+            device=str(link.device),
+            pinned=all(pinned),
+            pinned_reason=link.pinned_reason,
+            device_numa_node=link.numa_node(),
+            staging_numa_nodes={name: store.arena.numa_node for name, store in stores.items()},
+        )
+
+    def clock(self) -> DeviceClock:
+        """Return a clock of the computation, which hears of every wait for a copy."""
+        clock = DeviceClock(self.link)
+        self._clocks.add(clock)
+        return clock
+
+    def _before_waiting(self) -> Any:
+        return self.link.mark() if self._clocks else None
+
+    def _waited(self, begin: Any) -> None:
+        for clock in self._clocks:
+            clock.waited(begin)
+
+    def _pin(self, arena: Arena) -> bool:
+        if not self.link.pin(arena.address, arena.nbytes):
+            return False
+        self._pinned.append(arena.address)
+        arena.mark_resident()
+        return True
+
+    # ---- out ----------------------------------------------------------------------------------
+
+    def send(self, region: Region, storage: torch.UntypedStorage, tier: str) -> Staged | None:
+        """Begin to copy a region out; None when its store has no space.
+
+        The storage lives on here for as long as the copy needs it. `tier`: which store, or "" for
+        the one that can take it.
+        """
+        self._raise_error()
+        self._let_go()
+        lead = (storage.data_ptr() + region.begin) % KERNEL_ALIGN
+        extent = self._stage(region.nbytes, lead, tier)
+        if extent is None:
+            return None
+        buffer = extent.staged()
+        copied = self.link.copy_out(bytes_of(storage, region.begin, region.end), buffer)
+        region.residue, region.departed = lead, copied
+        self._writes.follow(region, extent, buffer, copied)
+        here = self.link.queue_id()
+        self._departing.append(_Departure(storage, region.nbytes, copied, here))
+        self._departing_bytes += region.nbytes
+        self.departing_peak_bytes = max(self.departing_peak_bytes, self._departing_bytes)
+        while self._departing_bytes > self._window_bytes and len(self._departing) > 1:
+            self._wait_for_oldest()
+        return extent
+
+    def _stage(self, nbytes: int, lead: int, tier: str) -> Staged | None:
+        names = [tier, *(name for name in self._stores if name != tier)] if tier else self._ranked()
+        for name in names:
+            store = self._stores.get(name)
+            if store is None or nbytes + KERNEL_ALIGN > store.arena.nbytes:
+                continue
+            # What the device still reads from comes back without anybody being told.
+            while self._landing and store.arena.free_bytes < nbytes + KERNEL_ALIGN:
+                self._landing.popleft()[0].synchronize()
+            extent = store.stage(nbytes, lead)
+            if extent is not None:
+                return extent
+        return None
+
+    def _ranked(self) -> list[str]:
+        """Return the stores, first the one that keeps up: a split by bandwidth."""
+        staging = self._stores.get("ssd")
+        if staging is None or 2 * staging.arena.free_bytes >= staging.arena.nbytes:
+            return sorted(self._stores, reverse=True)
+        return sorted(self._stores)
+
+    def _wait_for_oldest(self) -> None:
+        """Order the computation behind a copy, and let go of the memory it was made from."""
+        departure = self._departing.popleft()
+        self._departing_bytes -= departure.nbytes
+        if departure.queue_id != self.link.queue_id():
+            departure.copied.synchronize()  # its memory belongs to another queue than this one
+            return
+        begin = self._before_waiting()
+        self.link.hold(departure.copied)
+        self._waited(begin)
+
+    def _let_go(self) -> None:
+        """Let go of the memory whose copies have been made."""
+        departing = self._departing
+        while departing and departing[0].copied.query():
+            self._departing_bytes -= departing.popleft().nbytes
+
+    def finish(self) -> None:
+        """Let go of all that is still leaving: nobody waits for its backward any more."""
+        while self._departing:
+            self._wait_for_oldest()
+
+    # ---- back ---------------------------------------------------------------------------------
+
+    def expect(self, region: Region) -> bool:
+        """Take memory for a region that will be wanted; False when the window is full."""
+        if self._arriving_bytes and self._arriving_bytes + region.nbytes > self._window_bytes:
+            return False
+        self._expected[region] = self._make_room(region)
+        return True
+
+    def _make_room(self, region: Region) -> Arrival:
+        tensor = self.link.empty(region.nbytes, region.residue)
+        region.arrival = Arrival(tensor, self.link.mark())
+        self._arriving_bytes += region.nbytes
+        self.arriving_peak_bytes = max(self.arriving_peak_bytes, self._arriving_bytes)
+        return region.arrival
+
+    def go_on(self) -> list[Region]:
+        """Ask for the copies of expected regions whose bytes have come to the host by now.
+
+        Returns those regions.
+        """
+        self._let_go()
+        while self._landing and self._landing[0][0].query():
+            self._landing.popleft()
+        launched = [
+            region for region in self._expected if region.extent is not None and region.extent.ready
+        ]
+        for region in launched:
+            self._launch(region, self._expected[region])
+        self.launched_ahead += len(launched)
+        return launched
+
+    def _launch(self, region: Region, arrival: Arrival) -> None:
+        assert region.extent is not None
+        assert region.departed is not None
+        self._expected.pop(region, None)
+        buffer = region.extent.fetch()
+        after = (arrival.free_at, region.departed)
+        arrival.copied = self.link.copy_in(buffer, arrival.tensor, after)
+        self._landing.append((arrival.copied, buffer))
+
+    def bring(self, region: Region) -> torch.Tensor:
+        """Return a region's bytes on the device; the computation waits for them.
+
+        Waits itself until they are in host memory. Raises OSError when they are lost or damaged.
+        """
+        self._raise_error()
+        arrival = region.arrival or self._make_room(region)
+        begin = self._before_waiting()
+        if arrival.copied is None:
+            self._launch(region, arrival)
+        assert arrival.copied is not None
+        self.link.hold(arrival.copied)
+        self._waited(begin)
+        self._arrived(region)
+        return arrival.tensor
+
+    def _arrived(self, region: Region) -> None:
+        region.arrival = None
+        self._arriving_bytes -= region.nbytes
+
+    def forget(self, region: Region) -> None:
+        """Take leave of a region that nobody wants any more."""
+        arrival = region.arrival
+        if arrival is None:
+            return
+        self._expected.pop(region, None)
+        if arrival.copied is not None:
+            arrival.copied.synchronize()  # or the copy would run into what the memory holds next
+        self._arrived(region)
+
+    def _raise_error(self) -> None:
+        if self._writes.error is not None:
+            raise self._writes.error
+
+    def drain(self) -> None:
+        """Wait until what has left is in its store, or on its way from there to the SSD."""
+        self._writes.drain()
+        self._let_go()
+        self._raise_error()
+
+    def close(self) -> None:
+        """Wait for every copy under way, and unpin."""
+        self._writes.close()
+        self.link.close()
+        self._departing.clear()
+        self._landing.clear()
+        for address in self._pinned:
+            self.link.unpin(address)
+        self._pinned.clear()

@@ -1,0 +1,224 @@
+"""Regions out to their tier and back: what is sent, what is kept, what is read ahead."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from offload.activations.crossing import Crossing
+from offload.activations.region import Region
+from offload.activations.stats import Counters
+from offload.config import ActivationsConfig
+from offload.device import CudaLink, DeviceLink, Restored
+from offload.tiers import Staged, Stores
+
+if TYPE_CHECKING:
+    from offload.activations.forward import ForwardPass
+
+__all__ = ["Transfers"]
+
+Totals = tuple[tuple[float, float], tuple[float, float]]
+"""Bytes and busy seconds, out and in."""
+
+# Reads ahead start in batches, so that many small ones wake the I/O thread once.
+_READ_BATCH_BYTES = 4 << 20
+
+
+class Transfers:
+    """The traffic of one instance, whose lock guards it where not said otherwise."""
+
+    def __init__(self, config: ActivationsConfig, stores: Stores, counters: Counters) -> None:
+        self._stores = stores
+        self._counters = counters
+        self._keep_bytes = config.keep_bytes
+        self._said_full = False
+        self.ahead_bytes = 0
+        wanted = config.read_ahead_bytes
+        self._read_ahead_bytes = config.staging_bytes // 2 if wanted is None else wanted
+        batch = min(self._read_ahead_bytes // 2, _READ_BATCH_BYTES)
+        self._read_more_below = self._read_ahead_bytes - batch
+        self._window_bytes = config.device_window_bytes
+        self._write = stores.ssd.write if stores.ssd is not None else None
+        self.crossings: dict[torch.device, Crossing] = {}
+
+    def crossing_over(self, link: DeviceLink) -> Crossing:
+        """Return the traffic over `link`, to one device."""
+        crossing = self.crossings.get(link.device)
+        if crossing is None:
+            crossing = Crossing(link, self._stores.named(), self._window_bytes)
+            self.crossings[link.device] = crossing
+        return crossing
+
+    def crossing_to(self, device: torch.device) -> Crossing:
+        """Return the traffic to a GPU."""
+        crossing = self.crossings.get(device)
+        return crossing if crossing is not None else self.crossing_over(CudaLink(device))
+
+    # ---- out ----------------------------------------------------------------------------------
+
+    def stage(self, region: Region, tier: str = "") -> None:
+        """Send a region out and let go of its memory, or keep it where there is no space.
+
+        `tier`: where to, or "" for wherever there is room. Raises OSError once an earlier write has
+        failed, or when keeping would exceed its bound.
+        """
+        alias = region.alias
+        if alias._version != region.version:
+            return  # its backward will say so; there is no point in storing the wrong bytes
+        storage = region.original()
+        if storage is None:
+            return  # emptied since by its owner, who may fill it again before the backward
+        if self._keep_bytes is not None:
+            self._require_keeping(0)
+        nbytes = region.nbytes
+        extent: Staged | None
+        if region.crossing is not None:
+            extent = region.crossing.send(region, storage, tier)
+        else:
+            assert self._write is not None
+            extent = self._write(storage.data_ptr() + region.begin, nbytes)
+        if extent is None:
+            self._keep(region)
+            return
+        region.extent = extent
+        region.leave_memory()
+        self._counters.offloaded += nbytes
+
+    def _keep(self, region: Region) -> None:
+        self._require_keeping(region.nbytes)
+        self._counters.kept += region.nbytes
+        self._counters.kept_now += region.nbytes
+        region.kept = True
+
+    def _require_keeping(self, nbytes: int) -> None:
+        if (limit := self._keep_bytes) is None:
+            return
+        # What found no space when it was written is kept by the tier.
+        kept = self._counters.kept_now + self._stores.kept_bytes() + nbytes
+        if kept > limit:
+            raise OSError(
+                errno.ENOSPC,
+                f"the spill is full, and keeping {kept} bytes in memory would exceed "
+                f"keep_bytes={limit}; free space, raise spill_bytes or keep_bytes",
+                self._stores.path,
+            )
+
+    def say_if_full(self) -> None:
+        """Warn once that tensors stayed for want of space. Without the lock."""
+        if not self._said_full and self._stores.kept_total_bytes() + self._counters.kept:
+            self._said_full = True
+            warnings.warn(self._stores.why_full(), RuntimeWarning, stacklevel=4)
+
+    def flush(self) -> None:
+        """Start the small writes that still wait for company."""
+        self._stores.flush()
+
+    # ---- back ---------------------------------------------------------------------------------
+
+    def forwarded(self, region: Region, again: bool) -> None:
+        """Note that a region is wanted that never left, or not yet."""
+        forward = region.forward
+        if not region.in_memory:
+            self._counters.forwarded += region.nbytes
+        forward.backward.want(region, again, forward.recording)
+        self.read_ahead(forward)
+        if region.crossing is not None:
+            self._bring_ahead(forward)
+
+    def fetch(self, region: Region, again: bool) -> Restored:
+        """Return a region's bytes, on their device; waits until they are there."""
+        forward = region.forward
+        extent = region.extent
+        if extent is None:
+            raise RuntimeError(
+                f"a saved tensor of {region.nbytes} bytes is asked for, but its storage was "
+                "emptied before it was offloaded and not filled again"
+            )
+        forward.backward.want(region, again, forward.recording)
+        if region.ahead:
+            region.ahead = False
+            self.ahead_bytes -= region.nbytes
+        elif region.arrival is None or region.arrival.copied is None:
+            extent.prefetch()  # before everything that is only expected
+        if self.ahead_bytes <= self._read_more_below:
+            self.read_ahead(forward)
+        if region.crossing is None:
+            restored: Restored = extent.fetch()
+        else:
+            restored = region.crossing.bring(region)
+            self._bring_ahead(forward)
+        # Kept until every saved view has asked once. No longer: a second backward over a retained
+        # graph would hold everything.
+        region.restored = restored if region.unread else None
+        return restored
+
+    def begin(self, forward: ForwardPass) -> None:
+        """Have a backward's first regions come back before it begins."""
+        self.read_ahead(forward)
+        self._bring_ahead(forward)
+
+    def read_ahead(self, forward: ForwardPass) -> None:
+        """Start a batch of reads that the backward should want soon: one at least, if any."""
+        limit = self._read_ahead_bytes
+        backward = forward.backward
+        began = False
+        while limit and (self.ahead_bytes <= self._read_more_below or began):
+            region = backward.next_to_read()
+            if region is None or region.extent is None:
+                break
+            ahead = self.ahead_bytes + region.nbytes
+            if (ahead > limit and self.ahead_bytes) or not region.extent.prefetch():
+                break
+            region.ahead = began = True
+            self.ahead_bytes = ahead
+            backward.read_at += 1
+        if began:
+            self._stores.flush()
+
+    def _bring_ahead(self, forward: ForwardPass) -> None:
+        """Have what is wanted soon come back to its device."""
+        while (region := forward.backward.next_to_bring()) is not None:
+            assert region.crossing is not None
+            if not region.crossing.expect(region):
+                break
+            forward.backward.bring_at += 1
+        for crossing in self.crossings.values():
+            for launched in crossing.go_on():
+                self._not_ahead(launched)
+
+    def _not_ahead(self, region: Region) -> None:
+        if region.ahead:
+            region.ahead = False
+            self.ahead_bytes -= region.nbytes
+
+    def forget(self, region: Region) -> None:
+        """Take leave of a region that nobody wants any more."""
+        self._not_ahead(region)
+        if region.kept:
+            region.kept = False
+            self._counters.kept_now -= region.nbytes
+        region.free()
+
+    def totals(self, crossing: Crossing | None) -> dict[str, Totals]:
+        """Return what was moved to and from the SSD, and over the way to a device: see `Rates`."""
+        totals = {}
+        if crossing is not None:
+            totals["link"] = crossing.link.transferred()
+        if self._stores.ssd is not None:
+            totals["ssd"] = self._stores.ssd.transferred()
+        return totals
+
+    def drain(self) -> None:
+        """Wait until nothing is on its way. Without the lock."""
+        for crossing in self.crossings.values():
+            crossing.drain()
+        self._stores.drain()
+
+    def close(self) -> None:
+        """Wait for the copies under way, then for the I/O, and free the space."""
+        for crossing in self.crossings.values():
+            crossing.close()
+        self._stores.close()

@@ -1,0 +1,175 @@
+"""A device made of host memory, for machines without a GPU: late copies, the same bits.
+
+Two threads copy, one for each direction, as slowly as they are told. What a missing order would
+break on a GPU breaks here as well: memory that has not arrived holds poison, and a copy from memory
+that was freed too early is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from offload.device.link import DeviceLink, Moment
+from offload.native import Buffer, tensor_over
+
+__all__ = ["EmulatedLink"]
+
+_POISON = 0xA5
+# Untyped in torch: see `activations.identity`.
+_weak_storage: Any = torch.UntypedStorage._weak_ref
+_storage_of: Any = torch.UntypedStorage._new_with_weak_ptr
+_release: Any = torch.UntypedStorage._free_weak_ref
+
+
+class _Copy:
+    """A copy that was asked for; the moment at which it has been made."""
+
+    def __init__(self, copy: Callable[[], None], nbytes: int, after: Sequence[Moment]) -> None:
+        self.copy: Callable[[], None] | None = copy
+        self.nbytes = nbytes
+        self.after = tuple(after)
+        self.error: BaseException | None = None
+        self._made = threading.Event()
+
+    def run(self) -> None:
+        try:
+            assert self.copy is not None
+            self.copy()
+        except BaseException as error:
+            self.error = error
+        self.copy, self.after = None, ()
+        self._made.set()
+
+    def query(self) -> bool:
+        return self._made.is_set()
+
+    def synchronize(self) -> None:
+        self._made.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class _Lane:
+    """The copies of one direction, one after the other."""
+
+    def __init__(self, bytes_per_s: float, latency_s: float) -> None:
+        self._bytes_per_s, self._latency_s = bytes_per_s, latency_s
+        self._queue: SimpleQueue[_Copy | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.copied = (0.0, 0.0)
+
+    def add(self, copy: _Copy) -> _Copy:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="emulated copies")
+            self._thread.start()
+        self._queue.put(copy)
+        return copy
+
+    def _run(self) -> None:
+        while (copy := self._queue.get()) is not None:
+            for moment in copy.after:
+                moment.synchronize()
+            begin_s = time.perf_counter()
+            time.sleep(self._latency_s + copy.nbytes / self._bytes_per_s)
+            copy.run()
+            nbytes, busy_s = self.copied
+            self.copied = nbytes + copy.nbytes, busy_s + time.perf_counter() - begin_s
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+class _Mark:
+    """A moment of the computation, which is done as soon as it is asked for."""
+
+    def __init__(self) -> None:
+        self.time_s = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+
+class EmulatedLink(DeviceLink):
+    """Treats CPU tensors as if they lay on a device with `bytes_per_s` to and from the host."""
+
+    pinned_reason = "emulated"
+
+    def __init__(self, bytes_per_s: float = math.inf, latency_s: float = 0.0) -> None:
+        super().__init__(torch.device("cpu"))
+        self._out = _Lane(bytes_per_s, latency_s)
+        self._in = _Lane(bytes_per_s, latency_s)
+        self.pinned: dict[int, int] = {}
+
+    def copy_out(self, source: torch.Tensor, target: Buffer) -> Moment:
+        """Copy later, from memory that must still be there."""
+        tensor_over(target, torch.uint8).fill_(_POISON)
+        storage = source.untyped_storage()
+        alive, geometry = _weak_storage(storage), (source.storage_offset(), source.shape)
+        device, nbytes = source.device, source.nbytes
+
+        def copy() -> None:
+            found = _storage_of(alive)
+            _release(alive)
+            if found is None or found.nbytes() < geometry[0] + nbytes:
+                raise RuntimeError(f"{nbytes} bytes were freed before they were copied out")
+            flat = torch.empty(0, dtype=torch.uint8, device=device)
+            flat.set_(found, geometry[0], geometry[1], (1,))
+            tensor_over(target, torch.uint8).copy_(flat)
+
+        return self._out.add(_Copy(copy, nbytes, ()))
+
+    def copy_in(self, source: Buffer, target: torch.Tensor, after: Sequence[Moment]) -> Moment:
+        """Copy later; until then `target` holds poison."""
+        target.fill_(_POISON)
+
+        def copy() -> None:
+            target.copy_(tensor_over(source, torch.uint8))
+
+        return self._in.add(_Copy(copy, target.nbytes, after))
+
+    def mark(self) -> _Mark:
+        """Return the present."""
+        return _Mark()
+
+    def hold(self, moment: Moment) -> None:
+        """Wait, as the computation would."""
+        moment.synchronize()
+
+    def queue_id(self) -> int:
+        """Return the only queue."""
+        return 0
+
+    def elapsed_s(self, begin: Any, end: Any) -> float:
+        """Return the seconds between two marks."""
+        return float(end.time_s - begin.time_s)
+
+    def transferred(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Return bytes and seconds of the copies made, out and in."""
+        return self._out.copied, self._in.copied
+
+    def pin(self, address: int, nbytes: int) -> bool:
+        """Remember the memory."""
+        self.pinned[address] = nbytes
+        return True
+
+    def unpin(self, address: int) -> None:
+        """Forget it."""
+        del self.pinned[address]
+
+    def close(self) -> None:
+        """Wait for the copies asked for."""
+        self._out.close()
+        self._in.close()
