@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Corpus", "evenly_spaced", "load_corpus", "random_windows"]
+__all__ = [
+    "Batch",
+    "Corpus",
+    "Tokens",
+    "evenly_spaced",
+    "load_corpus",
+    "random_rows",
+    "split_rows",
+]
 
 Tokens = NDArray[np.uint8] | NDArray[np.uint16]
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -85,19 +93,27 @@ def _read_folder(folder: str, suffix: str = "", skip: frozenset[str] = frozenset
     return np.frombuffer(text, dtype=np.uint8)
 
 
-def random_windows(tokens: Tokens, seq_len: int, count: int, seed: tuple[int, ...]) -> Batch:
-    """Return `count` random windows as inputs and their successors, the same for the same seed."""
+def random_rows(tokens: Tokens, seq_len: int, count: int, seed: tuple[int, ...]) -> Tokens:
+    """Return `count` random windows with one token more each: [count, seq_len + 1].
+
+    They are the same for the same seed.
+    """
     starts = np.random.default_rng(seed).integers(len(tokens) - seq_len, size=count)
-    return _windows(tokens, seq_len, starts)
+    return _rows(tokens, seq_len, starts)
 
 
 def evenly_spaced(tokens: Tokens, seq_len: int, count: int, part: int, num_parts: int) -> Batch:
     """Return every `num_parts`-th of the windows that are spread over all of `tokens`."""
     starts = np.linspace(0, len(tokens) - seq_len - 1, count * num_parts).astype(np.int64)
-    return _windows(tokens, seq_len, starts[part::num_parts])
+    return split_rows(_rows(tokens, seq_len, starts[part::num_parts]))
 
 
-def _windows(tokens: Tokens, seq_len: int, starts: NDArray[np.int64]) -> Batch:
-    rows = np.stack([tokens[start : start + seq_len + 1] for start in starts])
+def split_rows(rows: Tokens) -> Batch:
+    """Return windows as inputs and their successors, int64."""
     batch = torch.from_numpy(rows.astype(np.int64))
     return batch[:, :-1], batch[:, 1:]
+
+
+def _rows(tokens: Tokens, seq_len: int, starts: NDArray[np.int64]) -> Tokens:
+    rows: Tokens = tokens[starts[:, np.newaxis] + np.arange(seq_len + 1)]
+    return rows

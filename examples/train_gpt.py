@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from data import Corpus, evenly_spaced, load_corpus, random_windows
+from data import Corpus, evenly_spaced, load_corpus
 from flags import Parser, at_least, byte_size, one_of
+from loaders import LOADERS, Order, missing_package, open_loader
 from memory import StepMemory, resident_bytes
 from models import MODELS, ModelConfig, Run, call, recompute
 from summary import Measured, summarize
@@ -50,12 +51,13 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument
     also = {"nvme": "ssd", "cpu": "host"}
-    modes = one_of("none", "recompute", "ssd", "auto", later=("host",), aliases=also)
-    add("--offload", type=modes, default="none", help="none, recompute, ssd, or auto: each layer")
+    modes = one_of("none", "recompute", "host", "ssd", "auto", aliases=also)
+    add("--offload", type=modes, default="none", help="none, recompute, host, ssd, or auto")
     where = "directories on SSDs; spill files have no names, so nothing is ever left there"
     add("--offload-path", nargs="+", default=["/var/tmp"], metavar="DIR", help=where)
     add("--min-tensor-bytes", type=byte_size, default="1MiB", help="smaller tensors stay")
     add("--staging-bytes", type=byte_size, default="64MiB", help="memory on the way to the SSD")
+    add("--host-bytes", type=byte_size, help="host memory for a GPU's; with ssd, when that is slow")
     fit = "saved activations to fit into; without, as little as can be had for no time"
     add("--memory-bytes", type=byte_size, help=fit)
     add("--spill-bytes", type=byte_size, help="limit on each SSD; without, half of what is free")
@@ -79,6 +81,7 @@ def make_parser() -> Parser:
     add("--lr", type=at_least(0, float), default=1e-3, help="highest learning rate")
     add("--max-norm", type=at_least(0, float), default=1.0, help="of the gradients; 0 for any")
     add("--data", default="stdlib", help="stdlib, a text file, a folder, or .bin of uint16 tokens")
+    add("--loader", type=one_of(*LOADERS), default="torch", help="what brings data: torch or dali")
     add("--eval-every", type=at_least(0), default=50, help="steps between validations; 0 for none")
     add("--summary", metavar="FILE", help="where to write what was measured, as JSON")
     for flag, only, later in (
@@ -115,14 +118,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def open_offload(
     args: argparse.Namespace,
 ) -> contextlib.AbstractContextManager[offload.ActivationOffload | None]:
-    """Make what sends saved activations to the SSD, or nothing in the other modes.
+    """Make what sends saved activations to their tier, or nothing in the other modes.
 
     Raises ValueError for a wrong setting or a directory in RAM, OSError for an unusable one,
     MemoryError where there is not as much as --staging-bytes.
     """
-    if args.offload not in ("ssd", "auto"):
+    if args.offload in ("none", "recompute"):
         return contextlib.nullcontext()
-    for path in args.offload_path:
+    tier = "host" if args.offload == "host" else "ssd"
+    for path in args.offload_path if tier == "ssd" else ():
         facts = inspect_directory(path)
         if facts.backing == "memory":
             raise ValueError(
@@ -130,8 +134,9 @@ def open_offload(
                 "saved; name a directory on an SSD"
             )
     return offload.ActivationOffload(
-        tier="ssd",
+        tier=tier,
         path=args.offload_path,
+        host_bytes=args.host_bytes,
         min_tensor_bytes=args.min_tensor_bytes,
         staging_bytes=args.staging_bytes,
         spill_bytes=args.spill_bytes,
@@ -163,6 +168,10 @@ class Trainer:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
+        order = Order(
+            corpus.train, args.seq_len, args.micro_batch, args.grad_accum, args.seed, self.rank
+        )
+        self.batches = open_loader(args.loader, order, self.device)
         torch.manual_seed(args.seed)
         config = ModelConfig(
             vocab_size=corpus.vocab_size,
@@ -199,8 +208,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=False)
         total = torch.zeros((), device=self.device)
         for micro in range(args.grad_accum):
-            seed = (args.seed, self.rank, step, micro)
-            batch = random_windows(self.corpus.train, args.seq_len, args.micro_batch, seed)
+            batch = next(self.batches)
             # Ranks exchange gradients once a step, in its last backward.
             with self.no_exchange() if micro + 1 < args.grad_accum else contextlib.nullcontext():
                 # What autograd saves in here goes to the SSD ...
@@ -329,7 +337,7 @@ def first_problem(problem: str | None) -> str | None:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Set up, train and report; returns the exit status."""
-    problem, flag = None, "--data"
+    problem, flag = missing_package(args.loader), "--data"
     with contextlib.ExitStack() as resources:
         try:
             corpus = load_corpus(args.data, args.seq_len)
@@ -339,10 +347,8 @@ def run(args: argparse.Namespace, command: str) -> int:
             problem = f"{flag} {error.filename or ''}: {error.strerror}; or name another"
             if error.filename in ("io_uring", "posix"):
                 problem = f"--io-engine {args.io_engine}: {error.strerror}; use --io-engine auto"
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             problem = str(error)
-        except MemoryError:
-            problem = f"--staging-bytes {args.staging_bytes} is more memory than there is; ask less"
         if problem := first_problem(problem):
             if dist.get_node_local_rank(fallback_rank=0) == 0:
                 complain(problem)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.data import evenly_spaced, load_corpus, random_windows
+from examples.data import evenly_spaced, load_corpus, random_rows, split_rows
 
 
 def test_stdlib_is_the_installed_librarys_own_source() -> None:
@@ -101,7 +101,7 @@ def test_missing_data_raises_with_its_path(tmp_path: Path) -> None:
 def test_windows_hold_each_tokens_successor() -> None:
     tokens = np.arange(200, dtype=np.uint8)
     for inputs, successors in (
-        random_windows(tokens, 16, 5, seed=(0, 0, 0)),
+        split_rows(random_rows(tokens, 16, 5, seed=(0, 0, 0))),
         evenly_spaced(tokens, 16, 5, part=0, num_parts=1),
     ):
         assert inputs.shape == successors.shape == (5, 16)
@@ -111,15 +111,15 @@ def test_windows_hold_each_tokens_successor() -> None:
 
 def test_windows_depend_on_seed_step_and_rank_only() -> None:
     tokens = np.random.default_rng(0).integers(256, size=10_000, dtype=np.uint8)
-    first = random_windows(tokens, 32, 8, seed=(0, 0, 0))[0]
-    assert torch.equal(first, random_windows(tokens, 32, 8, seed=(0, 0, 0))[0])
+    first = split_rows(random_rows(tokens, 32, 8, seed=(0, 0, 0)))[0]
+    assert torch.equal(first, split_rows(random_rows(tokens, 32, 8, seed=(0, 0, 0)))[0])
     for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        assert not torch.equal(first, random_windows(tokens, 32, 8, seed=other)[0])
+        assert not torch.equal(first, split_rows(random_rows(tokens, 32, 8, seed=other))[0])
 
 
 def test_random_windows_reach_both_ends() -> None:
     tokens = np.arange(10, dtype=np.uint8)
-    inputs, successors = random_windows(tokens, 8, 100, seed=(0,))
+    inputs, successors = split_rows(random_rows(tokens, 8, 100, seed=(0,)))
     assert inputs.min() == 0
     assert successors.max() == 9
 

@@ -16,7 +16,7 @@ from offload import native
 Main = Callable[..., int]
 
 BAD_FLAGS = [
-    (["--offload=host"], ["--offload", "host", "not available yet", "ssd"]),
+    (["--offload=host"], ["tier='host'", "needs a GPU"]),
     (["--offload=sdd"], ["--offload", "sdd", "did you mean ssd?"]),
     (["--ofload=ssd"], ["--ofload", "did you mean --offload?"]),
     (["--qqqq"], ["--qqqq", "--help"]),
@@ -24,7 +24,7 @@ BAD_FLAGS = [
     (["--staging-bytes=-1"], ["--staging-bytes", "-1", "64MiB"]),
     (["--staging-bytes", "-1"], ["--staging-bytes", "-1"]),
     (["--staging-bytes=1"], ["staging_bytes=1", "at least 4096"]),
-    (["--staging-bytes=99999999GiB"], ["--staging-bytes", "more memory than there is"]),
+    (["--staging-bytes=99999999GiB"], ["staging_bytes=", "more memory than there is"]),
     (["--min-tensor-bytes=-4096"], ["--min-tensor-bytes", "-4096"]),
     (["--spill-bytes=-5"], ["--spill-bytes", "-5"]),
     (["--spill-bytes=1.5GiB"], ["--spill-bytes", "1.5GiB"]),
@@ -41,6 +41,8 @@ BAD_FLAGS = [
     (["--model=llama", "--hidden=6"], ["--heads 2", "llama", "even"]),
     (["--model=t5", "--seq-len=1"], ["--seq-len 1", "t5"]),
     (["--dropout=1.5"], ["--dropout", "1.5"]),
+    (["--host-bytes=99999999GiB"], ["host_bytes=", "more memory than there is"]),
+    (["--loader=dari"], ["--loader", "dari", "did you mean dali?"]),
     (["--memory-bytes=-1"], ["--memory-bytes", "-1"]),
     (["--framework=deepspeed"], ["--framework", "deepspeed", "not available yet"]),
     (["--optimizer=offload"], ["--optimizer", "offload", "not available yet"]),
