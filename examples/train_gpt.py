@@ -63,9 +63,8 @@ def make_parser() -> Parser:
     add("--spill-bytes", type=byte_size, help="limit on each SSD; without, half of what is free")
     wear = "the most written to each SSD in 24 hours, by each rank"
     add("--ssd-write-bytes-per-day", type=byte_size, help=wear)
-    add(
-        "--io-engine", type=one_of("auto", "uring", "posix"), default="auto", help="or uring, posix"
-    )
+    engines = one_of("auto", "uring", "posix")
+    add("--io-engine", type=engines, default="auto", help="auto, uring or posix")
     models = one_of(*MODELS)
     add("--model", type=models, default="gpt", help=", ".join(MODELS))
     add("--layers", type=at_least(1), default=6, help="of the encoder, or the decoder, or of each")
@@ -168,6 +167,7 @@ class Trainer:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
+            torch.cuda.set_device(self.device)
         order = Order(
             corpus.train, args.seq_len, args.micro_batch, args.grad_accum, args.seed, self.rank
         )

@@ -119,17 +119,13 @@ std::shared_ptr<Spill::FileRange> Spill::allocate(std::uint64_t nbytes) {
   return std::make_shared<FileRange>(space_, *offset, nbytes);
 }
 
-// Waits for staging memory to come back from finished writes, to any directory. When none is in
-// flight, waiting would be for ever (restored tensors hold the arena), so a piece is taken outside
-// of it.
-std::shared_ptr<Slice> Spill::stage_memory(std::uint64_t nbytes) {
+// Waits for staging memory to come back from finished writes, to any directory. nullptr when none
+// is in flight: waiting would be for ever (restored tensors hold the arena).
+std::shared_ptr<Slice> Spill::wait_for_room(std::uint64_t nbytes) {
   for (;;) {
     const std::uint64_t seen = arena_->releases();
     if (auto slice = arena_->try_allocate(nbytes)) return slice;
-    if (!arena_->writing()) {
-      auto slice = arena_->try_allocate(nbytes);  // the last write may have ended just now
-      return slice ? slice : arena_->allocate_outside(nbytes);
-    }
+    if (!arena_->writing()) return arena_->try_allocate(nbytes);  // one may have ended just now
     queue_->flush();
     const double begin = wall_s();
     arena_->wait_release(seen, std::chrono::milliseconds(20));
@@ -139,6 +135,12 @@ std::shared_ptr<Slice> Spill::stage_memory(std::uint64_t nbytes) {
     }
     if (options_.poll) options_.poll();
   }
+}
+
+// The same, or memory outside of the arena.
+std::shared_ptr<Slice> Spill::stage_memory(std::uint64_t nbytes) {
+  auto slice = wait_for_room(nbytes);
+  return slice ? slice : arena_->allocate_outside(nbytes);
 }
 
 // Space in the file for an extent, and nothing else yet; nullptr where there is none.
@@ -197,7 +199,8 @@ std::shared_ptr<Extent> Spill::stage(std::uint64_t nbytes, std::uint64_t lead) {
   }
   auto extent = make_extent(nbytes, lead);
   if (!extent) return nullptr;
-  auto slice = stage_memory(extent->extent_bytes_);
+  auto slice = wait_for_room(extent->extent_bytes_);
+  if (!slice) return nullptr;
   extent->filling_ = std::make_shared<StagedWrite>(arena_, slice);
   extent->shared_->pieces.push_back({0, extent->extent_bytes_, std::move(slice), nullptr, false});
   return extent;

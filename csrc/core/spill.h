@@ -132,7 +132,8 @@ class Spill : public std::enable_shared_from_this<Spill> {
   // IoError of an earlier write that failed.
   std::shared_ptr<Extent> write(const std::byte* source, std::uint64_t nbytes);
   // Space and staging, in one run, for bytes that a device will put there, the first one at an
-  // address equal to `lead` modulo 64: see Extent::staged(). Otherwise as write().
+  // address equal to `lead` modulo 64: see Extent::staged(). Otherwise as write(), but nullptr also
+  // where staging has no room and nothing is on its way out of it.
   std::shared_ptr<Extent> stage(std::uint64_t nbytes, std::uint64_t lead);
   // Starts writes that still wait for company.
   void flush();
@@ -160,6 +161,7 @@ class Spill : public std::enable_shared_from_this<Spill> {
   std::unique_ptr<IoEngine> choose_engine();
   std::shared_ptr<FileRange> allocate(std::uint64_t nbytes);
   bool grow(std::uint64_t nbytes);  // under Space::mutex
+  std::shared_ptr<Slice> wait_for_room(std::uint64_t nbytes);
   std::shared_ptr<Slice> stage_memory(std::uint64_t nbytes);
   std::shared_ptr<Extent> make_extent(std::uint64_t nbytes, std::uint64_t lead);
   void fill_piece(Extent& extent, std::size_t index, const std::byte* source);

@@ -70,17 +70,21 @@ class BlockRuns:
 
     def run(self, forward: ForwardPass, function: Callable[..., Any], args: Sequence[Any]) -> Any:
         """Return `function(*args)`, of which the schedule may have only `args` saved."""
-        book, regions, recording = forward.owner.book, forward.regions, forward.recording
-        alone = forward.owner.running.alone
+        owner, book, regions = forward.owner, forward.owner.book, forward.regions
+        alone = owner.running.alone
         if self.key is None:
-            shapes = tuple(tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor))
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            shapes = tuple(tuple(tensor.shape) for tensor in tensors)
             self.key = tuple(region.nbytes for region in regions), shapes
-            with forward.owner.lock:
+            with owner.lock:
+                if tensors:
+                    forward.meet(tensors[0])
                 self.recompute = book.recompute_of(self.key)
+        recording = forward.recording
         first = len(regions)
         begin = recording.mark() if recording is not None else None
         if len(self.noted) in self.recompute:
-            forward.owner.counters.recomputed_blocks += 1
+            owner.counters.recomputed_blocks += 1
             out = checkpoint(alone, function, *args, use_reentrant=False)
         else:
             out = alone(function, *args)

@@ -7,6 +7,7 @@ time before it is wanted, and the computation waits for the copy only where it u
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from offload.activations.recording import DeviceClock
 from offload.activations.stats import LinkFacts
 from offload.device import KERNEL_ALIGN, DeviceLink, Moment, bytes_of
-from offload.native import Arena, Buffer
+from offload.native import Buffer
 from offload.tiers import Staged, Store
 
 if TYPE_CHECKING:
@@ -30,22 +31,31 @@ __all__ = ["Arrival", "Crossing"]
 
 @dataclass(slots=True)
 class _Departure:
-    """A storage that must live until the computation is ordered behind its copy."""
+    """A storage that must live, as it is, until the computation is ordered behind its copy."""
 
+    region: Region
     storage: torch.UntypedStorage
+    address: int
     nbytes: int
     copied: Moment
-    queue_id: int
+
+    def let_go(self) -> None:
+        """Take leave of the storage; its owner may have emptied it, and then its bytes are lost."""
+        self.region.leaving = False
+        storage = self.storage
+        if storage.nbytes() < self.region.end or storage.data_ptr() != self.address:
+            self.region.spoilt = True
 
 
 class Arrival:
     """Memory on the device for a region that is expected back."""
 
-    __slots__ = ("copied", "free_at", "tensor")
+    __slots__ = ("copied", "free_at", "queue", "tensor")
 
-    def __init__(self, tensor: torch.Tensor, free_at: Moment) -> None:
+    def __init__(self, tensor: torch.Tensor, free_at: Moment, queue: Any) -> None:
         self.tensor = tensor
         self.free_at = free_at  # the computation is done with what the memory held before
+        self.queue = queue  # whose memory it is
         self.copied: Moment | None = None
 
 
@@ -83,6 +93,9 @@ class WriteStarter:
                 extent.start_write()
         except BaseException as error:
             self.error = self.error or error
+            # It will never be written, and nobody shall wait until it is.
+            with contextlib.suppress(RuntimeError):
+                extent.prefetch()
 
     def drain(self) -> None:
         """Wait until all that was followed so far has been dealt with."""
@@ -104,10 +117,12 @@ class Crossing:
     """The traffic of one link with one or several stores. The owner's lock guards it.
 
     `window_bytes` bounds the device memory that copies hold: of what leaves until its copy has been
-    made, and of what comes back before it is used. A single region may be larger.
+    made, and of what comes back before it is wanted. A single region may be larger.
     """
 
-    def __init__(self, link: DeviceLink, stores: dict[str, Store], window_bytes: int) -> None:
+    def __init__(
+        self, link: DeviceLink, stores: dict[str, Store], window_bytes: int, pinned: bool
+    ) -> None:
         self.link = link
         self._stores = stores
         self._window_bytes = window_bytes
@@ -123,11 +138,9 @@ class Crossing:
         """How many regions were on their way back before they were wanted."""
         self._writes = WriteStarter()
         self._clocks: WeakSet[DeviceClock] = WeakSet()  # of those who record a step
-        self._pinned: list[int] = []
-        pinned = [self._pin(store.arena) for store in stores.values()]
         self.facts = LinkFacts(
             device=str(link.device),
-            pinned=all(pinned),
+            pinned=pinned,
             pinned_reason=link.pinned_reason,
             device_numa_node=link.numa_node(),
             staging_numa_nodes={name: store.arena.numa_node for name, store in stores.items()},
@@ -146,13 +159,6 @@ class Crossing:
         for clock in self._clocks:
             clock.waited(begin)
 
-    def _pin(self, arena: Arena) -> bool:
-        if not self.link.pin(arena.address, arena.nbytes):
-            return False
-        self._pinned.append(arena.address)
-        arena.mark_resident()
-        return True
-
     # ---- out ----------------------------------------------------------------------------------
 
     def send(self, region: Region, storage: torch.UntypedStorage, tier: str) -> Staged | None:
@@ -161,22 +167,26 @@ class Crossing:
         The storage lives on here for as long as the copy needs it. `tier`: which store, or "" for
         the one that can take it.
         """
+        self.link.require_ready()
         self._raise_error()
         self._let_go()
+        while self._departing and self._departing_bytes + region.nbytes > self._window_bytes:
+            self._wait_for_oldest()
         lead = (storage.data_ptr() + region.begin) % KERNEL_ALIGN
         extent = self._stage(region.nbytes, lead, tier)
         if extent is None:
             return None
         buffer = extent.staged()
-        copied = self.link.copy_out(bytes_of(storage, region.begin, region.end), buffer)
+        source = bytes_of(storage, region.begin, region.end)
+        copied = self.link.copy_out(source, buffer, region.queue)
         region.residue, region.departed = lead, copied
+        # The region has its extent before anybody asks whether it still wants it written.
+        region.extent, region.leaving = extent, True
         self._writes.follow(region, extent, buffer, copied)
-        here = self.link.queue_id()
-        self._departing.append(_Departure(storage, region.nbytes, copied, here))
+        here = storage.data_ptr()
+        self._departing.append(_Departure(region, storage, here, region.nbytes, copied))
         self._departing_bytes += region.nbytes
         self.departing_peak_bytes = max(self.departing_peak_bytes, self._departing_bytes)
-        while self._departing_bytes > self._window_bytes and len(self._departing) > 1:
-            self._wait_for_oldest()
         return extent
 
     def _stage(self, nbytes: int, lead: int, tier: str) -> Staged | None:
@@ -185,13 +195,16 @@ class Crossing:
             store = self._stores.get(name)
             if store is None or nbytes + KERNEL_ALIGN > store.arena.nbytes:
                 continue
-            # What the device still reads from comes back without anybody being told.
-            while self._landing and store.arena.free_bytes < nbytes + KERNEL_ALIGN:
-                self._landing.popleft()[0].synchronize()
+            self._reclaim(store, nbytes)
             extent = store.stage(nbytes, lead)
             if extent is not None:
                 return extent
         return None
+
+    def _reclaim(self, store: Store, nbytes: int) -> None:
+        """Wait for what the device still reads from, where `nbytes` need the room."""
+        while self._landing and store.arena.free_bytes < nbytes + KERNEL_ALIGN:
+            self._landing.popleft()[0].synchronize()
 
     def _ranked(self) -> list[str]:
         """Return the stores, first the one that keeps up: a split by bandwidth."""
@@ -204,18 +217,19 @@ class Crossing:
         """Order the computation behind a copy, and let go of the memory it was made from."""
         departure = self._departing.popleft()
         self._departing_bytes -= departure.nbytes
-        if departure.queue_id != self.link.queue_id():
-            departure.copied.synchronize()  # its memory belongs to another queue than this one
-            return
         begin = self._before_waiting()
-        self.link.hold(departure.copied)
+        # The queue on which it was made has the memory back; others may have no part in it.
+        self.link.hold(departure.copied, departure.region.queue)
         self._waited(begin)
+        departure.let_go()
 
     def _let_go(self) -> None:
         """Let go of the memory whose copies have been made."""
         departing = self._departing
         while departing and departing[0].copied.query():
-            self._departing_bytes -= departing.popleft().nbytes
+            departure = departing.popleft()
+            self._departing_bytes -= departure.nbytes
+            departure.let_go()
 
     def finish(self) -> None:
         """Let go of all that is still leaving: nobody waits for its backward any more."""
@@ -233,7 +247,7 @@ class Crossing:
 
     def _make_room(self, region: Region) -> Arrival:
         tensor = self.link.empty(region.nbytes, region.residue)
-        region.arrival = Arrival(tensor, self.link.mark())
+        region.arrival = Arrival(tensor, self.link.mark(), self.link.queue())
         self._arriving_bytes += region.nbytes
         self.arriving_peak_bytes = max(self.arriving_peak_bytes, self._arriving_bytes)
         return region.arrival
@@ -269,12 +283,22 @@ class Crossing:
         Waits itself until they are in host memory. Raises OSError when they are lost or damaged.
         """
         self._raise_error()
+        if region.spoilt:
+            raise RuntimeError(
+                f"a saved tensor's storage ({region.end} bytes) was emptied by its owner while it "
+                "was copied out; empty it after the forward, or keep it out of `act.forward()`"
+            )
         arrival = region.arrival or self._make_room(region)
         begin = self._before_waiting()
         if arrival.copied is None:
+            if "ssd" in self._stores and region.extent is not None and not region.extent.ready:
+                self._reclaim(self._stores["ssd"], region.nbytes)
             self._launch(region, arrival)
         assert arrival.copied is not None
-        self.link.hold(arrival.copied)
+        here = self.link.queue()
+        self.link.hold(arrival.copied, here)
+        if arrival.queue != here:
+            self.link.used_on(arrival.tensor, here)
         self._waited(begin)
         self._arrived(region)
         return arrival.tensor
@@ -298,17 +322,17 @@ class Crossing:
             raise self._writes.error
 
     def drain(self) -> None:
-        """Wait until what has left is in its store, or on its way from there to the SSD."""
+        """Wait until what has left is in its store, or on its way from there. Without the lock."""
         self._writes.drain()
+
+    def settle(self) -> None:
+        """Let go of what has left by now; raises the error of a copy or of beginning a write."""
         self._let_go()
         self._raise_error()
 
     def close(self) -> None:
-        """Wait for every copy under way, and unpin."""
+        """Wait for every copy under way."""
         self._writes.close()
         self.link.close()
         self._departing.clear()
         self._landing.clear()
-        for address in self._pinned:
-            self.link.unpin(address)
-        self._pinned.clear()

@@ -23,12 +23,15 @@ from offload.activations.identity import (
     storage_alive,
     weak_storage,
 )
+from offload.activations.recording import HostClock, Recording
 from offload.activations.region import Region, element_begin
 from offload.activations.saved import Kept, RecastParameter, Saved
 from offload.activations.schedule_book import Plan
+from offload.device import refuse_capture
 from offload.native import HeldKeys, HookScope, SavedView
 
 if TYPE_CHECKING:
+    from offload.activations.crossing import Crossing
     from offload.activations.offloader import ActivationOffload
 
 __all__ = ["ForwardPass"]
@@ -60,7 +63,10 @@ class ForwardPass(HookScope):
         self.signature: tuple[int, ...] = ()
         self.plan: Plan | None = None
         self._unlike_all = False  # that are known
-        self.recording, self.crossing = owner.new_recording()
+        # On the host's clock, unless the first tensor lies on a device.
+        self.recording = Recording(HostClock(owner.book.idle_s)) if owner.book.follow else None
+        self.crossing: Crossing | None = None
+        self._met_any = False
         self.blocks = BlockRuns()
         self.depth = 0  # of forwards under way at once, itself included
         self.stays = False  # nothing leaves from now on
@@ -87,6 +93,7 @@ class ForwardPass(HookScope):
         if self._entered:
             raise RuntimeError("act.forward() is entered a second time; call act.forward() again")
         self.owner.check_open()
+        refuse_capture()
         self.owner.book.begin(perf_counter())
         if inside_recomputing_checkpoint():
             raise RuntimeError(
@@ -259,6 +266,8 @@ class ForwardPass(HookScope):
     def _register(self, region: Region) -> None:
         if not self.live:
             self.owner.forwards.add(self)
+        if not self._met_any:
+            self.meet(region.alias)
         region.number = len(self.regions)
         self.regions.append(region)
         if self.recording is not None:
@@ -270,6 +279,14 @@ class ForwardPass(HookScope):
         self._newest[key] = region
         self._pending.append(region)
         self._pending_operator = operator_number()
+
+    def meet(self, tensor: torch.Tensor) -> None:
+        """Have the first tensor say where this forward computes. The owner's lock is held."""
+        if not self._met_any:
+            self._met_any = True
+            self.crossing = self.owner.crossing_of(tensor)
+            if self.crossing is not None and self.recording is not None:
+                self.recording = Recording(self.crossing.clock())
 
     def regions_of(self, values: Iterable[object]) -> tuple[int, ...]:
         """Return the numbers of the latest regions that hold bytes of these tensors."""
@@ -341,7 +358,7 @@ class ForwardPass(HookScope):
             self.backward.expect(None, self.owner.book.order_of(self.signature))
         held = 0
         for region in self.regions:
-            gone = region.in_memory or not region.handles
+            gone = region.in_memory or region.leaving or not region.handles
             if not gone and storage_alive(region.storage) is not None:
                 held += region.nbytes
                 if self.recording is not None:
@@ -356,6 +373,8 @@ class ForwardPass(HookScope):
             return  # more may come
         if self.backward.used and self.owner.process == getpid():
             self.owner.learn(self)
+        if not self.owner.forwards:
+            self.owner.transfers.finish()
         self.regions = []
         self.backward = BackwardOrder(self.regions)
         self._newest = {}

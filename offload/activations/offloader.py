@@ -16,14 +16,13 @@ from offload.activations.blocks import Running
 from offload.activations.crossing import Crossing
 from offload.activations.forward import ForwardPass
 from offload.activations.ownership import foreign_process, lock_out_children
-from offload.activations.recording import HostClock, Recording
 from offload.activations.region import Region
 from offload.activations.saved import not_restorable, over_restored, over_storage
 from offload.activations.schedule_book import ScheduleBook
 from offload.activations.stats import ActivationStats, Counters, snapshot
 from offload.activations.transfers import Transfers
 from offload.config import ActivationsConfig
-from offload.device import EmulatedLink, computing_on, has_gpu
+from offload.device import EmulatedLink, has_gpu
 from offload.native import DropBox, FaultPlan, SavedView, TryLock
 from offload.tiers import Stores
 
@@ -104,7 +103,9 @@ class ActivationOffload:
         self._stores = Stores(self.config, faults)
         self._facts = self._stores.facts()
         self.counters = Counters()
-        self.transfers = Transfers(self.config, self._stores, self.counters)
+        # Reentrant only so that it can say whether this thread holds it; see `close` and `settle`.
+        self.lock: Any = threading.RLock()
+        self.transfers = Transfers(self.config, self._stores, self.counters, self.lock)
         # What is in host memory gains nothing from going to host memory.
         self.stays_on_host = self.config.tier == "host" and emulated_device is None
         self._emulated = (
@@ -115,8 +116,6 @@ class ActivationOffload:
         self.process = os.getpid()
         lock_out_children(self)
         self.closed = self._close_later = False
-        # Reentrant only so that it can say whether this thread holds it; see `close` and `settle`.
-        self.lock: Any = threading.RLock()
         self.forwards: set[ForwardPass] = set()  # with regions that somebody may want
         self.running = Running()
         # Views that autograd lets go of put their regions here, in any thread at any moment.
@@ -221,17 +220,6 @@ class ActivationOffload:
             return self._emulated
         return self.transfers.crossing_to(alias.device)
 
-    def new_recording(self) -> tuple[Recording | None, Crossing | None]:
-        """Return what a forward notes its times in, and the way that its regions should take."""
-        if not self.book.follow:
-            return None, None
-        crossing = self._emulated
-        if crossing is None and (device := computing_on()) is not None:
-            crossing = self.transfers.crossing_to(device)
-        if crossing is None:
-            return Recording(HostClock(self.book.idle_s)), None
-        return Recording(crossing.clock()), crossing
-
     def restore(self, view: SavedView) -> torch.Tensor:
         """Return a saved tensor. Takes `lock`."""
         try:
@@ -264,8 +252,6 @@ class ActivationOffload:
         depth = max(1, forward.depth)
         used = forward.backward.complete()
         self.book.learn(forward.signature, used, recording, depth, forward.blocks)
-        for crossing in () if self.forwards else self.transfers.crossings.values():
-            crossing.finish()
         if self.book.follow:
             self.book.observe(**self.transfers.totals(forward.crossing))
 

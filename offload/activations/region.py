@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -51,14 +51,17 @@ class Region:
         "in_memory",
         "kept",
         "last_save",
+        "leaving",
         "number",
         "older",
         "pending",
         "position",
+        "queue",
         "residue",
         "restored",
         "root_key",
         "root_ref",
+        "spoilt",
         "storage",
         "unread",
         "used",
@@ -88,9 +91,12 @@ class Region:
         self.kept = False  # because the SSD had no space
         self.extent: Staged | None = None
         self.restored: Restored | None = None
-        # Of regions on another device than the host: by which way they go, how they lay modulo what
-        # kernels look at, when their bytes had been copied out, and what they come back to.
+        # Of regions on another device than the host: by which way they go; the queue they were made
+        # on; whether they are being copied out, or were emptied meanwhile; how they lay modulo what
+        # kernels look at; when their bytes had been copied out; and what they come back to.
         self.crossing: Crossing | None = forward.owner.crossing_of(alias)
+        self.queue: Any = self.crossing.link.queue() if self.crossing is not None else None
+        self.leaving = self.spoilt = False
         self.residue = 0
         self.departed: Moment | None = None
         self.arrival: Arrival | None = None

@@ -237,7 +237,9 @@ class ScheduleBook:
                     written_bytes=self._written_bytes() if tier == "ssd" else math.inf,
                 )
             )
-        return channels, Limits(staging_bytes=self.staging_bytes / depth)
+        # What goes no farther than the host is not staged.
+        staging_bytes = self.staging_bytes if "ssd" in self.tier_bytes else math.inf
+        return channels, Limits(staging_bytes=staging_bytes / depth)
 
     def _written_bytes(self) -> float:
         """Return what one forward may write."""

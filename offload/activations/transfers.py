@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import warnings
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,8 +31,11 @@ _READ_BATCH_BYTES = 4 << 20
 class Transfers:
     """The traffic of one instance, whose lock guards it where not said otherwise."""
 
-    def __init__(self, config: ActivationsConfig, stores: Stores, counters: Counters) -> None:
+    def __init__(
+        self, config: ActivationsConfig, stores: Stores, counters: Counters, lock: Any
+    ) -> None:
         self._stores = stores
+        self._lock = lock
         self._counters = counters
         self._keep_bytes = config.keep_bytes
         self._said_full = False
@@ -43,14 +47,35 @@ class Transfers:
         self._window_bytes = config.device_window_bytes
         self._write = stores.ssd.write if stores.ssd is not None else None
         self.crossings: dict[torch.device, Crossing] = {}
+        self._pinned_by: DeviceLink | None = None
+        self._pinned: dict[int, bool] = {}  # by the address of an arena
 
     def crossing_over(self, link: DeviceLink) -> Crossing:
         """Return the traffic over `link`, to one device."""
         crossing = self.crossings.get(link.device)
         if crossing is None:
-            crossing = Crossing(link, self._stores.named(), self._window_bytes)
+            pinned = self._pin(link)
+            crossing = Crossing(link, self._stores.named(), self._window_bytes, pinned)
             self.crossings[link.device] = crossing
         return crossing
+
+    def _pin(self, link: DeviceLink) -> bool:
+        """Pin all staging, once for all devices; say whether that worked."""
+        if self._pinned_by is None:
+            self._pinned_by = link
+            for store in self._stores.named().values():
+                arena = store.arena
+                self._pinned[arena.address] = done = link.pin(arena.address, arena.nbytes)
+                if done:
+                    arena.mark_resident()
+        link.pinned_reason = self._pinned_by.pinned_reason
+        return all(self._pinned.values())
+
+    def _unpin(self) -> None:
+        if self._pinned_by is not None:
+            for address in [address for address, done in self._pinned.items() if done]:
+                del self._pinned[address]
+                self._pinned_by.unpin(address)
 
     def crossing_to(self, device: torch.device) -> Crossing:
         """Return the traffic to a GPU."""
@@ -211,14 +236,23 @@ class Transfers:
             totals["ssd"] = self._stores.ssd.transferred()
         return totals
 
+    def finish(self) -> None:
+        """Let go of all that is still leaving: nobody waits for any backward."""
+        for crossing in self.crossings.values():
+            crossing.finish()
+
     def drain(self) -> None:
         """Wait until nothing is on its way. Without the lock."""
-        for crossing in self.crossings.values():
+        for crossing in list(self.crossings.values()):
             crossing.drain()
+            with self._lock:
+                crossing.settle()
         self._stores.drain()
 
     def close(self) -> None:
         """Wait for the copies under way, then for the I/O, and free the space."""
-        for crossing in self.crossings.values():
-            crossing.close()
-        self._stores.close()
+        with ExitStack() as stack:  # all of them, whatever one of them raises; the last one first
+            stack.callback(self._stores.close)
+            stack.callback(self._unpin)
+            for crossing in self.crossings.values():
+                stack.callback(crossing.close)

@@ -7,11 +7,9 @@ cross while the device computes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from offload.device.cuda import CudaLink, device_facts
+from offload.device.cuda import CudaLink, device_facts, refuse_capture
 from offload.device.emulated import EmulatedLink
 from offload.device.link import KERNEL_ALIGN, DeviceLink, Moment, bytes_of
 from offload.native import Buffer, tensor_at
@@ -25,13 +23,11 @@ __all__ = [
     "Restored",
     "bytes_of",
     "can_offload",
-    "computing_on",
     "device_facts",
     "has_gpu",
+    "refuse_capture",
     "view_over",
 ]
-
-_is_initialized: Any = torch.cuda.is_initialized  # untyped in torch
 
 Restored = Buffer | torch.Tensor
 """A region's bytes on their device again: a native buffer, or a 1-d uint8 tensor across a link."""
@@ -45,13 +41,6 @@ def can_offload(tensor: torch.Tensor) -> bool:
 def has_gpu() -> bool:
     """Say whether there is a GPU to compute on."""
     return torch.cuda.is_available()
-
-
-def computing_on() -> torch.device | None:
-    """Return the GPU that this thread computes on, if the process uses any."""
-    if not torch.cuda.is_available() or not _is_initialized():
-        return None
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def view_over(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -13,12 +14,15 @@ import torch
 from offload.device.link import DeviceLink, Moment
 from offload.native import Buffer, tensor_over
 
-__all__ = ["CudaLink", "device_facts"]
+__all__ = ["CudaLink", "device_facts", "refuse_capture"]
 
 # Untyped in torch.
 _Stream: Any = torch.cuda.Stream
 _Event: Any = torch.cuda.Event
 _cudart: Any = torch.cuda.cudart
+_is_initialized: Any = torch.cuda.is_initialized
+# Copies whose times are not asked for yet; beyond, they are added up.
+_MOST_UNTIMED = 256
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
 
 
@@ -39,17 +43,18 @@ class CudaLink(DeviceLink):
         self._sums = [[0.0, 0.0], [0.0, 0.0]]
         self._timing = threading.Lock()
 
-    def copy_out(self, source: torch.Tensor, target: Buffer) -> Moment:
-        """Copy on the side stream for leaving.
+    def queue(self) -> Any:
+        """Return the current stream."""
+        return torch.cuda.current_stream(self.device)
 
-        Raises RuntimeError while a CUDA graph is captured, which would keep this one copy for ever.
-        """
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "activations cannot be offloaded inside a CUDA graph: its replays would not call "
-                "the hooks; capture what is outside of `act.forward()`, or train without the graph"
-            )
-        self._out.wait_event(self.mark(timed=False))
+    def require_ready(self) -> None:
+        """Refuse a CUDA graph's capture, which would keep this one copy for ever."""
+        refuse_capture()
+
+    def copy_out(self, source: torch.Tensor, target: Buffer, made_on: Any) -> Moment:
+        """Copy on the side stream for leaving."""
+        for stream in {made_on, self.queue()}:
+            self._out.wait_stream(stream)
         with torch.cuda.stream(self._out):
             return self._copy(tensor_over(target, torch.uint8), source, direction=0)
 
@@ -69,23 +74,24 @@ class CudaLink(DeviceLink):
         end.record()
         with self._timing:
             self._untimed[direction].append((begin, end, source.nbytes))
+        if len(self._untimed[direction]) > _MOST_UNTIMED:
+            self.transferred()
         moment: Moment = end
         return moment
 
-    def mark(self, timed: bool = True) -> Any:
+    def mark(self) -> Any:
         """Return an event on the current stream."""
-        event = _Event(enable_timing=timed)
+        event = _Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def hold(self, moment: Moment) -> None:
-        """Have the current stream wait for an event."""
-        stream: Any = torch.cuda.current_stream(self.device)
-        stream.wait_event(moment)
+    def hold(self, moment: Moment, queue: Any) -> None:
+        """Have a stream wait for an event."""
+        queue.wait_event(moment)
 
-    def queue_id(self) -> int:
-        """Return the handle of the current stream."""
-        return int(torch.cuda.current_stream(self.device).cuda_stream)
+    def used_on(self, tensor: torch.Tensor, queue: Any) -> None:
+        """Tell the caching allocator."""
+        tensor.record_stream(queue)
 
     def elapsed_s(self, begin: Any, end: Any) -> float:
         """Return the seconds between two events."""
@@ -105,11 +111,15 @@ class CudaLink(DeviceLink):
 
     def pin(self, address: int, nbytes: int) -> bool:
         """Register host memory with CUDA; all of it becomes resident."""
-        code = _cudart().cudaHostRegister(address, nbytes, _PORTABLE)
-        done = int(code) == 0
-        said = f"cudaHostRegister failed with error {int(code)}: copies are slower"
-        self.pinned_reason = "registered with CUDA" if done else said
-        return done
+        code = int(_cudart().cudaHostRegister(address, nbytes, _PORTABLE))
+        if code == 0:
+            self.pinned_reason = "registered with CUDA"
+            return True
+        self.pinned_reason = f"cudaHostRegister failed with error {code}: copies are slower"
+        # CUDA remembers the error, and whoever launches the next kernel would be told.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.device)
+        return False
 
     def unpin(self, address: int) -> None:
         """Undo the registration."""
@@ -128,6 +138,16 @@ class CudaLink(DeviceLink):
         """Wait for both side streams."""
         self._out.synchronize()
         self._in.synchronize()
+
+
+def refuse_capture() -> None:
+    """Raise RuntimeError while the current stream captures a CUDA graph."""
+    # Nothing is captured where CUDA is not in use, and asking would set it up.
+    if _is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "activations cannot be offloaded inside a CUDA graph: its replays would not call the "
+            "hooks; capture what is outside of `act.forward()`, or train without the graph"
+        )
 
 
 def device_facts() -> tuple[bool, str]:

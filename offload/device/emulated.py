@@ -36,12 +36,18 @@ class _Copy:
         self.nbytes = nbytes
         self.after = tuple(after)
         self.error: BaseException | None = None
+        self.busy_s = 0.0
         self._made = threading.Event()
 
-    def run(self) -> None:
+    def run(self, delay_s: float) -> None:
         try:
             assert self.copy is not None
+            for moment in self.after:
+                moment.synchronize()
+            begin_s = time.perf_counter()
+            time.sleep(delay_s)
             self.copy()
+            self.busy_s = time.perf_counter() - begin_s
         except BaseException as error:
             self.error = error
         self.copy, self.after = None, ()
@@ -74,13 +80,9 @@ class _Lane:
 
     def _run(self) -> None:
         while (copy := self._queue.get()) is not None:
-            for moment in copy.after:
-                moment.synchronize()
-            begin_s = time.perf_counter()
-            time.sleep(self._latency_s + copy.nbytes / self._bytes_per_s)
-            copy.run()
+            copy.run(self._latency_s + copy.nbytes / self._bytes_per_s)
             nbytes, busy_s = self.copied
-            self.copied = nbytes + copy.nbytes, busy_s + time.perf_counter() - begin_s
+            self.copied = nbytes + copy.nbytes, busy_s + copy.busy_s
 
     def close(self) -> None:
         if self._thread is not None:
@@ -113,7 +115,14 @@ class EmulatedLink(DeviceLink):
         self._in = _Lane(bytes_per_s, latency_s)
         self.pinned: dict[int, int] = {}
 
-    def copy_out(self, source: torch.Tensor, target: Buffer) -> Moment:
+    def queue(self) -> int:
+        """Return the only queue."""
+        return 0
+
+    def require_ready(self) -> None:
+        """Accept whatever is computed."""
+
+    def copy_out(self, source: torch.Tensor, target: Buffer, made_on: Any) -> Moment:
         """Copy later, from memory that must still be there."""
         tensor_over(target, torch.uint8).fill_(_POISON)
         storage = source.untyped_storage()
@@ -144,13 +153,12 @@ class EmulatedLink(DeviceLink):
         """Return the present."""
         return _Mark()
 
-    def hold(self, moment: Moment) -> None:
+    def hold(self, moment: Moment, queue: Any) -> None:
         """Wait, as the computation would."""
         moment.synchronize()
 
-    def queue_id(self) -> int:
-        """Return the only queue."""
-        return 0
+    def used_on(self, tensor: torch.Tensor, queue: Any) -> None:
+        """Do nothing: memory here goes when nobody holds it."""
 
     def elapsed_s(self, begin: Any, end: Any) -> float:
         """Return the seconds between two marks."""

@@ -39,10 +39,19 @@ class DeviceLink(ABC):
         self.device = device
 
     @abstractmethod
-    def copy_out(self, source: torch.Tensor, target: Buffer) -> Moment:
+    def queue(self) -> Any:
+        """Return the device's queue that the calling thread computes on."""
+
+    @abstractmethod
+    def require_ready(self) -> None:
+        """Raise RuntimeError where the computation is not one that copies can be part of."""
+
+    @abstractmethod
+    def copy_out(self, source: torch.Tensor, target: Buffer, made_on: Any) -> Moment:
         """Copy `source` (1-d, uint8) to `target`, after all that the computation has queued.
 
-        Both must live, and `source` stay as it is, until the moment that is returned.
+        `made_on`: the queue on which it was made, which may be another one than that of the calling
+        thread. Both must live, and `source` stay as it is, until the moment that is returned.
         """
 
     @abstractmethod
@@ -54,12 +63,12 @@ class DeviceLink(ABC):
         """Return a moment of the computation as far as it is queued; see `elapsed_s`."""
 
     @abstractmethod
-    def hold(self, moment: Moment) -> None:
-        """Have the computation go on only after `moment`, from what it queues next."""
+    def hold(self, moment: Moment, queue: Any) -> None:
+        """Have `queue` go on only after `moment`, from what is queued there next."""
 
     @abstractmethod
-    def queue_id(self) -> int:
-        """Return which of the device's queues the calling thread computes on."""
+    def used_on(self, tensor: torch.Tensor, queue: Any) -> None:
+        """Say that `tensor`, whose memory was taken on another queue, is used on this one."""
 
     @abstractmethod
     def elapsed_s(self, begin: Any, end: Any) -> float:

@@ -153,6 +153,17 @@ void room_in_staging_is_waited_for(const std::string& engine) {
   CHECK(rig.holds(second->fetch(), 3 * kBlock, 0));
 }
 
+void what_finds_no_room_and_no_write_to_wait_for_is_told(const std::string& engine) {
+  Rig rig(engine, 4 * kBlock);
+  auto held = rig.spill->stage(3 * kBlock, 0);
+  CHECK(held->prefetch());  // wanted back, so it is never written
+  CHECK(rig.spill->stage(3 * kBlock, 0) == nullptr);
+  CHECK_EQ(rig.arena->stats().outside, 0u);
+  held.reset();
+  CHECK(rig.spill->stage(3 * kBlock, 0) != nullptr);
+  rig.check_nothing_is_held();
+}
+
 void a_full_spill_and_a_wrong_lead_are_told(const std::string& engine) {
   Rig rig(engine);
   CHECK(rig.spill->stage(40 * kBlock, 0) == nullptr);
@@ -176,6 +187,7 @@ int main() {
     dropped_before_it_was_written_it_gives_all_back(engine);
     another_thread_begins_the_write_while_this_one_fetches(engine);
     room_in_staging_is_waited_for(engine);
+    what_finds_no_room_and_no_write_to_wait_for_is_told(engine);
     a_full_spill_and_a_wrong_lead_are_told(engine);
   }
   return check::status();

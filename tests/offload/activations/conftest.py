@@ -79,6 +79,7 @@ def make(spill_dir: Path) -> Iterator[Callable[..., offload.ActivationOffload]]:
         made.append(offload.ActivationOffload(**chosen))
         return made[-1]
 
+    open_instance.made = made  # type: ignore[attr-defined]
     yield open_instance
     for act in made:
         act.close()

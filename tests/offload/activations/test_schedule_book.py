@@ -249,3 +249,31 @@ def test_a_drive_to_which_nothing_goes_is_tried_again() -> None:
     nbytes, busy_s = 1e4 + TOTAL, 1 + 1 / 10
     it.observe(ssd=((nbytes, busy_s), (nbytes, busy_s)))
     assert staying(it, SIZES) < REGIONS // 2
+
+
+def test_what_stays_in_host_memory_is_bounded_by_the_link_and_not_by_staging() -> None:
+    it = book(tier_bytes={"host": math.inf}, staging_bytes=4096)
+    learn(it, SIZES)
+    it.observe(link=drive(TOTAL * 10))
+    plan = renewed(it, SIZES)
+    assert plan.tiers.count("host") > REGIONS / 2
+
+
+def test_bytes_for_the_ssd_pass_the_link_first() -> None:
+    moved = []
+    for link in (0.2, 10):
+        it = book()
+        learn(it, SIZES)
+        it.observe(link=drive(TOTAL * link), ssd=drive(TOTAL * 10))
+        moved.append(renewed(it, SIZES).tiers.count("ssd"))
+    assert moved[0] < moved[1] / 2
+
+
+def test_both_tiers_take_more_than_one_where_the_ssd_is_slow() -> None:
+    moved = []
+    for tiers in ({"ssd": math.inf}, {"host": TOTAL / 2, "ssd": math.inf}):
+        it = book(tier_bytes=tiers)
+        learn(it, SIZES)
+        it.observe(link=drive(TOTAL * 10), ssd=drive(TOTAL * 0.3))
+        moved.append(REGIONS - renewed(it, SIZES).tiers.count("device"))
+    assert moved[1] > moved[0]

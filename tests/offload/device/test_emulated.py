@@ -48,10 +48,10 @@ def data(seed: int = 0) -> torch.Tensor:
 
 def test_bytes_go_out_and_come_back(link: EmulatedLink) -> None:
     source, buffer = data(), room()
-    copied = link.copy_out(source, buffer)
+    copied = link.copy_out(source, buffer, link.queue())
     target = link.empty(NBYTES, 24)
     assert target.data_ptr() % 64 == 24
-    link.hold(link.copy_in(buffer, target, (copied,)))
+    link.hold(link.copy_in(buffer, target, (copied,)), link.queue())
     assert torch.equal(target, source)
     (out_bytes, out_s), (in_bytes, in_s) = link.transferred()
     assert out_bytes == in_bytes == NBYTES
@@ -73,16 +73,18 @@ def test_what_has_not_arrived_is_poison(link: EmulatedLink) -> None:
 
 def test_memory_freed_before_it_was_copied_is_an_error(link: EmulatedLink) -> None:
     slow = EmulatedLink(latency_s=0.05)
-    copied = slow.copy_out(data().clone(), room())
-    with pytest.raises(RuntimeError, match="freed before"):
-        copied.synchronize()
+    copied = slow.copy_out(data().clone(), room(), 0)
+    arrived = slow.copy_in(room(), slow.empty(NBYTES, 0), (copied,))
+    for moment in (copied, arrived):  # what follows from it fails as well, and does not hang
+        with pytest.raises(RuntimeError, match="freed before"):
+            moment.synchronize()
     slow.close()
 
 
 def test_copies_of_a_direction_keep_their_order(link: EmulatedLink) -> None:
     buffer = room()
     sources = [data(seed) for seed in range(20)]
-    moments = [link.copy_out(source, buffer) for source in sources]
+    moments = [link.copy_out(source, buffer, link.queue()) for source in sources]
     moments[-1].synchronize()
     assert all(moment.query() for moment in moments)
     assert torch.equal(tensor_over(buffer, torch.uint8), sources[-1])

@@ -1,0 +1,44 @@
+"""Tests of `offload.activations.rates`: what counts as a measurement, and what as news."""
+
+from __future__ import annotations
+
+import math
+
+from offload.activations.rates import LEAST_BYTES, Rates, Throughput
+
+GIB = 1 << 30
+
+
+def test_too_little_says_nothing() -> None:
+    rates = Rates()
+    assert not rates.observe((LEAST_BYTES - 1, 0.01), (0, 0))
+    assert not rates.observe((GIB, 1e-3), (0, 0)), "an instant"
+    assert all(map(math.isnan, rates.throughput))
+    assert rates.throughput.known() is None
+
+
+def test_a_drive_that_does_nothing_for_long_is_known_to_be_slow() -> None:
+    rates = Rates()
+    assert rates.observe((0, 1.0), (0, 0))
+    assert rates.throughput.write_bytes_per_s == 1
+
+
+def test_the_latest_weighs_as_much_as_all_before() -> None:
+    rates = Rates()
+    rates.observe((GIB, 1.0), (GIB, 1.0))
+    rates.observe((4 * GIB, 2.0), (GIB, 1.0))
+    assert rates.throughput == Throughput(2 * GIB, GIB)
+
+
+def test_until_it_has_read_it_is_taken_to_read_as_it_writes() -> None:
+    rates = Rates()
+    rates.observe((GIB, 1.0), (0, 0))
+    assert rates.throughput.known() == Throughput(GIB, GIB)
+
+
+def test_a_fifth_more_or_less_is_news() -> None:
+    planned = Throughput(100.0, 100.0)
+    assert not Throughput(119.0, 81.0).differs(planned)
+    assert Throughput(100.0, 79.0).differs(planned)
+    assert Throughput(121.0, math.nan).differs(planned)
+    assert not Throughput(math.nan, math.nan).differs(planned)
