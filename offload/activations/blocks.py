@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from offload.activations.recording import Recording
+from offload.device import can_offload
 from perfmodel.schedules.blocks import Block, choose_blocks, freed_by
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
@@ -77,8 +78,9 @@ class BlockRuns:
             shapes = tuple(tuple(tensor.shape) for tensor in tensors)
             self.key = tuple(region.nbytes for region in regions), shapes
             with owner.lock:
-                if tensors:
-                    forward.meet(tensors[0])
+                movable = [tensor for tensor in tensors if can_offload(tensor)]
+                if movable:  # a mask may be on the host, whatever the device
+                    forward.meet(min(movable, key=lambda tensor: tensor.is_cpu))
                 self.recompute = book.recompute_of(self.key)
         recording = forward.recording
         first = len(regions)

@@ -134,6 +134,8 @@ class Crossing:
         self._expected: dict[Region, Arrival] = {}
         self._arriving_bytes = 0
         self.departing_peak_bytes = self.arriving_peak_bytes = 0
+        self.unstaged_bytes = 0
+        """The largest region that found no room in staging, though the SSD may have had some."""
         self.launched_ahead = 0
         """How many regions were on their way back before they were wanted."""
         self._writes = WriteStarter()
@@ -193,12 +195,16 @@ class Crossing:
         names = [tier, *(name for name in self._stores if name != tier)] if tier else self._ranked()
         for name in names:
             store = self._stores.get(name)
-            if store is None or nbytes + KERNEL_ALIGN > store.arena.nbytes:
+            if store is None:
                 continue
-            self._reclaim(store, nbytes)
-            extent = store.stage(nbytes, lead)
+            extent = None
+            if nbytes + KERNEL_ALIGN <= store.arena.nbytes:
+                self._reclaim(store, nbytes)
+                extent = store.stage(nbytes, lead)
             if extent is not None:
                 return extent
+            if name == "ssd" and store.arena.free_bytes < nbytes + KERNEL_ALIGN:
+                self.unstaged_bytes = max(self.unstaged_bytes, nbytes)
         return None
 
     def _reclaim(self, store: Store, nbytes: int) -> None:

@@ -135,7 +135,8 @@ class Transfers:
         """Warn once that tensors stayed for want of space. Without the lock."""
         if not self._said_full and self._stores.kept_total_bytes() + self._counters.kept:
             self._said_full = True
-            warnings.warn(self._stores.why_full(), RuntimeWarning, stacklevel=4)
+            unstaged = max((way.unstaged_bytes for way in self.crossings.values()), default=0)
+            warnings.warn(self._stores.why_full(unstaged), RuntimeWarning, stacklevel=4)
 
     def flush(self) -> None:
         """Start the small writes that still wait for company."""
@@ -164,8 +165,7 @@ class Transfers:
             )
         forward.backward.want(region, again, forward.recording)
         if region.ahead:
-            region.ahead = False
-            self.ahead_bytes -= region.nbytes
+            self._not_ahead(region)
         elif region.arrival is None or region.arrival.copied is None:
             extent.prefetch()  # before everything that is only expected
         if self.ahead_bytes <= self._read_more_below:

@@ -75,9 +75,18 @@ class Stores:
         """Return how many bytes have stayed in memory so far because their write found no space."""
         return self.ssd.kept_total_bytes() if self.ssd is not None else 0
 
-    def why_full(self) -> str:
-        """Say what stands in the way of more bytes, and that they stay where they are."""
+    def why_full(self, unstaged_bytes: int = 0) -> str:
+        """Say what stands in the way of more bytes, and that they stay where they are.
+
+        `unstaged_bytes`: of the largest tensor that found no room in staging, if any.
+        """
         reasons = []
+        if unstaged_bytes and self.ssd is not None:
+            staging = self.ssd.arena.nbytes
+            reasons.append(
+                f"a tensor of {unstaged_bytes} bytes found no room in staging_bytes={staging}, "
+                "which must hold it in one piece; give more"
+            )
         if self.host is not None:
             used, limit = self.host.stats()["used_bytes"], self.host.limit_bytes()
             reasons.append(f"host: {used} bytes are in use of at most {limit} (host_bytes)")
