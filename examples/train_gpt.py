@@ -29,6 +29,7 @@ from flags import Parser, at_least, byte_size, one_of
 from loaders import LOADERS, Order, missing_package, open_loader
 from memory import StepMemory, resident_bytes
 from models import MODELS, ModelConfig, Run, call, recompute
+from ranks import joined_ranks, leave
 from summary import Measured, summarize
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -375,26 +376,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as `argv` says (None: the command line); returns the exit status."""
     args = parse_arguments(argv)
     command = ["python", *sys.argv] if argv is None else ["train_gpt.py", *argv]
-    distributed = dist.is_torchelastic_launched()
-    if distributed:
-        dist.init_process_group()
-        command[:1] = ["torchrun", "--nproc_per_node", str(dist.get_world_size())]
-    try:
-        return run(args, shlex.join(command))
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 128 + signal.SIGINT
-    except OSError as error:
-        complain(str(error))
-    except RuntimeError as error:
-        if "by peer" not in str(error):  # in gloo's words for a rank that is gone
-            raise
-        complain("another rank has ended; its own line says why")
-    finally:
-        if distributed:
-            dist.destroy_process_group()
+    with joined_ranks() as num_ranks:
+        if num_ranks:
+            command[:1] = ["torchrun", "--nproc_per_node", str(num_ranks)]
+        try:
+            return run(args, shlex.join(command))
+        except KeyboardInterrupt:
+            complain("interrupted")
+            return 128 + signal.SIGINT
+        except OSError as error:
+            complain(str(error))
+        except RuntimeError as error:
+            if "by peer" not in str(error):  # in gloo's words for a rank that is gone
+                raise
+            complain("another rank has ended; its own line says why")
     return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

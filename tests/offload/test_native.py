@@ -30,8 +30,9 @@ def source(nbytes: int, lead: int = 0) -> np.ndarray:
     """Random bytes whose address is `lead` modulo 64."""
     room = np.empty(nbytes + 128, np.uint8)
     begin = -room.ctypes.data % 64 + lead
-    room[:] = np.random.default_rng(nbytes).integers(0, 256, room.size, np.uint8)
-    return room[begin : begin + nbytes]
+    data = room[begin : begin + nbytes]
+    data[:] = np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8)
+    return data
 
 
 def open_spill(
