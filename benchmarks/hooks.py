@@ -1,7 +1,8 @@
 """What a saved tensor costs in Python: our hooks against an identity hook, copying and I/O aside.
 
 A chain of cheap operators saves one small tensor each. Cost is the time with a hook less the time
-without, a saved tensor; discarded I/O completes at once, so what remains is bookkeeping.
+without just before and after, a saved tensor; discarded I/O completes at once, so what remains is
+bookkeeping.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ ROUND_TENSORS = 100_000
 MIN_TURNS, MAX_TURNS = 3, 10
 
 Hooks = Callable[[], AbstractContextManager[Any]]
-Samples = dict[str, dict[int, list[float]]]  # mode: length of the chain: seconds a saved tensor
+# Of a mode and a length of the chain: seconds a saved tensor, for hooks those above no hook.
+Samples = dict[str, dict[int, list[float]]]
 
 
 def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
@@ -141,39 +143,38 @@ def prove(
 def measure(
     modes: Mapping[str, Hooks], start: torch.Tensor, arguments: argparse.Namespace
 ) -> Samples:
-    """Let all modes take turns at every length; returns the seconds a saved tensor."""
-    samples: Samples = {name: {length: [] for length in arguments.tensors} for name in modes}
+    """Let all modes take turns at every length, each between two turns without a hook."""
+    names = ("none", *modes, "none again")
+    samples: Samples = {name: {length: [] for length in arguments.tensors} for name in names}
     for index in tqdm(range(arguments.warm_up + arguments.pairs), desc="rounds"):
         for length in arguments.tensors:
-            turns: dict[str, list[float]] = {name: [] for name in modes}
+            turns: dict[str, list[float]] = {name: [] for name in names}
             gc.collect()  # everyone begins with the same heap
             for turn in range(min(MAX_TURNS, max(MIN_TURNS, ROUND_TENSORS // length))):
+                before_s = seconds_a_tensor(nullcontext, start, length)
+                turns["none"].append(before_s)
                 for name in round_order(list(modes), index + turn):
-                    turns[name].append(seconds_a_tensor(modes[name], start, length))
+                    hooked_s = seconds_a_tensor(modes[name], start, length)
+                    # The machine's speed drifts: only what stands side by side is compared.
+                    after_s = seconds_a_tensor(nullcontext, start, length)
+                    turns[name].append(hooked_s - (before_s + after_s) / 2)
+                    before_s = after_s
+                turns["none again"].append(before_s)
             if index >= arguments.warm_up:
                 for name, taken_s in turns.items():
                     samples[name][length].append(statistics.median(taken_s))
     return samples
 
 
-def costs_of(samples: Samples, name: str, length: int) -> list[float]:
-    """Return what a mode adds to no hook, round by round."""
-    without = zip(samples["none"][length], samples["none again"][length], strict=True)
-    return [
-        taken_s - (one_s + other_s) / 2
-        for taken_s, (one_s, other_s) in zip(samples[name][length], without, strict=True)
-    ]
-
-
 def ratios_to_identity(samples: Samples, name: str, length: int) -> list[float]:
     """Return a mode's cost over the identity hook's, round by round."""
-    once, again = (costs_of(samples, who, length) for who in ("identity", "identity again"))
+    once, again = (samples[who][length] for who in ("identity", "identity again"))
     # Both identities of a round together: a difference of two timings is noisy alone. Where the
     # noise is larger than the hook's cost still, the round must not speak for us.
     both = [(one_s + other_s) / 2 for one_s, other_s in zip(once, again, strict=True)]
     return [
         cost_s / identity_s if identity_s > 0 else math.inf
-        for cost_s, identity_s in zip(costs_of(samples, name, length), both, strict=True)
+        for cost_s, identity_s in zip(samples[name][length], both, strict=True)
     ]
 
 
@@ -193,9 +194,8 @@ def make_record(samples: Samples, arguments: argparse.Namespace) -> Record:
         )
     noise = {}
     for length in arguments.tensors:
-        for name in ("none", "identity"):
-            twice = paired_ratios(samples[f"{name} again"][length], samples[name][length])
-            noise[f"{name} again / {name}, time, {length}"] = median_interval(twice)
+        twice = paired_ratios(samples["none again"][length], samples["none"][length])
+        noise[f"none again / none, time, {length}"] = median_interval(twice)
     worst = {
         name: max(
             statistics.median(ratios_to_identity(samples, name, length))
@@ -241,7 +241,7 @@ def cost_table(samples: Samples, lengths: Sequence[int]) -> str:
     """Return the cost of every mode in microseconds: medians, quartiles beside them."""
     rows = []
     for name in ("identity", "identity again", *GOALS):
-        costs = [[1e6 * cost_s for cost_s in costs_of(samples, name, n)] for n in lengths]
+        costs = [[1e6 * cost_s for cost_s in samples[name][n]] for n in lengths]
         rows.append([name, *map(quartiles_text, costs), ""])
     return table(["us a tensor above no hook", *map(str, lengths), ""], rows)
 
@@ -256,12 +256,10 @@ def main() -> None:
         small, spilled = open_modes(directory, start.nbytes, stack)
         prove(small, spilled, start, min(arguments.tensors))
         modes: dict[str, Hooks] = {
-            "none": nullcontext,
             "identity": identity,
             "passed through": small.forward,
             "offloaded": spilled.forward,
             "identity again": identity,
-            "none again": nullcontext,
         }
         samples = measure(modes, start, arguments)
     print(cost_table(samples, arguments.tensors), end="\n\n")
