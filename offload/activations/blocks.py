@@ -34,6 +34,7 @@ class Running(threading.local):
     """Which forward a thread is in; nested ones are the innermost."""
 
     forward: ForwardPass | None = None
+    in_block = False
 
     def current(self) -> ForwardPass | None:
         """Return that forward; one that a signal's handler threw its thread out of is left."""
@@ -44,11 +45,11 @@ class Running(threading.local):
 
     def alone(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call `function`; blocks inside of it are plain calls, now and when it is repeated."""
-        outer, self.forward = self.current(), None
+        outer, self.in_block = self.in_block, True
         try:
             return function(*args)
         finally:
-            self.forward = outer
+            self.in_block = outer
 
 
 class Noted(NamedTuple):

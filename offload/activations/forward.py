@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from offload.activations.backward import BackwardOrder
 from offload.activations.blocks import BlockRuns
@@ -27,6 +26,7 @@ from offload.activations.recording import HostClock, Recording
 from offload.activations.region import Region, element_begin
 from offload.activations.saved import Kept, RecastParameter, Saved
 from offload.activations.schedule_book import Plan
+from offload.activations.uncompiled import uncompiled
 from offload.device import refuse_capture
 from offload.native import HeldKeys, HookScope, SavedView
 
@@ -42,6 +42,7 @@ _push_hooks: Any = torch._C._autograd._push_saved_tensors_default_hooks
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+@uncompiled
 def _unpack(saved: Saved) -> torch.Tensor:
     if isinstance(saved, SavedView):
         forward: ForwardPass = saved.region.forward
@@ -89,6 +90,7 @@ class ForwardPass(HookScope):
 
     # ---- the forward ------------------------------------------------------------------------
 
+    @uncompiled
     def _begin(self) -> Any:
         if self._entered:
             raise RuntimeError("act.forward() is entered a second time; call act.forward() again")
@@ -101,13 +103,15 @@ class ForwardPass(HookScope):
                 "is meant to recompute; open act.forward() around the checkpointed call instead"
             )
         self._entered = True
-        self.outer, self.owner.running.forward = self.owner.running.current(), self
-        self._module_hook = register_module_forward_pre_hook(self._note_module)
+        running = self.owner.running
+        self.outer, running.forward = running.current(), self
+        self._outer_in_block, running.in_block = running.in_block, False
         return functools.partial(_push_hooks, self._pack, _unpack)
 
+    @uncompiled
     def _end(self, kind: type[BaseException] | None, *_exception: object) -> None:
-        self.owner.running.forward = self.outer
-        self._module_hook.remove()
+        running = self.owner.running
+        running.forward, running.in_block = self.outer, self._outer_in_block
         for notes in (self._noted, self._noted_modules, self._owned):
             notes.clear()
         owner = self.owner
@@ -126,10 +130,8 @@ class ForwardPass(HookScope):
             owner.settle()
         owner.transfers.say_if_full()
 
-    def _note_module(self, module: torch.nn.Module, _args: object) -> None:
-        if not self.active:  # a signal's handler raised before this hook was removed
-            self._module_hook.remove()
-            return
+    def note_module(self, module: torch.nn.Module) -> None:
+        """Take in that `module` is about to run: whose its parameters and buffers are."""
         for buffer in module._buffers.values():
             if buffer is not None:
                 self._note_owned(buffer, "buffer")
@@ -167,6 +169,7 @@ class ForwardPass(HookScope):
         assert cast.grad_fn is not None
         return cast.grad_fn._sequence_nr() >= noted[2]
 
+    @uncompiled
     def _pack(self, tensor: torch.Tensor) -> Saved:
         reason = reason_to_pass(tensor, self._min_bytes)
         if reason is None and self._recast and tensor.is_cpu:

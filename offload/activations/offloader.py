@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from offload.activations.blocks import Running
 from offload.activations.crossing import Crossing
@@ -21,12 +23,37 @@ from offload.activations.saved import not_restorable, over_restored, over_storag
 from offload.activations.schedule_book import ScheduleBook
 from offload.activations.stats import ActivationStats, Counters, snapshot
 from offload.activations.transfers import Transfers
+from offload.activations.uncompiled import uncompiled
 from offload.config import ActivationsConfig
 from offload.device import EmulatedLink, has_gpu
 from offload.native import DropBox, FaultPlan, SavedView, TryLock
 from offload.tiers import Stores
 
 __all__ = ["ActivationOffload"]
+
+
+def note_modules(running: Running) -> Callable[[torch.nn.Module, object], None]:
+    """Return the hook of all modules that tells a forward of the ones it runs.
+
+    One for an instance's whole life: code that was compiled under one hook is compiled anew under
+    another.
+    """
+
+    @uncompiled
+    def note(module: torch.nn.Module, _args: object) -> None:
+        if torch.compiler.is_compiling():
+            return  # what is traced would run once, and be guarded by all that it looks at
+        forward = running.current()
+        if forward is not None:
+            forward.note_module(module)
+
+    return note
+
+
+def end(module_hook: RemovableHandle, transfers: Transfers) -> None:
+    """Leave nothing behind of an instance."""
+    module_hook.remove()
+    transfers.close()
 
 
 def require_useful(tier: str, emulated_device: EmulatedLink | None) -> None:
@@ -111,13 +138,14 @@ class ActivationOffload:
         self._emulated = (
             self.transfers.crossing_over(emulated_device) if emulated_device is not None else None
         )
+        self.running = Running()
         # Joins the I/O threads when this object dies, at the interpreter's exit at the latest.
-        self._finalizer = weakref.finalize(self, self.transfers.close)
+        module_hook = register_module_forward_pre_hook(note_modules(self.running))
+        self._finalizer = weakref.finalize(self, end, module_hook, self.transfers)
         self.process = os.getpid()
         lock_out_children(self)
         self.closed = self._close_later = False
         self.forwards: set[ForwardPass] = set()  # with regions that somebody may want
-        self.running = Running()
         # Views that autograd lets go of put their regions here, in any thread at any moment.
         self.dropped = DropBox(self.settle)
         self._ending: list[Region] = []  # without a view, and not freed yet
@@ -147,7 +175,7 @@ class ActivationOffload:
         save only their `args`, and run again in the backward with the same random numbers.
         """
         forward = self.running.current()
-        if forward is None or not torch.is_grad_enabled():
+        if forward is None or self.running.in_block or not torch.is_grad_enabled():
             return function(*args)
         return forward.blocks.run(forward, function, args)
 
@@ -257,6 +285,7 @@ class ActivationOffload:
 
     # ---- the end of saved views ---------------------------------------------------------------
 
+    @uncompiled
     def settle(self) -> None:
         """Free the regions of dropped views. Without `lock`; never waits for it.
 

@@ -144,13 +144,23 @@ def test_a_forward_is_entered_once(make: Any) -> None:
         step.__enter__()
 
 
-def test_hooks_and_module_hooks_are_gone_after_the_forward(make: Any) -> None:
+def test_one_module_hook_stays_for_an_instances_whole_life_and_no_longer(make: Any) -> None:
     from torch.nn.modules import module
 
-    act = make()
     before = dict(module._global_forward_pre_hooks)
+    act = make()
+    during = dict(module._global_forward_pre_hooks)
+    assert len(during) == len(before) + 1
     with act.forward():
-        assert len(module._global_forward_pre_hooks) == len(before) + 1
+        assert dict(module._global_forward_pre_hooks) == during
+    assert dict(module._global_forward_pre_hooks) == during
+    act.close()
     assert dict(module._global_forward_pre_hooks) == before
+
+
+def test_hooks_are_gone_after_the_forward(make: Any) -> None:
+    act = make()
+    with act.forward():
+        pass
     (torch.ones(4, requires_grad=True) * torch.ones(4)).sum().backward()
     assert act.stats().offloaded_bytes == 0
