@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 __all__ = ["Parser", "at_least", "byte_size", "one_of"]
 
+UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "TB": 10**12}
+
 
 def one_of(
     *allowed: str, later: Sequence[str] = (), aliases: Mapping[str, str] | None = None
@@ -47,9 +49,9 @@ def at_least(minimum: float, convert: Callable[[str], float] = int) -> Callable[
 
 
 def byte_size(text: str) -> int:
-    """Read `4096`, `64KiB`, `64MiB`, `2GiB` or `1TiB`."""
+    """Read `4096`, `64KiB`, `64MiB`, `2GiB`, `1TiB`, or `600TB`, as makers of drives count."""
     number, unit = text, 1
-    for suffix, factor in (("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)):
+    for suffix, factor in UNITS.items():
         if text.endswith(suffix):
             number, unit = text.removesuffix(suffix), factor
     if not (number.isascii() and number.isdecimal() and len(number) < 16):

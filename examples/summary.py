@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import platform
 import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import Any
 
 from memory import process_peak_bytes
 
 from offload import ActivationStats
 
-__all__ = ["Measured", "summarize"]
+__all__ = ["Measured", "conclusion", "summarize"]
+
+MIB = 1 << 20
 
 # Taken as they are from the offload engine's counts; all 0 where nothing is offloaded.
 COUNTED = (
@@ -82,6 +86,30 @@ def summarize(
         },
         "command": command,
     }
+
+
+def conclusion(
+    summary: Mapping[str, Any], measured: Measured, stats: ActivationStats | None
+) -> Iterator[str]:
+    """Yield the lines that say what a run took."""
+    yield (
+        f"{summary['step_s']:.3f} s a step, {summary['tokens_per_s']:,.0f} tokens/s; at its worst "
+        f"moment {summary['peak_activation_bytes'] / MIB:,.0f} MiB of activations, and "
+        f"{summary['peak_device_bytes'] / MIB:,.0f} MiB with parameters, gradients and optimizer"
+    )
+    if stats is None:
+        return
+    kept = f"{stats.kept_bytes / MIB:,.0f} MiB found no space on the SSD and stayed; "
+    yield (
+        f"{stats.offloaded_bytes / MIB:,.0f} MiB were offloaded; "
+        f"{kept if stats.kept_bytes else ''}"
+        f"stalled for {stats.stall_s:.1f} s of {sum(measured.step_s):.1f} s"
+    )
+    if stats.ssd_life_days is not None:
+        yield (
+            f"{stats.ssd_write_bytes_a_day / 1e12:.1f} TB would be written in a day like this; a "
+            f"new drive of that rating would last {stats.ssd_life_days:,.0f} days"
+        )
 
 
 def _version(package: str) -> str:

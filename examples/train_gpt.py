@@ -18,9 +18,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,7 @@ from loaders import LOADERS, Order, missing_package, open_loader
 from memory import StepMemory, resident_bytes
 from models import MODELS, ModelConfig, Run, call, recompute
 from ranks import joined_ranks, leave
-from summary import Measured, summarize
+from summary import Measured, conclusion, summarize
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -42,6 +41,29 @@ MIB = 1 << 20
 VALIDATION_WINDOWS = 32
 
 
+def add_offload_flags(add: Callable[..., object]) -> None:
+    """List the flags that say what becomes of saved activations."""
+    also = {"nvme": "ssd", "cpu": "host"}
+    modes = one_of("none", "recompute", "host", "ssd", "auto", aliases=also)
+    add("--offload", type=modes, default="none", help="none, recompute, host, ssd, or auto")
+    where = "directories on SSDs; spill files have no names, so nothing is ever left there"
+    add("--offload-path", nargs="+", default=["/var/tmp"], metavar="DIR", help=where)
+    add("--min-tensor-bytes", type=byte_size, default="1MiB", help="smaller tensors stay")
+    add("--staging-bytes", type=byte_size, default="64MiB", help="memory on the way to the SSD")
+    add("--host-bytes", type=byte_size, help="host memory for a GPU's; with ssd, when that is slow")
+    fit = "for saved activations, at whatever time; without, as little as can be had for none"
+    add("--memory-bytes", type=byte_size, help=fit)
+    slower = "how much longer a step may become for less memory; 0.05 is 5%%"
+    add("--tolerated-slowdown", type=at_least(0, float), default=0.0, help=slower)
+    add("--spill-bytes", type=byte_size, help="limit on each SSD; without, half of what is free")
+    wear = "the most written to each SSD in 24 hours, by each rank"
+    add("--ssd-write-bytes-per-day", type=byte_size, help=wear)
+    rated = "what the maker says may be written to each SSD (TBW), to tell how long it lasts"
+    add("--ssd-rated-bytes", type=byte_size, help=rated)
+    engines = one_of("auto", "uring", "posix")
+    add("--io-engine", type=engines, default="auto", help="auto, uring or posix")
+
+
 def make_parser() -> Parser:
     """List the flags."""
     parser = Parser(
@@ -51,21 +73,7 @@ def make_parser() -> Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    also = {"nvme": "ssd", "cpu": "host"}
-    modes = one_of("none", "recompute", "host", "ssd", "auto", aliases=also)
-    add("--offload", type=modes, default="none", help="none, recompute, host, ssd, or auto")
-    where = "directories on SSDs; spill files have no names, so nothing is ever left there"
-    add("--offload-path", nargs="+", default=["/var/tmp"], metavar="DIR", help=where)
-    add("--min-tensor-bytes", type=byte_size, default="1MiB", help="smaller tensors stay")
-    add("--staging-bytes", type=byte_size, default="64MiB", help="memory on the way to the SSD")
-    add("--host-bytes", type=byte_size, help="host memory for a GPU's; with ssd, when that is slow")
-    fit = "saved activations to fit into; without, as little as can be had for no time"
-    add("--memory-bytes", type=byte_size, help=fit)
-    add("--spill-bytes", type=byte_size, help="limit on each SSD; without, half of what is free")
-    wear = "the most written to each SSD in 24 hours, by each rank"
-    add("--ssd-write-bytes-per-day", type=byte_size, help=wear)
-    engines = one_of("auto", "uring", "posix")
-    add("--io-engine", type=engines, default="auto", help="auto, uring or posix")
+    add_offload_flags(add)
     models = one_of(*MODELS)
     add("--model", type=models, default="gpt", help=", ".join(MODELS))
     add("--layers", type=at_least(1), default=6, help="of the encoder, or the decoder, or of each")
@@ -141,7 +149,9 @@ def open_offload(
         staging_bytes=args.staging_bytes,
         spill_bytes=args.spill_bytes,
         memory_bytes=args.memory_bytes,
+        tolerated_slowdown=args.tolerated_slowdown,
         ssd_write_bytes_per_day=args.ssd_write_bytes_per_day,
+        ssd_rated_bytes=args.ssd_rated_bytes,
         io_engine=args.io_engine,
     )
 
@@ -311,22 +321,6 @@ def introduce(trainer: Trainer) -> None:
         )
 
 
-def conclude(trainer: Trainer, measured: Measured, summary: Mapping[str, Any]) -> None:
-    """Say what the run took."""
-    print(
-        f"{summary['step_s']:.3f} s a step, {summary['tokens_per_s']:,.0f} tokens/s; at its worst "
-        f"moment {summary['peak_activation_bytes'] / MIB:,.0f} MiB of activations, and "
-        f"{summary['peak_device_bytes'] / MIB:,.0f} MiB with parameters, gradients and optimizer"
-    )
-    if trainer.act:
-        kept = f"{summary['kept_bytes'] / MIB:,.0f} MiB found no space on the SSD and stayed; "
-        print(
-            f"{summary['offloaded_bytes'] / MIB:,.0f} MiB were offloaded; "
-            f"{kept if summary['kept_bytes'] else ''}"
-            f"stalled for {summary['stall_s']:.1f} s of {sum(measured.step_s):.1f} s"
-        )
-
-
 def first_problem(problem: str | None) -> str | None:
     """Return what is wrong on some rank, so that all ranks end together."""
     if not dist.is_initialized():
@@ -361,7 +355,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         stats = act.stats() if act else None
         summary = summarize(measured, stats, device_type=trainer.device.type, command=command)
         if trainer.rank == 0:
-            conclude(trainer, measured, summary)
+            print(*conclusion(summary, measured, stats), sep="\n")
             if args.summary:
                 Path(args.summary).write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 import platform
 import resource
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offload.device import device_facts
+from offload.device import device_facts, direct_facts
 from offload.native import DirectoryFacts, crc32c_path, inspect_directory, probe_engines
 
 __all__ = ["CHECKS", "Finding", "examine"]
@@ -127,11 +126,8 @@ def _gpu(_path: str) -> Finding:
     return Finding("gpu", works, why if works else f"{why}; the device tier is host memory")
 
 
-def _gds(_path: str) -> Finding:
-    library = ctypes.util.find_library("cufile")
-    if library is None:
-        return Finding("gds", False, "libcufile is not installed; bytes pass through host memory")
-    return Finding("gds", False, f"{library} is here, but this version does not use it yet")
+def _gds(path: str) -> Finding:
+    return Finding("gds", *direct_facts(path))
 
 
 CHECKS: dict[str, Callable[[str], Finding]] = {

@@ -54,6 +54,13 @@ def require_bytes(key: str, value: object, *, minimum: int = 0) -> None:
         )
 
 
+def require_number(key: str, value: object, least: float, most: float) -> None:
+    """Raise ValueError unless `value` is a number from `least` to `most`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not least <= value <= most:  # type: ignore[operator]
+        raise ValueError(f"{key}={value!r} is not a number from {least} to {most}")
+
+
 def require_choice(key: str, value: object, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
@@ -105,7 +112,17 @@ class ActivationsConfig:
     """`auto`: what a first step showed and the drive can do decide what leaves; `all`: everything
     large does."""
     memory_bytes: int | None = None
-    """How much of a forward's saved tensors may stay at once; None: as little as can."""
+    """How much of a forward's saved tensors may stay at once, whatever time it takes; None: as
+    little as can in the time there is."""
+    tolerated_slowdown: float = 0.0
+    """How much longer a step may become by waiting for transfers, as a part of it, for the sake of
+    less memory: 0.05 is 5 %."""
+    ssd_rated_bytes: int | None = None
+    """What the maker says that may be written to each drive in its life (TBW); then `stats()` tell
+    how many days it lasts."""
+    ssd_write_amplification: float = 1.0
+    """How many bytes a drive writes to its cells for each that it is given: close to 1 for large
+    writes, and what the drive's own counters say."""
     io_engine: str = "auto"
     """`auto`, `uring` or `posix`."""
     block_bytes: int = 1 << 20
@@ -116,6 +133,9 @@ class ActivationsConfig:
     """Check every block against its CRC32C when it is read."""
     direct: bool = True
     """Bypass the page cache (O_DIRECT) where the file system can."""
+    gds: bool = False
+    """A GPU's bytes go to the SSD past host memory (GPUDirect Storage, by kvikio). They are not
+    verified on that way, whatever `verify` says."""
     recast_parameters: bool = True
     """Make a parameter's low-precision copy again for the backward instead of storing it."""
 
@@ -134,7 +154,7 @@ class ActivationsConfig:
             raise ValueError(f"block_bytes={self.block_bytes} is not a multiple of {PAGE_BYTES}")
         if self.block_bytes > 1 << 30:
             raise ValueError(f"block_bytes={self.block_bytes} is above 1 GiB; choose about 1 MiB")
-        for key in ("spill_bytes", "ssd_write_bytes_per_day"):
+        for key in ("spill_bytes", "ssd_write_bytes_per_day", "ssd_rated_bytes"):
             if getattr(self, key) is not None:
                 require_bytes(key, getattr(self, key), minimum=1)
         require_bytes("device_window_bytes", self.device_window_bytes)
@@ -146,9 +166,13 @@ class ActivationsConfig:
         depth = self.queue_depth
         if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= 4096:
             raise ValueError(f"queue_depth={depth!r} is not a number from 1 to 4096")
-        for key in ("verify", "direct", "recast_parameters"):
+        require_number("tolerated_slowdown", self.tolerated_slowdown, 0, 10)
+        require_number("ssd_write_amplification", self.ssd_write_amplification, 0.01, 100)
+        for key in ("verify", "direct", "gds", "recast_parameters"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}={getattr(self, key)!r} is not allowed; use true or false")
+        if self.gds and self.tier != "ssd":
+            raise ValueError(f"gds=True leads to tier 'ssd', not to {self.tier!r}")
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any]) -> ActivationsConfig:

@@ -202,6 +202,18 @@ void bind_spill(py::module_& module) {
             return made(make_extent(std::move(extent)));
           },
           py::arg("nbytes"), py::arg("lead"))
+      .def(
+          "reserve",
+          [](Spill& self, std::uint64_t nbytes) {
+            std::shared_ptr<Extent> extent;
+            {
+              py::gil_scoped_release nogil;
+              extent = self.reserve(nbytes);
+            }
+            return made(make_extent(std::move(extent)));
+          },
+          py::arg("nbytes"))
+      .def("fileno", [](const Spill& self) { return self.file().fd(); })
       .def("flush", &Spill::flush)
       .def("drain", &Spill::drain, NoGil())
       .def("close", &Spill::close, NoGil())

@@ -193,6 +193,11 @@ std::shared_ptr<Extent> Spill::write(const std::byte* source, std::uint64_t nbyt
   return extent;
 }
 
+std::shared_ptr<Extent> Spill::reserve(std::uint64_t nbytes) {
+  if (options_.verify) throw std::logic_error("reserved space cannot be verified");
+  return make_extent(nbytes, 0);
+}
+
 std::shared_ptr<Extent> Spill::stage(std::uint64_t nbytes, std::uint64_t lead) {
   if (lead >= kTensorAlign) {
     throw std::invalid_argument("lead must be below 64, not " + std::to_string(lead));

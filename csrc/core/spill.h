@@ -135,6 +135,9 @@ class Spill : public std::enable_shared_from_this<Spill> {
   // address equal to `lead` modulo 64: see Extent::staged(). Otherwise as write(), but nullptr also
   // where staging has no room and nothing is on its way out of it.
   std::shared_ptr<Extent> stage(std::uint64_t nbytes, std::uint64_t lead);
+  // Space alone, page-aligned, for somebody who writes to file().fd() himself; fetch() reads it.
+  // nullptr when there is none. Only where nothing is verified.
+  std::shared_ptr<Extent> reserve(std::uint64_t nbytes);
   // Starts writes that still wait for company.
   void flush();
   void drain();

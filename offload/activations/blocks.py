@@ -119,8 +119,8 @@ class _Choice:
 class BlockBook:
     """Which blocks each kind of forward recomputes, so that what it saves fits `memory_bytes`."""
 
-    def __init__(self, memory_bytes: int | None) -> None:
-        self._memory_bytes = memory_bytes
+    def __init__(self, memory_bytes: int | None, tolerated_slowdown: float = 0.0) -> None:
+        self._memory_bytes, self._slowdown = memory_bytes, tolerated_slowdown
         self._choices: OrderedDict[BlockKey, _Choice] = OrderedDict()
 
     def recompute_of(self, key: BlockKey) -> frozenset[int]:
@@ -176,6 +176,6 @@ class BlockBook:
         channels, limits = machine(choice.depth)
         memory_bytes = int(self._memory_bytes * choice.aim)
         choice.recompute = choose_blocks(
-            choice.trace, choice.blocks, channels, limits, memory_bytes
+            choice.trace, choice.blocks, channels, limits, memory_bytes, self._slowdown
         ).recompute
         choice.stale = False

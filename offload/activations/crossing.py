@@ -20,8 +20,8 @@ import torch
 from offload.activations.recording import DeviceClock
 from offload.activations.stats import LinkFacts
 from offload.device import KERNEL_ALIGN, DeviceLink, Moment, bytes_of
-from offload.native import Buffer
-from offload.tiers import Staged, Store
+from offload.native import Buffer, Extent
+from offload.tiers import DirectExtent, DirectTransfer, HostExtent, Staged, Store
 
 if TYPE_CHECKING:
     from offload.activations.region import Region
@@ -59,18 +59,21 @@ class Arrival:
         self.copied: Moment | None = None
 
 
+_Followed = tuple["Region", Extent | HostExtent, Buffer, Moment]
+
+
 class WriteStarter:
     """Has each extent written once its bytes have come from the device, in a thread."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Region, Staged, Buffer, Moment] | threading.Event | None] = (
-            SimpleQueue()
-        )
+        self._queue: SimpleQueue[_Followed | threading.Event | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closing = False
         self.error: BaseException | None = None
 
-    def follow(self, region: Region, extent: Staged, buffer: Buffer, copied: Moment) -> None:
+    def follow(
+        self, region: Region, extent: Extent | HostExtent, buffer: Buffer, copied: Moment
+    ) -> None:
         """Begin to write `extent` after `copied`, unless `region` has let go of it by then."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="offload writes")
@@ -85,7 +88,9 @@ class WriteStarter:
                 self._start(*item)
             del item
 
-    def _start(self, region: Region, extent: Staged, _buffer: Buffer, copied: Moment) -> None:
+    def _start(
+        self, region: Region, extent: Extent | HostExtent, _buffer: Buffer, copied: Moment
+    ) -> None:
         # The buffer is held until the copy has been made, whatever becomes of the extent.
         try:
             copied.synchronize()
@@ -178,18 +183,26 @@ class Crossing:
         extent = self._stage(region.nbytes, lead, tier)
         if extent is None:
             return None
-        buffer = extent.staged()
         source = bytes_of(storage, region.begin, region.end)
-        copied = self.link.copy_out(source, buffer, region.queue)
-        region.residue, region.departed = lead, copied
-        # The region has its extent before anybody asks whether it still wants it written.
-        region.extent, region.leaving = extent, True
-        self._writes.follow(region, extent, buffer, copied)
+        copied = self._copy_out(region, source, extent)
+        region.residue, region.departed, region.leaving = lead, copied, True
         here = storage.data_ptr()
         self._departing.append(_Departure(region, storage, here, region.nbytes, copied))
         self._departing_bytes += region.nbytes
         self.departing_peak_bytes = max(self.departing_peak_bytes, self._departing_bytes)
         return extent
+
+    def _copy_out(self, region: Region, source: torch.Tensor, extent: Staged) -> Moment:
+        if isinstance(extent, DirectExtent):
+            queues = {region.queue, self.link.queue()}
+            region.extent = extent
+            return extent.write_from(source, [self.link.mark(queue) for queue in queues])
+        buffer = extent.staged()
+        copied = self.link.copy_out(source, buffer, region.queue)
+        # The region has its extent before anybody asks whether it still wants it written.
+        region.extent = extent
+        self._writes.follow(region, extent, buffer, copied)
+        return copied
 
     def _stage(self, nbytes: int, lead: int, tier: str) -> Staged | None:
         names = [tier, *(name for name in self._stores if name != tier)] if tier else self._ranked()
@@ -197,13 +210,17 @@ class Crossing:
             store = self._stores.get(name)
             if store is None:
                 continue
-            extent = None
-            if nbytes + KERNEL_ALIGN <= store.arena.nbytes:
+            if store.direct_way is not None:
+                extent: Staged | None = store.stage(nbytes, lead)
+            elif nbytes + KERNEL_ALIGN <= store.arena.nbytes:
                 self._reclaim(store, nbytes)
                 extent = store.stage(nbytes, lead)
+            else:
+                extent = None
             if extent is not None:
                 return extent
-            if name == "ssd" and store.arena.free_bytes < nbytes + KERNEL_ALIGN:
+            staged = name == "ssd" and store.direct_way is None
+            if staged and store.arena.free_bytes < nbytes + KERNEL_ALIGN:
                 self.unstaged_bytes = max(self.unstaged_bytes, nbytes)
         return None
 
@@ -225,9 +242,16 @@ class Crossing:
         self._departing_bytes -= departure.nbytes
         begin = self._before_waiting()
         # The queue on which it was made has the memory back; others may have no part in it.
-        self.link.hold(departure.copied, departure.region.queue)
+        self._hold(departure.copied, departure.region.queue)
         self._waited(begin)
         departure.let_go()
+
+    def _hold(self, moment: Moment, queue: Any) -> None:
+        """Have `queue` go on only after `moment`; a thread's transfer holds up this thread."""
+        if isinstance(moment, DirectTransfer):
+            moment.hold()
+        else:
+            self.link.hold(moment, queue)
 
     def _let_go(self) -> None:
         """Let go of the memory whose copies have been made."""
@@ -278,8 +302,11 @@ class Crossing:
         assert region.extent is not None
         assert region.departed is not None
         self._expected.pop(region, None)
-        buffer = region.extent.fetch()
         after = (arrival.free_at, region.departed)
+        if isinstance(region.extent, DirectExtent):
+            arrival.copied = region.extent.read_into(arrival.tensor, after)
+            return
+        buffer = region.extent.fetch()
         arrival.copied = self.link.copy_in(buffer, arrival.tensor, after)
         self._landing.append((arrival.copied, buffer))
 
@@ -302,7 +329,7 @@ class Crossing:
             self._launch(region, arrival)
         assert arrival.copied is not None
         here = self.link.queue()
-        self.link.hold(arrival.copied, here)
+        self._hold(arrival.copied, here)
         if arrival.queue != here:
             self.link.used_on(arrival.tensor, here)
         self._waited(begin)
@@ -320,12 +347,17 @@ class Crossing:
             return
         self._expected.pop(region, None)
         if arrival.copied is not None:
-            arrival.copied.synchronize()  # or the copy would run into what the memory holds next
+            # Or the copy would run into what the memory holds next. Nobody wants its bytes.
+            with contextlib.suppress(OSError):
+                arrival.copied.synchronize()
         self._arrived(region)
 
     def _raise_error(self) -> None:
         if self._writes.error is not None:
             raise self._writes.error
+        for store in self._stores.values():
+            if store.direct_way is not None:
+                store.direct_way.raise_error()
 
     def drain(self) -> None:
         """Wait until what has left is in its store, or on its way from there. Without the lock."""

@@ -129,6 +129,7 @@ class ForwardPass(HookScope):
         finally:
             owner.settle()
         owner.transfers.say_if_full()
+        owner.book.say_if_unmet()
 
     def note_module(self, module: torch.nn.Module) -> None:
         """Take in that `module` is about to run: whose its parameters and buffers are."""
@@ -354,7 +355,9 @@ class ForwardPass(HookScope):
         self.depth = len(self.owner.forwards)
         if self.plan is not None and self.plan.sizes == self.signature:
             self.backward.expect(self.plan, None)
-            self.owner.counters.predicted_peak = self.plan.schedule.peak_bytes
+            counters, schedule = self.owner.counters, self.plan.schedule
+            counters.predicted_peak = schedule.peak_bytes
+            counters.predicted_slowdown = schedule.slowdown
         else:
             if self.plan is not None:  # it saves more than this forward did
                 self.plan, self.owner.book.record_next = None, self.recording is None

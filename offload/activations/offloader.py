@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ from offload.activations.stats import ActivationStats, Counters, snapshot
 from offload.activations.transfers import Transfers
 from offload.activations.uncompiled import uncompiled
 from offload.config import ActivationsConfig
-from offload.device import EmulatedLink, has_gpu
+from offload.device import EmulatedLink, has_gpu, require_kvikio
 from offload.native import DropBox, FaultPlan, SavedView, TryLock
 from offload.tiers import Stores
 
 __all__ = ["ActivationOffload"]
+
+SETTINGS = frozenset(field.name for field in fields(ActivationsConfig))
 
 
 def note_modules(running: Running) -> Callable[[torch.nn.Module, object], None]:
@@ -56,9 +59,15 @@ def end(module_hook: RemovableHandle, transfers: Transfers) -> None:
     transfers.close()
 
 
-def require_useful(tier: str, emulated_device: EmulatedLink | None) -> None:
-    """Raise ValueError where sending activations to `tier` would save nothing."""
-    on_device = has_gpu() or emulated_device is not None
+def require_useful(config: ActivationsConfig, emulated_device: EmulatedLink | None) -> None:
+    """Raise ValueError where what `config` asks for would save nothing, ImportError without kvikio
+    where it takes that.
+    """
+    tier, on_device = config.tier, has_gpu() or emulated_device is not None
+    if config.gds and not on_device:
+        raise ValueError("gds=True leads from a GPU to the SSD, and torch sees no GPU here")
+    if config.gds and emulated_device is None:
+        require_kvikio()
     if tier == "device" or (tier == "host" and not on_device):
         raise ValueError(
             f"tier={tier!r} saves nothing here: activations can go to tier 'ssd'; "
@@ -94,41 +103,29 @@ class ActivationOffload:
         read_ahead_bytes: int | None = None,
         schedule: str = "auto",
         memory_bytes: int | None = None,
+        tolerated_slowdown: float = 0.0,
+        ssd_rated_bytes: int | None = None,
+        ssd_write_amplification: float = 1.0,
         io_engine: str | FaultPlan = "auto",
         block_bytes: int = 1 << 20,
         queue_depth: int = 32,
         verify: bool = True,
         direct: bool = True,
+        gds: bool = False,
         recast_parameters: bool = True,
         emulated_device: EmulatedLink | None = None,
     ) -> None:
+        # Named as the settings are, each of them.
+        settings = {key: value for key, value in locals().items() if key in SETTINGS}
         faults = io_engine if isinstance(io_engine, FaultPlan) else None
-        self.config = ActivationsConfig(
-            tier=tier,
-            path=path,  # type: ignore[arg-type]  # the dataclass makes a tuple of strings of it
-            min_tensor_bytes=min_tensor_bytes,
-            staging_bytes=staging_bytes,
-            host_bytes=host_bytes,
-            device_window_bytes=device_window_bytes,
-            spill_bytes=spill_bytes,
-            ssd_write_bytes_per_day=ssd_write_bytes_per_day,
-            keep_bytes=keep_bytes,
-            read_ahead_bytes=read_ahead_bytes,
-            schedule=schedule,
-            memory_bytes=memory_bytes,
-            io_engine="auto" if faults is not None else io_engine,  # type: ignore[arg-type]
-            block_bytes=block_bytes,
-            queue_depth=queue_depth,
-            verify=verify,
-            direct=direct,
-            recast_parameters=recast_parameters,
-        )
-        require_useful(self.config.tier, emulated_device)
+        if faults is not None:
+            settings["io_engine"] = "auto"
+        self.config = ActivationsConfig(**settings)
+        require_useful(self.config, emulated_device)
         self._open(faults, emulated_device)
 
     def _open(self, faults: FaultPlan | None, emulated_device: EmulatedLink | None) -> None:
         self._stores = Stores(self.config, faults)
-        self._facts = self._stores.facts()
         self.counters = Counters()
         # Reentrant only so that it can say whether this thread holds it; see `close` and `settle`.
         self.lock: Any = threading.RLock()
@@ -153,6 +150,7 @@ class ActivationOffload:
             staging_bytes=self.config.staging_bytes,
             tier_bytes=self._stores.limits(),
             memory_bytes=self.config.memory_bytes,
+            tolerated_slowdown=self.config.tolerated_slowdown,
             write_bytes_per_s=self._stores.write_bytes_per_s(),
             follow=self.config.schedule == "auto",
             stall_s=self._stores.stall_s,
@@ -188,7 +186,9 @@ class ActivationOffload:
             raise foreign_process(self.process)
         self.settle()
         links = tuple(crossing.facts for crossing in self.transfers.crossings.values())
-        return snapshot(self.counters, self._stores.counters(), self._facts, links)
+        return snapshot(
+            self.counters, self._stores.counters(), self._stores.facts(), self.config, links
+        )
 
     def hint(self, *, next_backward: ForwardPass) -> None:
         """Say whose backward runs next, as a pipeline's scheduler knows.

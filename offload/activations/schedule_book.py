@@ -7,6 +7,7 @@ that save the same sizes in the same order follow what was planned for it.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from offload.activations.blocks import BlockBook, BlockKey, BlockRuns
 from offload.activations.rates import LEAST_BYTES, Rates, Throughput
 from offload.activations.recording import Recording
 from perfmodel.schedules.activations import ActivationSchedule, plan_activations
+from perfmodel.schedules.slowdown import slowed_to_fit
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
 __all__ = ["Plan", "ScheduleBook"]
@@ -81,6 +83,8 @@ class ScheduleBook:
     """What the drive may be given without end, for the sake of its life."""
     follow: bool
     """False: everything large is offloaded, and only orders are remembered."""
+    tolerated_slowdown: float = 0.0
+    """How much longer a step may become for the sake of less memory, as a part of it."""
     stall_s: Callable[[], float] = lambda: 0.0
     """For how long training has waited for I/O."""
     _entries: OrderedDict[tuple[int, ...], _Entry] = field(default_factory=OrderedDict)
@@ -98,12 +102,15 @@ class ScheduleBook:
     forwards: int = 0
     planned: int = 0
     """How often a schedule was made."""
+    unmet_bytes: int = 0
+    """What stays although `memory_bytes` is less, once that is certain; see `say_if_unmet`."""
+    _said_unmet: bool = False
     record_next: bool = False
     """The last forward turned out to be of no known kind when it was late to record it."""
 
     def __post_init__(self) -> None:
         """Open the book of blocks."""
-        self.blocks = BlockBook(self.memory_bytes)
+        self.blocks = BlockBook(self.memory_bytes, self.tolerated_slowdown)
 
     def plan_like(self, sizes: Sequence[int]) -> Plan | None:
         """Return the plan used last whose first sizes are these; it is made when first asked for.
@@ -208,11 +215,10 @@ class ScheduleBook:
         if not entry.stale or entry.trace is None or self._known() is None:
             return
         begin_s = perf_counter()
-        entry.plan = self._planned(sizes, entry, entry.trace)
+        schedule = self._scheduled(entry, entry.trace)
+        entry.plan = self._planned(sizes, entry, schedule)
         entry.stale, entry.uses = False, 0
         entry.patience = min(2 * entry.patience, _MOST_PATIENT)
-        if entry.key is not None:
-            self.blocks.missed(entry.key, entry.plan.schedule.peak_bytes)
         self.planning_s += perf_counter() - begin_s
 
     def _machine(self, depth: int) -> tuple[list[Channel], Limits]:
@@ -247,11 +253,36 @@ class ScheduleBook:
             return math.inf
         return self.write_bytes_per_s * median(self._periods_s)
 
-    def _planned(self, sizes: tuple[int, ...], entry: _Entry, trace: Trace) -> Plan:
+    def _scheduled(self, entry: _Entry, trace: Trace) -> ActivationSchedule:
+        """Plan for what the step may take longer, and for more where that does not fit."""
+        channels, limits = self._machine(entry.depth)
+        memory_bytes, slowdown = self.memory_bytes, self.tolerated_slowdown
+        schedule = plan_activations(trace, channels, limits, memory_bytes, slowdown=slowdown)
+        if memory_bytes is None:
+            return schedule
+        if entry.key is not None:
+            # More blocks can be recomputed from the next forward on, maybe. This one fits first.
+            self.blocks.missed(entry.key, schedule.peak_bytes)
+        schedule = slowed_to_fit(schedule, trace, channels, limits, memory_bytes)
+        if entry.recordings > 1 and entry.key is None and schedule.peak_bytes > memory_bytes:
+            self.unmet_bytes = schedule.peak_bytes
+        return schedule
+
+    def say_if_unmet(self) -> None:
+        """Warn once that `memory_bytes` is out of reach. Without the owner's lock."""
+        if self.unmet_bytes and not self._said_unmet:
+            self._said_unmet = True
+            warnings.warn(
+                f"memory_bytes={self.memory_bytes} cannot be met: at one moment {self.unmet_bytes} "
+                "bytes of saved tensors are in use, on their way, or held by others; give more, "
+                "or have layers recomputed by act.block()",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _planned(self, sizes: tuple[int, ...], entry: _Entry, schedule: ActivationSchedule) -> Plan:
         known = self._known()
         assert known is not None
-        channels, limits = self._machine(entry.depth)
-        schedule = plan_activations(trace, channels, limits, self.memory_bytes)
         self.planned += 1
         count = len(sizes)
         order = [number for number in schedule.order if number < count]

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 
+from offload.config import ActivationsConfig
 from offload.tiers import TierFacts
+from perfmodel.endurance import DAY_S, life_days
 
 __all__ = ["ActivationStats", "Counters", "LinkFacts", "snapshot"]
 
@@ -42,6 +44,8 @@ class ActivationStats:
     """Calls of `act.block` that saved only what entered them, to be run again."""
     predicted_peak_bytes: int
     """Of the last forward that followed a schedule: saved tensors at the worst moment; or 0."""
+    predicted_slowdown: float
+    """The most that its step may become longer by waiting, as a part of it, or 0."""
     deduplicated_bytes: int
     """Saved again by another operator or view, and not written again."""
     recast_bytes: int
@@ -53,6 +57,11 @@ class ActivationStats:
     stall_s: float
     """Seconds the training thread waited, for a read or for room in staging."""
     ssd_write_bytes: int
+    ssd_write_bytes_a_day: float
+    """In a day that goes on like the time since the start, pauses included; of all directories."""
+    ssd_life_days: float | None
+    """How long each drive would last from new on if it were written so; infinite if it is not, None
+    where `ssd_rated_bytes` is not given."""
     ssd_read_bytes: int
     native_bytes: int
     """Every native buffer now: the arena as far as it was touched, and what lies outside of it."""
@@ -94,6 +103,7 @@ class Counters:
     planned_to_stay: int = 0
     recomputed_blocks: int = 0
     predicted_peak: int = 0
+    predicted_slowdown: float = 0.0
     deduplicated: int = 0
     recast: int = 0
     still_held: int = 0
@@ -108,6 +118,7 @@ def snapshot(
     counts: Counters,
     native: Mapping[str, int | float],
     facts: TierFacts,
+    config: ActivationsConfig,
     links: tuple[LinkFacts, ...] = (),
 ) -> ActivationStats:
     """Return what both sides have counted, and the path that transfers take."""
@@ -115,6 +126,8 @@ def snapshot(
     def whole(key: str) -> int:
         return int(native[key])
 
+    open_s = float(native["open_s"])
+    a_day = whole("write_bytes") / open_s * DAY_S if open_s else 0.0
     return ActivationStats(
         offloaded_bytes=counts.offloaded,
         reloaded_bytes=whole("reloaded_bytes"),
@@ -123,12 +136,15 @@ def snapshot(
         scheduled_to_stay_bytes=counts.planned_to_stay,
         recomputed_blocks=counts.recomputed_blocks,
         predicted_peak_bytes=counts.predicted_peak,
+        predicted_slowdown=counts.predicted_slowdown,
         deduplicated_bytes=counts.deduplicated,
         recast_bytes=counts.recast,
         still_held_bytes=counts.still_held,
         passed_through_bytes=counts.frozen_passed_through(),
         stall_s=float(native["read_wait_s"]) + float(native["write_wait_s"]),
         ssd_write_bytes=whole("write_bytes"),
+        ssd_write_bytes_a_day=a_day,
+        ssd_life_days=_life_days(config, a_day),
         ssd_read_bytes=whole("read_bytes"),
         native_bytes=whole("native_bytes"),
         native_peak_bytes=whole("native_peak_bytes"),
@@ -142,4 +158,15 @@ def snapshot(
         verify_s=float(native["verify_s"]),
         links=links,
         **asdict(facts),
+    )
+
+
+def _life_days(config: ActivationsConfig, written_a_day: float) -> float | None:
+    if config.ssd_rated_bytes is None:
+        return None
+    # Extents are spread evenly over the directories, each on a drive of its own.
+    return life_days(
+        written_a_day / max(1, len(config.path)),
+        config.ssd_rated_bytes,
+        write_amplification=config.ssd_write_amplification,
     )

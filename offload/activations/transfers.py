@@ -14,7 +14,7 @@ from offload.activations.region import Region
 from offload.activations.stats import Counters
 from offload.config import ActivationsConfig
 from offload.device import CudaLink, DeviceLink, Restored
-from offload.tiers import Staged, Stores
+from offload.tiers import DirectExtent, Staged, Stores
 
 if TYPE_CHECKING:
     from offload.activations.forward import ForwardPass
@@ -45,6 +45,7 @@ class Transfers:
         batch = min(self._read_ahead_bytes // 2, _READ_BATCH_BYTES)
         self._read_more_below = self._read_ahead_bytes - batch
         self._window_bytes = config.device_window_bytes
+        self._past_host = config.gds
         self._write = stores.ssd.write if stores.ssd is not None else None
         self.crossings: dict[torch.device, Crossing] = {}
         self._pinned_by: DeviceLink | None = None
@@ -54,10 +55,19 @@ class Transfers:
         """Return the traffic over `link`, to one device."""
         crossing = self.crossings.get(link.device)
         if crossing is None:
+            self._open_direct_way(link)
             pinned = self._pin(link)
             crossing = Crossing(link, self._stores.named(), self._window_bytes, pinned)
             self.crossings[link.device] = crossing
         return crossing
+
+    def _open_direct_way(self, link: DeviceLink) -> None:
+        ssd = self._stores.ssd
+        if not self._past_host or ssd is None:
+            return
+        if ssd.direct_way is not None:
+            raise RuntimeError("gds=True serves one device in a process; make it a rank a device")
+        ssd.open_direct_way(link)
 
     def _pin(self, link: DeviceLink) -> bool:
         """Pin all staging, once for all devices; say whether that worked."""
@@ -65,6 +75,8 @@ class Transfers:
             self._pinned_by = link
             for store in self._stores.named().values():
                 arena = store.arena
+                if store.direct_way is not None:
+                    continue  # nothing goes through it
                 self._pinned[arena.address] = done = link.pin(arena.address, arena.nbytes)
                 if done:
                     arena.mark_resident()
@@ -171,6 +183,7 @@ class Transfers:
         if self.ahead_bytes <= self._read_more_below:
             self.read_ahead(forward)
         if region.crossing is None:
+            assert not isinstance(extent, DirectExtent)  # which takes a device
             restored: Restored = extent.fetch()
         else:
             restored = region.crossing.bring(region)
@@ -230,10 +243,12 @@ class Transfers:
     def totals(self, crossing: Crossing | None) -> dict[str, Totals]:
         """Return what was moved to and from the SSD, and over the way to a device: see `Rates`."""
         totals = {}
-        if crossing is not None:
+        ssd = self._stores.ssd
+        # Past host memory nothing takes the link, of which nothing is known then.
+        if crossing is not None and (ssd is None or ssd.direct_way is None):
             totals["link"] = crossing.link.transferred()
-        if self._stores.ssd is not None:
-            totals["ssd"] = self._stores.ssd.transferred()
+        if ssd is not None:
+            totals["ssd"] = ssd.transferred()
         return totals
 
     def finish(self) -> None:

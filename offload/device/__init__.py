@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from offload.device.cuda import CudaLink, device_facts, refuse_capture
+from offload.device.direct import DirectFile, direct_facts, require_kvikio
 from offload.device.emulated import EmulatedLink
 from offload.device.link import KERNEL_ALIGN, DeviceLink, Moment, bytes_of
 from offload.native import Buffer, tensor_at
@@ -18,14 +19,17 @@ __all__ = [
     "KERNEL_ALIGN",
     "CudaLink",
     "DeviceLink",
+    "DirectFile",
     "EmulatedLink",
     "Moment",
     "Restored",
     "bytes_of",
     "can_offload",
     "device_facts",
+    "direct_facts",
     "has_gpu",
     "refuse_capture",
+    "require_kvikio",
     "view_over",
 ]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from offload.device.direct import DirectFile, KvikioFile
 from offload.device.link import DeviceLink, Moment
 from offload.native import Buffer, tensor_over
 
@@ -67,7 +68,7 @@ class CudaLink(DeviceLink):
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, direction: int) -> Moment:
         begin = _Event(enable_timing=True)
-        # Whoever waits for it sleeps, instead of keeping a core busy.
+        # Whoever waits sleeps, instead of keeping a core busy.
         end: Any = _Event(enable_timing=True, blocking=True)
         begin.record()
         target.copy_(source, non_blocking=True)
@@ -79,10 +80,10 @@ class CudaLink(DeviceLink):
         moment: Moment = end
         return moment
 
-    def mark(self) -> Any:
-        """Return an event on the current stream."""
-        event = _Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
+    def mark(self, queue: Any = None) -> Any:
+        """Return an event on a stream."""
+        event = _Event(enable_timing=True, blocking=True)
+        event.record(torch.cuda.current_stream(self.device) if queue is None else queue)
         return event
 
     def hold(self, moment: Moment, queue: Any) -> None:
@@ -124,6 +125,10 @@ class CudaLink(DeviceLink):
     def unpin(self, address: int) -> None:
         """Undo the registration."""
         _cudart().cudaHostUnregister(address)
+
+    def direct_file(self, descriptor: int) -> DirectFile:
+        """Open it with kvikio."""
+        return KvikioFile(descriptor)
 
     def numa_node(self) -> int:
         """Return what sysfs says about the GPU's slot."""

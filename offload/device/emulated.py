@@ -8,6 +8,7 @@ that was freed too early is an error.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from offload.device.direct import DirectFile
 from offload.device.link import DeviceLink, Moment
 from offload.native import Buffer, tensor_over
 
@@ -104,6 +106,27 @@ class _Mark:
         return
 
 
+class EmulatedFile:
+    """A file that the emulated device reaches as a GPU would."""
+
+    def __init__(self, descriptor: int) -> None:
+        # Opened anew, as kvikio does: a file without a name has one there.
+        self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
+
+    def write(self, source: torch.Tensor, offset: int) -> int:
+        """Write from memory."""
+        return os.pwrite(self._descriptor, source.numpy().data, offset)
+
+    def read(self, target: torch.Tensor, offset: int) -> int:
+        """Read to memory, which holds something else until then."""
+        target.fill_(_POISON)
+        return os.preadv(self._descriptor, [target.numpy().data], offset)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._descriptor)
+
+
 class EmulatedLink(DeviceLink):
     """Treats CPU tensors as if they lay on a device with `bytes_per_s` to and from the host."""
 
@@ -149,7 +172,11 @@ class EmulatedLink(DeviceLink):
 
         return self._in.add(_Copy(copy, target.nbytes, after))
 
-    def mark(self) -> _Mark:
+    def direct_file(self, descriptor: int) -> DirectFile:
+        """Open it once more."""
+        return EmulatedFile(descriptor)
+
+    def mark(self, queue: Any = None) -> _Mark:
         """Return the present."""
         return _Mark()
 

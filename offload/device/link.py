@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from offload.device.direct import DirectFile
 from offload.native import Buffer
 
 __all__ = ["KERNEL_ALIGN", "DeviceLink", "Moment", "bytes_of"]
@@ -59,8 +60,11 @@ class DeviceLink(ABC):
         """Copy `source` to `target` (1-d, uint8) after those moments; both must live until then."""
 
     @abstractmethod
-    def mark(self) -> Any:
-        """Return a moment of the computation as far as it is queued; see `elapsed_s`."""
+    def mark(self, queue: Any = None) -> Any:
+        """Return a moment of the computation as far as it is queued; see `elapsed_s`.
+
+        `queue`: which one's, if not that of the calling thread.
+        """
 
     @abstractmethod
     def hold(self, moment: Moment, queue: Any) -> None:
@@ -85,6 +89,13 @@ class DeviceLink(ABC):
     @abstractmethod
     def unpin(self, address: int) -> None:
         """Undo `pin`, before the memory goes."""
+
+    def direct_file(self, descriptor: int) -> DirectFile:
+        """Return the file that is open under `descriptor`, as the device's memory reaches it.
+
+        Raises OSError where it does not, ImportError where what it takes is not installed.
+        """
+        raise OSError(f"nothing leads from {self.device} to a file but host memory")
 
     def numa_node(self) -> int:
         """Return the NUMA node that the device is attached to, or -1."""

@@ -44,6 +44,8 @@ class HostTier:
     Raises MemoryError where the machine has not so much address space.
     """
 
+    direct_way = None  # there is none past host memory
+
     def __init__(self, nbytes: int) -> None:
         try:
             self.arena = Arena(nbytes)

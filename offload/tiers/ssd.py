@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from time import monotonic
 
 from offload.config import ActivationsConfig
+from offload.device import DeviceLink
 from offload.native import Arena, Extent, FaultPlan, Spill
+from offload.tiers.gds import DirectExtent, DirectWay
 from perfmodel.endurance import WriteBudget
 
 __all__ = ["SsdTier", "TierFacts"]
@@ -47,7 +49,7 @@ class SsdTier:
             *("reloaded_bytes", "forwarded_bytes", "kept_bytes", "kept_total_bytes"),
             *("write_bytes", "read_bytes", "write_wait_s", "read_wait_s", "copy_s", "verify_s"),
             *("native_bytes", "native_peak_bytes", "peak_used_bytes", "spill_used_bytes"),
-            *("spill_peak_used_bytes", "page_cache_bytes"),
+            *("spill_peak_used_bytes", "page_cache_bytes", "open_s"),
         ),
         0,
     )
@@ -55,6 +57,7 @@ class SsdTier:
 
     def __init__(self, config: ActivationsConfig, faults: FaultPlan | None = None) -> None:
         self._process = os.getpid()
+        self._opened_s = monotonic()
         try:
             self.arena = Arena(config.staging_bytes)
         except MemoryError:
@@ -63,7 +66,9 @@ class SsdTier:
             ) from None
         self._spills: list[Spill] = []
         self._next = 0
-        self._verify = config.verify
+        self._verify = config.verify and not config.gds
+        self.direct_way: DirectWay | None = None
+        """Past host memory, once somebody has opened it."""
         self._path = config.path
         self._spill_bytes = config.spill_bytes
         self._budget: WriteBudget | None = None
@@ -99,7 +104,7 @@ class SsdTier:
             queue_depth=config.queue_depth,
             block_bytes=config.block_bytes,
             spill_bytes=config.spill_bytes or 0,
-            verify=config.verify,
+            verify=self._verify,
             direct=config.direct,
             fault_plan=faults,
         )
@@ -131,18 +136,33 @@ class SsdTier:
         self._refused_bytes += nbytes
         return False
 
-    def stage(self, nbytes: int, lead: int) -> Extent | None:
+    def stage(self, nbytes: int, lead: int) -> Extent | DirectExtent | None:
         """Return an extent with room in staging, at an address equal to `lead` modulo 64.
 
-        Its bytes are put where `staged()` says, and then `start_write()` sends them on. Otherwise
-        as `write`.
+        Its bytes are put where `staged()` says, and then `start_write()` sends them on. Where there
+        is a direct way, an extent that the device writes itself. Otherwise as `write`.
         """
-        if self._may_write(nbytes):
-            for spill in self._in_turn():
-                extent = spill.stage(nbytes, lead)
-                if extent is not None:
-                    return extent
+        if not self._may_write(nbytes):
+            return None
+        way = self.direct_way
+        for spill in self._in_turn():
+            extent = spill.stage(nbytes, lead) if way is None else way.reserve(spill, nbytes)
+            if extent is not None:
+                return extent
         return None
+
+    def open_direct_way(self, link: DeviceLink) -> None:
+        """Have `link`'s device reach the files itself from now on.
+
+        Raises OSError or ImportError where it cannot.
+        """
+        with ExitStack() as opened:
+            files = {}
+            for spill in self._spills:
+                files[spill] = link.direct_file(spill.fileno())
+                opened.callback(files[spill].close)
+            opened.pop_all()
+        self.direct_way = DirectWay(files)
 
     def write_bytes_per_s(self) -> float:
         """Return what may be written without end; infinite without a limit."""
@@ -152,6 +172,8 @@ class SsdTier:
         """Raise the OSError of the first write that failed for another reason than a full disk."""
         for spill in self._spills:
             spill.raise_write_error()
+        if self.direct_way is not None:
+            self.direct_way.raise_error()
 
     def kept_bytes(self) -> int:
         """Return how many live bytes are in memory because their write found the disk full."""
@@ -180,6 +202,8 @@ class SsdTier:
         """Wait until nothing is queued or in flight."""
         for spill in self._spills:
             spill.drain()
+        if self.direct_way is not None:
+            self.direct_way.drain()
 
     def close(self) -> None:
         """Cancel what has not begun, wait for the rest, and join the I/O threads. Idempotent."""
@@ -188,15 +212,18 @@ class SsdTier:
         with ExitStack() as stack:  # all of them, whatever one of them raises
             for spill in self._spills:
                 stack.callback(spill.close)
+            if self.direct_way is not None:
+                stack.callback(self.direct_way.close)  # the first to be called
 
     def facts(self) -> TierFacts:
         """Say which path transfers take; where directories differ, the weaker one counts."""
         first = self._spills[0]
         weakest = next((spill for spill in self._spills if not spill.direct), first)
         in_memory = any(spill.backing == "memory" for spill in self._spills)
+        past_host = self.direct_way is not None
         return TierFacts(
-            io_engine=first.engine,
-            io_engine_reason=first.engine_reason,
+            io_engine="gds" if past_host else first.engine,
+            io_engine_reason="asked for" if past_host else first.engine_reason,
             direct=weakest.direct,
             direct_reason=weakest.direct_reason,
             registered_buffers=all(spill.registered for spill in self._spills),
@@ -210,7 +237,9 @@ class SsdTier:
 
     def stall_s(self) -> float:
         """Return for how long callers have waited, for reads or for room in staging."""
-        return sum(spill.stall_s for spill in self._spills)
+        way = self.direct_way
+        direct_s = way.reads.wait_s + way.writes.wait_s if way is not None else 0.0
+        return sum(spill.stall_s for spill in self._spills) + direct_s
 
     def limit_bytes(self) -> int:
         """Return how many bytes all directories together may hold."""
@@ -224,15 +253,26 @@ class SsdTier:
             stats = spill.stats()
             for at, key in enumerate(keys):
                 sums[at] += stats[key] / (len(self._spills) if key.endswith("_s") else 1)
+        if self.direct_way is not None:  # whose transfers take turns, whatever their directory
+            for at, lane in enumerate((self.direct_way.writes, self.direct_way.reads)):
+                sums[2 * at] += lane.nbytes
+                sums[2 * at + 1] += lane.busy_s
         return (sums[0], sums[1]), (sums[2], sums[3])
 
     def counters(self) -> dict[str, int | float]:
-        """Return the sums of all directories' counters and the arena's (`*_bytes`, `*_s`)."""
+        """Return the sums of all directories' counters and the arena's (`*_bytes`, `*_s`).
+
+        And `open_s`: for how long there has been somebody to write.
+        """
         total: dict[str, int | float] = dict(self.arena.stats())
         for spill in self._spills:
             for key, value in spill.stats().items():
                 # The arena's own "used_bytes" and the spills' must not be added to each other.
                 name = f"spill_{key}" if key in ("used_bytes", "peak_used_bytes") else key
                 total[name] = total.get(name, 0) + value
+        if self.direct_way is not None:
+            for key, value in self.direct_way.counters().items():
+                total[key] += value
+        total["open_s"] = monotonic() - self._opened_s
         total["page_cache_bytes"] = sum(spill.page_cache_bytes() for spill in self._spills)
         return total

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from offload.config import ActivationsConfig
 from offload.native import Extent, FaultPlan
+from offload.tiers.gds import DirectExtent
 from offload.tiers.host import HostExtent, HostTier
 from offload.tiers.ssd import SsdTier, TierFacts
 
 __all__ = ["Staged", "Store", "Stores"]
 
-Staged = Extent | HostExtent
+Staged = Extent | HostExtent | DirectExtent
 """One run of bytes in a tier."""
 Store = SsdTier | HostTier
 """What `stage(nbytes, lead)` takes one to."""

@@ -1,6 +1,7 @@
 """Which saved tensors leave, where to, and when each is read back.
 
-Two aims: the least peak memory without a stall, or the fewest bytes moved within a memory limit.
+Two aims: the least peak memory in a step that may become so much longer (not at all, say), or the
+fewest bytes moved within a memory limit.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 
 from perfmodel.schedules.replay import KEPT, Outcome, Replay
@@ -43,6 +44,9 @@ class ActivationSchedule:
     peak_bytes: int
     staging_peak_bytes: int
     moved_bytes: int
+    slowdown: float = 0.0
+    """How much longer the step may become by waiting, as a part of it. `read_s` does not say so: a
+    step of 1 s that becomes 1.1 s long is on that clock still one of 1 s."""
 
 
 def plan_activations(
@@ -51,18 +55,38 @@ def plan_activations(
     limits: Limits | None = None,
     memory_bytes: int | None = None,
     *,
+    slowdown: float = 0.0,
     thorough: bool = True,
 ) -> ActivationSchedule:
     """Choose a tier for every tensor of `trace`.
 
-    No write may hold up the forward, no read the backward. Without `memory_bytes`: the least peak
-    that is possible so. With it: the fewest bytes moved with a peak within `memory_bytes`; where
-    that is out of reach, the least peak. The result is the same for the same arguments, however
-    fast the machine. Not `thorough`: a good choice and no search for a better one.
+    No write may hold up the forward, no read the backward, in a step that takes `slowdown` of
+    itself longer. Without `memory_bytes`: the least peak that is possible so. With it: the fewest
+    bytes moved with a peak within `memory_bytes`; where that is out of reach, the least peak. The
+    result is the same for the same arguments, however fast the machine. Not `thorough`: a good
+    choice and no search for a better one.
+
+    Raises ValueError for a negative slowdown.
     """
-    limits = limits or Limits()
-    search = _Search(Replay(trace, channels, limits), memory_bytes or 0)
-    return _schedule_of(search.replay, *(search.best() if thorough else search.first()))
+    if not 0 <= slowdown < math.inf:
+        raise ValueError(f"slowdown={slowdown!r} is not a part of a step: 0, or 0.05 say")
+    # A step that waits, evenly spread, is to its transfers what faster channels are.
+    channels = [_faster(channel, 1 + slowdown) for channel in channels]
+    search = _Search(Replay(trace, channels, limits or Limits()), memory_bytes or 0)
+    found = _schedule_of(search.replay, *(search.best() if thorough else search.first()))
+    return replace(found, slowdown=slowdown)
+
+
+def _faster(channel: Channel, factor: float) -> Channel:
+    if factor == 1:
+        return channel
+    return replace(
+        channel,
+        write_bytes_per_s=channel.write_bytes_per_s * factor,
+        read_bytes_per_s=channel.read_bytes_per_s * factor,
+        mixed_bytes_per_s=channel.mixed_bytes_per_s * factor,
+        latency_s=channel.latency_s / factor,
+    )
 
 
 class _NestedStaging:

@@ -99,12 +99,14 @@ def choose_blocks(
     channels: Sequence[Channel],
     limits: Limits,
     memory_bytes: int,
+    slowdown: float = 0.0,
 ) -> BlockChoice:
     """Choose the blocks that take the least time and let the peak fit into `memory_bytes`.
 
-    What is not recomputed may leave by `channels`. Where nothing fits: the least peak found.
+    What is not recomputed may leave by `channels`, in a step that may wait for `slowdown` of its
+    time. Where nothing fits: the least peak found.
     """
-    trials = _Trials(trace, blocks, channels, limits, memory_bytes)
+    trials = _Trials(trace, blocks, channels, limits, memory_bytes, slowdown)
     best = trials.of(())
     worthwhile = [number for number in range(len(blocks)) if freed_by(blocks, number)]
     if best.peak_bytes <= memory_bytes or not worthwhile:
@@ -126,10 +128,11 @@ class _Trials:
         channels: Sequence[Channel],
         limits: Limits,
         memory_bytes: int,
+        slowdown: float,
     ) -> None:
         self._trace, self._blocks = trace, blocks
         self._channels, self._limits = channels, limits
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._slowdown = memory_bytes, slowdown
 
     def of(self, chosen: Collection[int]) -> BlockChoice:
         """Recompute `chosen`."""
@@ -138,6 +141,7 @@ class _Trials:
             self._channels,
             self._limits,
             self._memory_bytes,
+            slowdown=self._slowdown,
             thorough=False,
         )
         extra_s = sum(self._blocks[number].duration_s for number in chosen)

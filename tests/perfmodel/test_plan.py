@@ -80,6 +80,16 @@ def test_a_size_is_a_whole_number_of_bytes(key: str, value: Any) -> None:
         ("verify", "no"),
         ("direct", 1),
         ("recast_parameters", None),
+        ("gds", 1),
+        ("tolerated_slowdown", -0.01),
+        ("tolerated_slowdown", 10.5),
+        ("tolerated_slowdown", float("nan")),
+        ("tolerated_slowdown", True),
+        ("tolerated_slowdown", "5%"),
+        ("ssd_rated_bytes", 0),
+        ("ssd_write_amplification", 0),
+        ("ssd_write_amplification", float("inf")),
+        ("ssd_write_amplification", None),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(key: str, value: Any) -> None:
@@ -102,6 +112,11 @@ def test_several_paths_of_any_kind_become_strings() -> None:
 def test_the_ssd_tier_needs_a_directory(path: Any) -> None:
     with pytest.raises(ValueError, match="path="):
         config(path=path)
+
+
+def test_the_direct_way_leads_to_the_ssd_only() -> None:
+    with pytest.raises(ValueError, match=r"gds=True leads to tier 'ssd', not to 'host'"):
+        ActivationsConfig(tier="host", gds=True)
 
 
 def test_other_tiers_need_none() -> None:

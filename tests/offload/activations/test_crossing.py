@@ -27,13 +27,14 @@ Open = Callable[..., offload.ActivationOffload]
 TIERS: dict[str, dict[str, Any]] = {
     "ssd": {"tier": "ssd"},
     "host": {"tier": "host", "path": (), "host_bytes": 64 * MIB},
+    "gds": {"tier": "ssd", "gds": True},
     "both": {"tier": "ssd", "host_bytes": 3 * NBYTES + 64 * KIB},
 }
 
 
 @pytest.fixture(params=list(TIERS))
 def tier(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Where the bytes go: the SSD, host memory, or some to each."""
+    """Where the bytes go: the SSD by way of host memory or not, host memory, or some to each."""
     return TIERS[request.param]
 
 

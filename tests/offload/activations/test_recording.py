@@ -18,7 +18,7 @@ class Queue(EmulatedLink):
         super().__init__()
         self.now = 100.0
 
-    def mark(self) -> Any:
+    def mark(self, queue: Any = None) -> Any:
         return self.now
 
     def elapsed_s(self, begin: Any, end: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 from offload.activations.recording import HostClock, Recording
 from offload.activations.schedule_book import Plan, ScheduleBook
@@ -180,6 +181,43 @@ def test_a_memory_limit_is_planned_for() -> None:
     it.observe(ssd=drive(TOTAL * 10))
     plan = renewed(it, SIZES)
     assert TOTAL // 4 < plan.schedule.peak_bytes <= TOTAL // 2
+
+
+def test_a_limit_that_the_drive_is_too_slow_for_costs_time() -> None:
+    limit = TOTAL // 4
+    plans = []
+    for settings in ({}, {"memory_bytes": limit}, {"tolerated_slowdown": 3.0}):
+        it = book(**settings)
+        learn(it, SIZES)
+        it.observe(ssd=drive(TOTAL * 0.3))
+        plans.append(renewed(it, SIZES).schedule)
+    free, within, tolerated = plans
+    assert free.slowdown == 0
+    assert free.peak_bytes > limit >= within.peak_bytes
+    assert 0.5 < within.slowdown < 20
+    assert tolerated.slowdown == 3.0
+    assert tolerated.peak_bytes < free.peak_bytes
+
+
+def test_a_limit_that_nothing_meets_is_told_once_it_is_certain() -> None:
+    it = book(memory_bytes=1)
+    for time in (1, 2):
+        learn(it, SIZES)
+        it.observe(ssd=drive(TOTAL * time))
+        renewed(it, SIZES)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            it.say_if_unmet()
+            it.say_if_unmet()
+        assert len(told) == (time == 2), "the first step is not like the others"
+    assert "memory_bytes=1 cannot be met" in str(told[0].message)
+
+
+def test_a_limit_that_the_drive_is_fast_enough_for_costs_none() -> None:
+    it = book(memory_bytes=TOTAL // 2)
+    learn(it, SIZES)
+    it.observe(ssd=drive(TOTAL * 10))
+    assert renewed(it, SIZES).schedule.slowdown == 0
 
 
 def test_reads_are_due_in_the_order_of_need_and_none_too_late() -> None:

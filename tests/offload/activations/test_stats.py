@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -105,6 +106,21 @@ def test_with_o_direct_the_page_cache_stays_empty(make: Any) -> None:
 
 def test_a_script_of_faults_is_told(make: Any) -> None:
     assert make(io_engine=offload.native.FaultPlan()).stats().io_engine.startswith("fault:")
+
+
+def test_the_life_of_a_drive_follows_from_what_a_day_would_write(
+    make: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert make().stats().ssd_life_days is None
+    rated, places = 10**15, [str(tmp_path_factory.mktemp("drive")) for _ in range(2)]
+    act = make(path=places, ssd_rated_bytes=rated, ssd_write_amplification=2.0)
+    assert act.stats().ssd_life_days == math.inf
+    step(act)
+    stats = act.stats()
+    elapsed_s = 86400 * stats.ssd_write_bytes / stats.ssd_write_bytes_a_day
+    assert 0 < elapsed_s < 600
+    on_each_drive = stats.ssd_write_bytes_a_day / 2
+    assert stats.ssd_life_days == pytest.approx(rated / (2 * on_each_drive))
 
 
 def test_every_count_is_there_after_close(make: Any) -> None:

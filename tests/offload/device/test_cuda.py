@@ -134,6 +134,14 @@ def test_a_copy_in_follows_all_that_it_must(machine: Machine) -> None:
     assert bool((target == 7).all())
 
 
+def test_a_mark_is_of_the_queue_that_is_named(machine: Machine) -> None:
+    link = CudaLink(CPU)
+    link.mark()
+    link.mark(Stream(machine.log, "side"))
+    assert machine.log == [("compute", "records", "event 0"), ("side", "records", "event 1")]
+    assert all(event.blocking for event in machine.events)
+
+
 def test_only_copies_that_have_ended_are_counted(machine: Machine) -> None:
     link, source = CudaLink(CPU), torch.zeros(NBYTES, dtype=torch.uint8)
     for _ in range(3):

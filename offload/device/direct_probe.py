@@ -1,0 +1,10 @@
+"""`python -m offload.device.direct_probe DIR`: exits with 0 where GPUDirect Storage works."""
+
+from __future__ import annotations
+
+import sys
+
+from offload.device.direct import probe
+
+if __name__ == "__main__":
+    probe(sys.argv[1])

@@ -1,0 +1,57 @@
+"""How much longer a step must become so that what it saves fits into memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from perfmodel.schedules.activations import ActivationSchedule, plan_activations
+from perfmodel.schedules.trace import Channel, Limits, Trace
+
+__all__ = ["slowed_to_fit"]
+
+# A drive that is so slow is as good as none; slowdowns so close to each other are as good as equal.
+_MOST = 63.0
+_SAME = 1.02
+
+
+def slowed_to_fit(
+    plan: ActivationSchedule,
+    trace: Trace,
+    channels: Sequence[Channel],
+    limits: Limits,
+    memory_bytes: int,
+) -> ActivationSchedule:
+    """Return `plan`, or where its peak is above `memory_bytes` one that slows the step down more.
+
+    With the least slowdown by which the peak fits, or comes as close as it can.
+    """
+    if plan.peak_bytes <= memory_bytes:
+        return plan
+
+    def tried(slowdown: float, target: int, *, thorough: bool) -> ActivationSchedule:
+        return plan_activations(
+            trace, channels, limits, target, slowdown=slowdown, thorough=thorough
+        )
+
+    low, high = plan.slowdown, max(plan.slowdown, _MOST)
+    found = tried(high, memory_bytes, thorough=False)
+    target = max(memory_bytes, found.peak_bytes)
+    if plan.peak_bytes <= target:
+        return plan
+    while 1 + high > _SAME * (1 + low):
+        middle = math.sqrt((1 + low) * (1 + high)) - 1
+        if tried(middle, target, thorough=False).peak_bytes <= target:
+            high = middle
+        else:
+            low = middle
+    found, step = tried(high, target, thorough=True), _SAME
+    # A thorough search may do with less. It takes long, so that it goes down in growing steps.
+    while step >= _SAME:
+        less = max(plan.slowdown, (1 + found.slowdown) / step - 1)
+        better = tried(less, target, thorough=True)
+        if better.peak_bytes <= target and less < found.slowdown:
+            found, step = better, step * step
+        else:
+            step = math.sqrt(step) if step > _SAME else 0.0
+    return found

@@ -1,0 +1,141 @@
+"""kvikio as the direct way uses it, by a module that takes notes, and how doctor finds out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from offload.device import direct
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What was asked of kvikio, in order; an entry `fail` makes the next call fail."""
+    noted: list[Any] = []
+
+    class File:
+        def __init__(self, path: str, flags: str) -> None:
+            noted.append(("open", path, flags, module.mode))  # type: ignore[attr-defined]
+
+        def write(self, tensor: torch.Tensor, size: int, offset: int) -> int:
+            return self._moved("write", tensor, size, offset)
+
+        def read(self, tensor: torch.Tensor, size: int, offset: int) -> int:
+            return self._moved("read", tensor, size, offset)
+
+        def _moved(self, what: str, tensor: torch.Tensor, size: int, offset: int) -> int:
+            if "fail" in noted:
+                raise RuntimeError("cuFile says no")
+            noted.append((what, tensor.data_ptr(), size, offset))
+            return size
+
+        def close(self) -> None:
+            noted.append("close")
+
+    class Setting:
+        def __init__(self, key: str, value: str) -> None:
+            self.before, module.mode = module.mode, value  # type: ignore[attr-defined]
+            assert key == "compat_mode"
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            module.mode = self.before  # type: ignore[attr-defined]
+
+    module = ModuleType("kvikio")
+    module.mode = "AUTO"  # type: ignore[attr-defined]
+    module.CuFile = File  # type: ignore[attr-defined]
+    module.CompatMode = SimpleNamespace(OFF="OFF")  # type: ignore[attr-defined]
+    module.defaults = SimpleNamespace(set=Setting)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kvikio", module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    yield noted
+    assert module.mode == "AUTO"  # type: ignore[attr-defined]
+
+
+def test_the_file_is_opened_by_its_descriptor_and_never_by_way_of_host_memory(
+    notes: list[Any],
+) -> None:
+    tensor = torch.zeros(100, dtype=torch.uint8)
+    file = direct.KvikioFile(17)
+    assert (file.write(tensor, 4096), file.read(tensor[10:], 8192)) == (100, 90)
+    file.close()
+    begin = tensor.data_ptr()
+    assert notes == [
+        ("open", "/proc/self/fd/17", "r+", "OFF"),
+        ("write", begin, 100, 4096),
+        ("read", begin + 10, 90, 8192),
+        "close",
+    ]
+
+
+def test_what_cufile_says_becomes_an_oserror_with_place_and_size(notes: list[Any]) -> None:
+    file = direct.KvikioFile(3)
+    notes.append("fail")
+    tensor = torch.zeros(100, dtype=torch.uint8)
+    with pytest.raises(OSError, match=r"write of 100 bytes at 4096 of .*/3 by cuFile: cuFile says"):
+        file.write(tensor, 4096)
+    with pytest.raises(OSError, match="read of 100 bytes at 0 of"):
+        file.read(tensor, 0)
+
+
+def counted(operations: int) -> str:
+    return f"GDS Version: 1.7\nReads\t\t\t\t: err=0 io_state_err=0 n={operations} ok=1\nWrites: n=1"
+
+
+@pytest.mark.parametrize(
+    ("code", "after", "works", "why"),
+    [
+        (0, 9, True, "counted their transfer"),
+        (0, 5, False, "counted no transfer"),
+        (1, 9, False, "failed: no such luck"),
+        (None, 9, False, "did not end in"),
+    ],
+)
+def test_only_a_transfer_that_the_driver_counted_is_proof(
+    notes: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    code: int | None,
+    after: int,
+    works: bool,
+    why: str,
+) -> None:
+    stats = tmp_path / "stats"
+    stats.write_text(counted(5))
+
+    def run(command: list[str], **_: object) -> object:
+        assert command[-2:] == ["offload.device.direct_probe", str(tmp_path)]
+        stats.write_text(counted(after))
+        if code is None:
+            raise subprocess.TimeoutExpired(command, 1)
+        return SimpleNamespace(returncode=code, stderr="a traceback\nno such luck\n")
+
+    monkeypatch.setattr(direct, "_STATS", stats)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("subprocess.run", run)
+    found, reason = direct.direct_facts(str(tmp_path))
+    assert found is works
+    assert why in reason
+
+
+def test_without_kvikio_a_gpu_or_the_driver_the_answer_is_no_and_why(
+    notes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "_STATS", Path("/nowhere"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert direct.direct_facts("/tmp") == (
+        False,
+        "/nowhere cannot be read: the nvidia-fs driver is not loaded",
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "torch sees no GPU" in direct.direct_facts("/tmp")[1]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "kvikio is not installed" in direct.direct_facts("/tmp")[1]
