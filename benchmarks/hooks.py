@@ -1,8 +1,8 @@
 """What a saved tensor costs in Python: our hooks against an identity hook, copying and I/O aside.
 
-A chain of cheap operators saves one small tensor each. Cost is the time with a hook less the time
-without just before and after, a saved tensor; discarded I/O completes at once, so what remains is
-bookkeeping.
+A chain of cheap operators saves one small tensor each. Cost is the time of a turn with a hook and
+of the turn after it, without, less that of the turns without on both sides, a saved tensor;
+discarded I/O completes at once, so what remains is bookkeeping.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def prove(
 def measure(
     modes: Mapping[str, Hooks], start: torch.Tensor, arguments: argparse.Namespace
 ) -> Samples:
-    """Let all modes take turns at every length, each between two turns without a hook."""
+    """Let all modes take turns at every length, each between turns without a hook."""
     names = ("none", *modes, "none again")
     samples: Samples = {name: {length: [] for length in arguments.tensors} for name in names}
     for index in tqdm(range(arguments.warm_up + arguments.pairs), desc="rounds"):
@@ -155,9 +155,12 @@ def measure(
                 turns["none"].append(before_s)
                 for name in round_order(list(modes), index + turn):
                     hooked_s = seconds_a_tensor(modes[name], start, length)
+                    # Caches that are cold after our hooks are our cost, not a discount on what
+                    # comes next: the turn that follows is theirs as well.
+                    behind_s = seconds_a_tensor(nullcontext, start, length)
                     # The machine's speed drifts: only what stands side by side is compared.
                     after_s = seconds_a_tensor(nullcontext, start, length)
-                    turns[name].append(hooked_s - (before_s + after_s) / 2)
+                    turns[name].append(hooked_s + behind_s - before_s - after_s)
                     before_s = after_s
                 turns["none again"].append(before_s)
             if index >= arguments.warm_up:
