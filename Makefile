@@ -1,4 +1,4 @@
-# make install | train | test | lint | format | bench | sanitize | soak | clean
+# make install | train | test | lint | format | bench | sanitize | soak | gpu | clean
 # Each target installs first if needed. Needs Python >= 3.10 with headers and a C++ compiler; no root.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ NATIVE := $(wildcard csrc/core/* csrc/bindings/*)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/csrc/*.h tests/csrc/*.cpp)
 BENCHMARKS := io hooks activations bandwidth rok
 
-.PHONY: install train test lint format bench sanitize soak clean
+.PHONY: install train test lint format bench sanitize soak gpu clean
 
 install: .venv/.installed
 
@@ -66,6 +66,13 @@ sanitize:
 
 soak: install
 	$(BIN)/python -m pytest -m soak --timeout 0
+
+# With a GPU and PYTHON's own torch, pybind11, pytest and the like: nothing is installed.
+gpu:
+	mkdir -p benchmarks/records $(SPILL)
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest tests/offload tests/examples
+	$(PYTHON) -m benchmarks.nine_cases --json benchmarks/records/nine_cases.json
 
 clean:
 	rm -rf build .venv/.installed .venv/.bench *.egg-info offload/_C*.so

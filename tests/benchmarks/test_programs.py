@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import activations, bandwidth, hooks, io, rok
+from benchmarks import activations, bandwidth, hooks, io, nine_cases, rok
 from benchmarks.record import ROOT, Interval, median_interval
 
 CONTRACT = {
@@ -30,7 +30,7 @@ TINY_GPT = [
 
 def record_of(name: str, directory: Path, out: Path, *flags: str) -> dict[str, Any]:
     """Run a benchmark and check what every record has to have."""
-    where = "--offload-path" if name in {"activations", "bandwidth", "rok"} else "--path"
+    where = "--offload-path" if name not in {"io", "hooks"} else "--path"
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *ROUNDS]
     command += ["--json", str(out), where, str(directory), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -126,6 +126,54 @@ def test_rok_compares_what_fits_at_several_micro_batches(
     assert (out / "rok.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_nine_cases_compare_bits_time_and_peak_in_one_process(
+    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("record") / "nine_cases.json"
+    flags = ["--device", "cpu", "--models", "gpt", "t5", "--sizes", "128x2", "--seq-len", "64"]
+    flags += ["--micro-batch", "2", "--vocab", "256", "--staging-bytes", "1048576"]
+    flags += ["--min-tensor-bytes", "4096"]
+    found = record_of("nine_cases", spill_dir, out, *flags)
+    assert found["met"] is None, "there is no host tier to judge without a GPU"
+    assert {"gpt 128x2, host", "t5 128x2, trl"} <= set(found["absent"])
+    for case in ("gpt 128x2", "t5 128x2"):
+        steps, peaks = (found["samples"][case][key] for key in ("steps", "peak_bytes"))
+        assert set(steps) == {"keep", "recompute", "ssd", "auto", "save_on_cpu", "keep again"}
+        assert all(len(figures["step_s"]) == 6 for figures in steps.values())
+        assert min(steps["ssd"]["offloaded_bytes"]) > 0
+        assert peaks["keep"] == peaks["keep again"] > peaks["recompute"] > 0
+
+
+def test_nine_cases_notice_a_mode_whose_gradients_differ_in_a_bit(
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = nine_cases.Case(
+        model="gpt",
+        hidden=128,
+        layers=1,
+        seq_len=16,
+        micro_batch=1,
+        vocab=256,
+        device="cpu",
+        directory=str(spill_dir),
+        staging_bytes=1 << 20,
+        host_bytes=1 << 20,
+        min_tensor_bytes=4096,
+        auto_part=0.5,
+    )
+    with nine_cases.Turns(case) as turns:
+        for mode in ("keep", "recompute"):
+            turns.open(mode)
+        nine_cases.require_same_bits(turns, ["keep", "recompute"])
+
+        def nearly(layer: Any, *inputs: Any) -> Any:
+            return layer(*inputs) * (1 + 2**-7)
+
+        monkeypatch.setattr("benchmarks.case_modes.recompute", nearly)
+        with pytest.raises(RuntimeError, match="recompute"):
+            nine_cases.require_same_bits(turns, ["keep", "recompute"])
+
+
 def test_what_fits_decides_which_micro_batches_are_compared() -> None:
     def point(micro_batch: int, peaks: dict[str, float], step_s: dict[str, float]) -> rok.Point:
         samples = {mode: {"step_s": [seconds] * 24} for mode, seconds in step_s.items()}
@@ -162,6 +210,7 @@ def test_what_fits_decides_which_micro_batches_are_compared() -> None:
         (activations, ["--offload-path", "/no/such/directory"], "/no/such/directory"),
         (bandwidth, ["--heads", "3"], "--heads 3"),
         (rok, ["--micro-batches", "0"], "'0'"),
+        (nine_cases, ["--device", "cpu", "--sizes", "64"], "'64'"),
         (activations, ["--heads", "3"], "--heads 3"),
         (activations, ["--json", "/no/such/directory/a.json"], "/no/such/directory/a.json"),
     ],
