@@ -107,8 +107,9 @@ def conclusion(
     )
     if stats.ssd_life_days is not None:
         yield (
-            f"{stats.ssd_write_bytes_a_day / 1e12:.1f} TB would be written in a day like this; a "
-            f"new drive of that rating would last {stats.ssd_life_days:,.0f} days"
+            f"{stats.ssd_write_bytes_a_day / 1e12:.1f} TB would be written in a day like this by "
+            f"each rank; a new drive of that rating, a rank's own, would last "
+            f"{stats.ssd_life_days:,.0f} days"
         )
 
 

@@ -22,8 +22,10 @@ from offload._C import (
     SavedView,
     Spill,
     TryLock,
+    close_in_children,
     crc32c,
     crc32c_path,
+    keep_in_children,
 )
 from offload._C import inspect_directory as _inspect_directory
 from offload._C import probe_engines as _probe_engines
@@ -41,9 +43,11 @@ __all__ = [
     "SavedView",
     "Spill",
     "TryLock",
+    "close_in_children",
     "crc32c",
     "crc32c_path",
     "inspect_directory",
+    "keep_in_children",
     "probe_engines",
     "tensor_at",
     "tensor_over",

@@ -36,6 +36,10 @@ class WriteBudget:
         self._left -= nbytes
         return True
 
+    def give_back(self, nbytes: int) -> None:
+        """Take back what was allowed and then not written."""
+        self._left = min(self._most, self._left + nbytes)
+
 
 def life_days(
     bytes_per_day: float,

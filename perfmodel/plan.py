@@ -112,8 +112,8 @@ class ActivationsConfig:
     """`auto`: what a first step showed and the drive can do decide what leaves; `all`: everything
     large does."""
     memory_bytes: int | None = None
-    """How much of a forward's saved tensors may stay at once, whatever time it takes; None: as
-    little as can in the time there is."""
+    """How much of each forward's saved tensors may be in the device's memory at once, whatever time
+    it takes; None: as little as can in the time there is. On a CPU staging counts as well."""
     tolerated_slowdown: float = 0.0
     """How much longer a step may become by waiting for transfers, as a part of it, for the sake of
     less memory: 0.05 is 5 %."""

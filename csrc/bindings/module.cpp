@@ -10,6 +10,7 @@
 #include "../core/crc32c.h"
 #include "../core/error.h"
 #include "../core/file.h"
+#include "../core/fork_guard.h"
 #include "../core/spill.h"
 #include "extent_type.h"
 #include "signal_safe.h"
@@ -145,6 +146,7 @@ void bind_memory(py::module_& module) {
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init([](std::size_t nbytes) { return Arena::create(nbytes); }), py::arg("nbytes"))
       .def("allocate", &allocate_buffer, py::arg("nbytes"), py::arg("lead"))
+      .def("set_limit", &Arena::set_limit, py::arg("nbytes"))
       .def("mark_resident", &Arena::mark_resident)
       .def("trim", &Arena::trim)
       .def_property_readonly(
@@ -214,6 +216,7 @@ void bind_spill(py::module_& module) {
           },
           py::arg("nbytes"))
       .def("fileno", [](const Spill& self) { return self.file().fd(); })
+      .def("wait_within_limit", &Spill::wait_within_limit, NoGil())
       .def("flush", &Spill::flush)
       .def("drain", &Spill::drain, NoGil())
       .def("close", &Spill::close, NoGil())
@@ -266,6 +269,8 @@ PYBIND11_MODULE(_C, module) {
     return py::make_tuple(facts.path, facts.filesystem, facts.backing, facts.free_bytes,
                           facts.total_bytes, facts.direct, facts.direct_reason);
   });
+  module.def("close_in_children", &close_in_children, py::arg("fd"));
+  module.def("keep_in_children", &keep_in_children, py::arg("fd"));
   module.def("crc32c_path", &crc32c_path);
   module.def(
       "crc32c",

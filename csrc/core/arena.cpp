@@ -43,6 +43,8 @@ std::shared_ptr<Slice> Arena::try_allocate(std::size_t nbytes) {
   const std::size_t whole = align_up(nbytes, kPageBytes);
   std::shared_ptr<Slice> slice(new Slice);
   std::lock_guard lock(mutex_);
+  const std::uint64_t used = allocator_.used() + outside_;
+  if (used != 0 && used + whole > limit_.load()) return nullptr;
   const auto offset = allocator_.allocate(whole);
   if (!offset) return nullptr;
   slice->arena_ = shared_from_this();
@@ -50,6 +52,11 @@ std::shared_ptr<Slice> Arena::try_allocate(std::size_t nbytes) {
   slice->nbytes_ = whole;
   note_peak();
   return slice;
+}
+
+bool Arena::within_limit() const {
+  std::lock_guard lock(mutex_);
+  return allocator_.used() + outside_ <= limit_.load();
 }
 
 std::shared_ptr<Slice> Arena::allocate_outside(std::size_t nbytes) {

@@ -68,8 +68,13 @@ class Arena : public std::enable_shared_from_this<Arena> {
  public:
   static std::shared_ptr<Arena> create(std::size_t capacity);
 
-  // A slice of whole pages, or nullptr when the arena has no such run free. Any thread.
+  // A slice of whole pages, or nullptr when the arena has no such run free, or would have more than
+  // its limit in use. Any thread.
   std::shared_ptr<Slice> try_allocate(std::size_t nbytes);
+  // Holds what is in use to `nbytes`, or one slice if that is larger. Less than the capacity, and
+  // may change at any time: what is in use already stays.
+  void set_limit(std::uint64_t nbytes) { limit_.store(nbytes); }
+  bool within_limit() const;
   // A mapping of its own, for a tensor that must exist now though the arena is full. Any thread.
   std::shared_ptr<Slice> allocate_outside(std::size_t nbytes);
   // Whoever stages through this arena says so; the last one to leave may trim it.
@@ -112,6 +117,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::uint64_t native_peak_ = 0;
   std::uint64_t releases_ = 0;
   bool resident_ = false;
+  std::atomic<std::uint64_t> limit_{UINT64_MAX};
   std::atomic<std::uint64_t> writes_{0};
   std::atomic<std::uint64_t> users_{0};
 };

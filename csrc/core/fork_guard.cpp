@@ -47,6 +47,18 @@ int open_here(const std::function<int()>& open) {
   return fd;
 }
 
+void close_in_children(int fd) {
+  Registry& self = registry();
+  std::lock_guard lock(self.mutex);
+  self.descriptors.push_back(fd);
+}
+
+void keep_in_children(int fd) {
+  Registry& self = registry();
+  std::lock_guard lock(self.mutex);
+  std::erase(self.descriptors, fd);
+}
+
 void close_here(int fd) {
   Registry& self = registry();
   // A fork waits for this lock, so no child sees the descriptor open and forgotten.

@@ -14,6 +14,10 @@ int fork_generation();
 // Calls `open` and returns its descriptor (negative: errno says why), which forked children close
 // at once. Nobody forks in between, so no child keeps what it does not know of.
 int open_here(const std::function<int()>& open);
+// The same for a descriptor that somebody else opened, and has not closed yet: from now on forked
+// children close it, or no longer.
+void close_in_children(int fd);
+void keep_in_children(int fd);
 // Closes the descriptor; a child forked at the same moment has it closed as well.
 void close_here(int fd);
 

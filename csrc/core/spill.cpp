@@ -126,15 +126,28 @@ std::shared_ptr<Slice> Spill::wait_for_room(std::uint64_t nbytes) {
     const std::uint64_t seen = arena_->releases();
     if (auto slice = arena_->try_allocate(nbytes)) return slice;
     if (!arena_->writing()) return arena_->try_allocate(nbytes);  // one may have ended just now
-    queue_->flush();
-    const double begin = wall_s();
-    arena_->wait_release(seen, std::chrono::milliseconds(20));
-    {
-      std::lock_guard lock(space_->mutex);
-      space_->counters.write_wait_s += wall_s() - begin;
-    }
-    if (options_.poll) options_.poll();
+    wait_for_writes(seen);
   }
+}
+
+void Spill::wait_within_limit() {
+  for (;;) {
+    const std::uint64_t seen = arena_->releases();
+    if (arena_->within_limit() || !arena_->writing()) return;
+    wait_for_writes(seen);
+  }
+}
+
+// Returns when staging memory has come back since `seen`, or after a while.
+void Spill::wait_for_writes(std::uint64_t seen) {
+  queue_->flush();
+  const double begin = wall_s();
+  arena_->wait_release(seen, std::chrono::milliseconds(20));
+  {
+    std::lock_guard lock(space_->mutex);
+    space_->counters.write_wait_s += wall_s() - begin;
+  }
+  if (options_.poll) options_.poll();
 }
 
 // The same, or memory outside of the arena.
@@ -194,8 +207,9 @@ std::shared_ptr<Extent> Spill::write(const std::byte* source, std::uint64_t nbyt
 }
 
 std::shared_ptr<Extent> Spill::reserve(std::uint64_t nbytes) {
-  if (options_.verify) throw std::logic_error("reserved space cannot be verified");
-  return make_extent(nbytes, 0);
+  auto extent = make_extent(nbytes, 0);
+  if (extent) extent->shared_->checksums.clear();  // nothing that passes here to make them from
+  return extent;
 }
 
 std::shared_ptr<Extent> Spill::stage(std::uint64_t nbytes, std::uint64_t lead) {

@@ -136,8 +136,10 @@ class Spill : public std::enable_shared_from_this<Spill> {
   // where staging has no room and nothing is on its way out of it.
   std::shared_ptr<Extent> stage(std::uint64_t nbytes, std::uint64_t lead);
   // Space alone, page-aligned, for somebody who writes to file().fd() himself; fetch() reads it.
-  // nullptr when there is none. Only where nothing is verified.
+  // nullptr when there is none. Nothing of it is verified.
   std::shared_ptr<Extent> reserve(std::uint64_t nbytes);
+  // Returns when the arena is within its limit, or nothing is on its way out of it.
+  void wait_within_limit();
   // Starts writes that still wait for company.
   void flush();
   void drain();
@@ -165,6 +167,7 @@ class Spill : public std::enable_shared_from_this<Spill> {
   std::shared_ptr<FileRange> allocate(std::uint64_t nbytes);
   bool grow(std::uint64_t nbytes);  // under Space::mutex
   std::shared_ptr<Slice> wait_for_room(std::uint64_t nbytes);
+  void wait_for_writes(std::uint64_t seen);
   std::shared_ptr<Slice> stage_memory(std::uint64_t nbytes);
   std::shared_ptr<Extent> make_extent(std::uint64_t nbytes, std::uint64_t lead);
   void fill_piece(Extent& extent, std::size_t index, const std::byte* source);

@@ -60,18 +60,18 @@ class BackwardOrder:
         elif again:
             self.read_at = self.bring_at = position + 1
 
-    def next_to_read(self) -> Region | None:
+    def next_to_read(self, room: float = math.inf) -> Region | None:
         """Return the region that the backward should want next of those that must be read.
 
-        What is read for another device's memory waits in staging, so no schedule holds it back.
+        Before its time only where it fits into `room`. What is read for another device's memory
+        waits in staging, so no schedule holds it back.
         """
         order, regions = self.order, self._regions
         while self.read_at < len(order):
             region = regions[order[self.read_at]]
-            if region.crossing is None and self.read_at > self.due:
-                return None
             if not region.ahead and region.is_away():
-                return region
+                early = region.crossing is None and self.read_at > self.due
+                return None if early and region.nbytes > room else region
             self.read_at += 1
         return None
 

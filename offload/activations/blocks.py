@@ -151,15 +151,17 @@ class BlockBook:
                     found.append((max(runs.noted[number].enters), nbytes))
         return found
 
-    def missed(self, key: BlockKey, peak_bytes: int) -> None:
-        """Take in that a choice's schedule needs `peak_bytes`."""
+    def missed(self, key: BlockKey, peak_bytes: int) -> bool:
+        """Take in that a choice's schedule needs `peak_bytes`; say if it will be made again."""
         choice = self._choices.get(key)
         if choice is None or self._memory_bytes is None or peak_bytes <= self._memory_bytes:
-            return
-        if choice.misses < _MOST_MISSES and len(choice.recompute) < len(choice.blocks):
-            choice.misses += 1
-            choice.aim *= self._memory_bytes / peak_bytes
-            choice.stale = True
+            return False
+        if choice.misses >= _MOST_MISSES or len(choice.recompute) == len(choice.blocks):
+            return False
+        choice.misses += 1
+        choice.aim *= self._memory_bytes / peak_bytes
+        choice.stale = True
+        return True
 
     def drive_changed(self) -> None:
         """Have every choice made again."""

@@ -40,8 +40,12 @@ class _Departure:
     copied: Moment
 
     def let_go(self) -> None:
-        """Take leave of the storage; its owner may have emptied it, and then its bytes are lost."""
+        """Take leave of the storage."""
         self.region.leaving = False
+        self.look()
+
+    def look(self) -> None:
+        """See whether its owner has emptied the storage: then the bytes may be lost."""
         storage = self.storage
         if storage.nbytes() < self.region.end or storage.data_ptr() != self.address:
             self.region.spoilt = True
@@ -241,10 +245,12 @@ class Crossing:
         departure = self._departing.popleft()
         self._departing_bytes -= departure.nbytes
         begin = self._before_waiting()
-        # The queue on which it was made has the memory back; others may have no part in it.
-        self._hold(departure.copied, departure.region.queue)
-        self._waited(begin)
-        departure.let_go()
+        try:
+            # The queue on which it was made has the memory back; others may have no part in it.
+            self._hold(departure.copied, departure.region.queue)
+        finally:
+            self._waited(begin)
+            departure.let_go()
 
     def _hold(self, moment: Moment, queue: Any) -> None:
         """Have `queue` go on only after `moment`; a thread's transfer holds up this thread."""
@@ -264,7 +270,9 @@ class Crossing:
     def finish(self) -> None:
         """Let go of all that is still leaving: nobody waits for its backward any more."""
         while self._departing:
-            self._wait_for_oldest()
+            # The next who sends or wants something hears of an error: nobody here can.
+            with contextlib.suppress(OSError):
+                self._wait_for_oldest()
 
     # ---- back ---------------------------------------------------------------------------------
 
@@ -316,6 +324,10 @@ class Crossing:
         Waits itself until they are in host memory. Raises OSError when they are lost or damaged.
         """
         self._raise_error()
+        if region.leaving:
+            for departure in self._departing:
+                if departure.region is region:
+                    departure.look()
         if region.spoilt:
             raise RuntimeError(
                 f"a saved tensor's storage ({region.end} bytes) was emptied by its owner while it "

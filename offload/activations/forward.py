@@ -270,6 +270,7 @@ class ForwardPass(HookScope):
     def _register(self, region: Region) -> None:
         if not self.live:
             self.owner.forwards.add(self)
+            self.owner.transfers.bound_staging()
         if not self._met_any:
             self.meet(region.alias)
         region.number = len(self.regions)
@@ -343,7 +344,7 @@ class ForwardPass(HookScope):
             if book.probe_bytes > 0:
                 book.probe_bytes -= region.nbytes
                 return ""
-            self.owner.counters.planned_to_stay += region.nbytes
+            self.owner.transfers.stay(region)
         return tier
 
     # ---- the backward -----------------------------------------------------------------------
@@ -375,6 +376,7 @@ class ForwardPass(HookScope):
         """Take leave of the last region; teach the owner the order that was used."""
         self.depth = max(self.depth, len(self.owner.forwards))
         self.owner.forwards.discard(self)
+        self.owner.transfers.bound_staging()
         if not self.ended:
             return  # more may come
         if self.backward.used and self.owner.process == getpid():

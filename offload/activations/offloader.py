@@ -26,7 +26,7 @@ from offload.activations.stats import ActivationStats, Counters, snapshot
 from offload.activations.transfers import Transfers
 from offload.activations.uncompiled import uncompiled
 from offload.config import ActivationsConfig
-from offload.device import EmulatedLink, has_gpu, require_kvikio
+from offload.device import EmulatedLink, has_gpu, require_direct
 from offload.native import DropBox, FaultPlan, SavedView, TryLock
 from offload.tiers import Stores
 
@@ -60,14 +60,15 @@ def end(module_hook: RemovableHandle, transfers: Transfers) -> None:
 
 
 def require_useful(config: ActivationsConfig, emulated_device: EmulatedLink | None) -> None:
-    """Raise ValueError where what `config` asks for would save nothing, ImportError without kvikio
-    where it takes that.
+    """Raise ValueError where what `config` asks for would save nothing.
+
+    With `gds`, ImportError without kvikio, and OSError where the direct way cannot be had.
     """
     tier, on_device = config.tier, has_gpu() or emulated_device is not None
     if config.gds and not on_device:
         raise ValueError("gds=True leads from a GPU to the SSD, and torch sees no GPU here")
     if config.gds and emulated_device is None:
-        require_kvikio()
+        require_direct(config.path)
     if tier == "device" or (tier == "host" and not on_device):
         raise ValueError(
             f"tier={tier!r} saves nothing here: activations can go to tier 'ssd'; "
@@ -129,7 +130,10 @@ class ActivationOffload:
         self.counters = Counters()
         # Reentrant only so that it can say whether this thread holds it; see `close` and `settle`.
         self.lock: Any = threading.RLock()
-        self.transfers = Transfers(self.config, self._stores, self.counters, self.lock)
+        self.forwards: set[ForwardPass] = set()  # with regions that somebody may want
+        self.transfers = Transfers(
+            self.config, self._stores, self.counters, self.lock, self.forwards
+        )
         # What is in host memory gains nothing from going to host memory.
         self.stays_on_host = self.config.tier == "host" and emulated_device is None
         self._emulated = (
@@ -142,7 +146,6 @@ class ActivationOffload:
         self.process = os.getpid()
         lock_out_children(self)
         self.closed = self._close_later = False
-        self.forwards: set[ForwardPass] = set()  # with regions that somebody may want
         # Views that autograd lets go of put their regions here, in any thread at any moment.
         self.dropped = DropBox(self.settle)
         self._ending: list[Region] = []  # without a view, and not freed yet

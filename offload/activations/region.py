@@ -62,6 +62,7 @@ class Region:
         "root_key",
         "root_ref",
         "spoilt",
+        "stays",
         "storage",
         "unread",
         "used",
@@ -89,6 +90,7 @@ class Region:
         self.in_memory = True
         self.pending = True  # saved, and not staged yet
         self.kept = False  # because the SSD had no space
+        self.stays = False  # because its schedule says so
         self.extent: Staged | None = None
         self.restored: Restored | None = None
         # Of regions on another device than the host: by which way they go; the queue they were made

@@ -62,6 +62,7 @@ class _Entry:
     trace: Trace | None = None
     key: BlockKey | None = None
     """Of the forward's blocks, where some are recomputed."""
+    has_blocks: bool = False
     plan: Plan | None = None
     stale: bool = False
     depth: int = 1
@@ -161,6 +162,7 @@ class ScheduleBook:
             entry.trace, entry.depth, entry.stale = recording.trace(sizes, transients), depth, True
             entry.recordings += 1
             self.record_next = False
+            entry.has_blocks = runs is not None and runs.key is not None
             if runs is not None and runs.recompute:
                 entry.key = runs.key
             elif runs is not None and entry.recordings > 1:
@@ -260,11 +262,12 @@ class ScheduleBook:
         schedule = plan_activations(trace, channels, limits, memory_bytes, slowdown=slowdown)
         if memory_bytes is None:
             return schedule
+        # More blocks can be recomputed from the next forward on, maybe. This one fits first.
+        final = not entry.has_blocks
         if entry.key is not None:
-            # More blocks can be recomputed from the next forward on, maybe. This one fits first.
-            self.blocks.missed(entry.key, schedule.peak_bytes)
+            final = not self.blocks.missed(entry.key, schedule.peak_bytes)
         schedule = slowed_to_fit(schedule, trace, channels, limits, memory_bytes)
-        if entry.recordings > 1 and entry.key is None and schedule.peak_bytes > memory_bytes:
+        if entry.recordings > 1 and final and schedule.peak_bytes > memory_bytes:
             self.unmet_bytes = schedule.peak_bytes
         return schedule
 

@@ -58,10 +58,12 @@ class ActivationStats:
     """Seconds the training thread waited, for a read or for room in staging."""
     ssd_write_bytes: int
     ssd_write_bytes_a_day: float
-    """In a day that goes on like the time since the start, pauses included; of all directories."""
+    """In a day that goes on like the time since the start, pauses included; by this process, to all
+    directories."""
     ssd_life_days: float | None
-    """How long each drive would last from new on if it were written so; infinite if it is not, None
-    where `ssd_rated_bytes` is not given."""
+    """How long the drive that is written most would last from new on, if nobody but this process
+    went on writing to it so; infinite if nothing is written, None without `ssd_rated_bytes`.
+    Directories on one file system are one drive."""
     ssd_read_bytes: int
     native_bytes: int
     """Every native buffer now: the arena as far as it was touched, and what lies outside of it."""
@@ -101,6 +103,7 @@ class Counters:
     kept: int = 0
     kept_now: int = 0
     planned_to_stay: int = 0
+    staying_now: int = 0
     recomputed_blocks: int = 0
     predicted_peak: int = 0
     predicted_slowdown: float = 0.0
@@ -127,7 +130,10 @@ def snapshot(
         return int(native[key])
 
     open_s = float(native["open_s"])
-    a_day = whole("write_bytes") / open_s * DAY_S if open_s else 0.0
+    a_day, drive_a_day = (
+        whole(key) / open_s * DAY_S if open_s else 0.0
+        for key in ("write_bytes", "drive_write_bytes")
+    )
     return ActivationStats(
         offloaded_bytes=counts.offloaded,
         reloaded_bytes=whole("reloaded_bytes"),
@@ -144,7 +150,7 @@ def snapshot(
         stall_s=float(native["read_wait_s"]) + float(native["write_wait_s"]),
         ssd_write_bytes=whole("write_bytes"),
         ssd_write_bytes_a_day=a_day,
-        ssd_life_days=_life_days(config, a_day),
+        ssd_life_days=_life_days(config, drive_a_day),
         ssd_read_bytes=whole("read_bytes"),
         native_bytes=whole("native_bytes"),
         native_peak_bytes=whole("native_peak_bytes"),
@@ -164,9 +170,6 @@ def snapshot(
 def _life_days(config: ActivationsConfig, written_a_day: float) -> float | None:
     if config.ssd_rated_bytes is None:
         return None
-    # Extents are spread evenly over the directories, each on a drive of its own.
     return life_days(
-        written_a_day / max(1, len(config.path)),
-        config.ssd_rated_bytes,
-        write_amplification=config.ssd_write_amplification,
+        written_a_day, config.ssd_rated_bytes, write_amplification=config.ssd_write_amplification
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import warnings
+from collections.abc import Set
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from offload.device import CudaLink, DeviceLink, Restored
 from offload.tiers import DirectExtent, Staged, Stores
 
 if TYPE_CHECKING:
+    from offload.activations.backward import BackwardOrder
     from offload.activations.forward import ForwardPass
 
 __all__ = ["Transfers"]
@@ -32,24 +34,32 @@ class Transfers:
     """The traffic of one instance, whose lock guards it where not said otherwise."""
 
     def __init__(
-        self, config: ActivationsConfig, stores: Stores, counters: Counters, lock: Any
+        self,
+        config: ActivationsConfig,
+        stores: Stores,
+        counters: Counters,
+        lock: Any,
+        forwards: Set[ForwardPass],
     ) -> None:
         self._stores = stores
         self._lock = lock
         self._counters = counters
         self._keep_bytes = config.keep_bytes
+        self._memory_bytes = config.memory_bytes
+        self._forwards = forwards
         self._said_full = False
         self.ahead_bytes = 0
         wanted = config.read_ahead_bytes
         self._read_ahead_bytes = config.staging_bytes // 2 if wanted is None else wanted
-        batch = min(self._read_ahead_bytes // 2, _READ_BATCH_BYTES)
-        self._read_more_below = self._read_ahead_bytes - batch
+        # What a schedule has read by a moment fits into staging, beside all that is there.
+        self._planned_ahead_bytes = config.staging_bytes if wanted is None else wanted
         self._window_bytes = config.device_window_bytes
         self._past_host = config.gds
         self._write = stores.ssd.write if stores.ssd is not None else None
         self.crossings: dict[torch.device, Crossing] = {}
         self._pinned_by: DeviceLink | None = None
         self._pinned: dict[int, bool] = {}  # by the address of an arena
+        self.bound_staging()
 
     def crossing_over(self, link: DeviceLink) -> Crossing:
         """Return the traffic over `link`, to one device."""
@@ -59,6 +69,8 @@ class Transfers:
             pinned = self._pin(link)
             crossing = Crossing(link, self._stores.named(), self._window_bytes, pinned)
             self.crossings[link.device] = crossing
+            if self._stores.ssd is not None:
+                self._stores.ssd.set_limit(self._stores.ssd.arena.nbytes)
         return crossing
 
     def _open_direct_way(self, link: DeviceLink) -> None:
@@ -80,6 +92,9 @@ class Transfers:
                 self._pinned[arena.address] = done = link.pin(arena.address, arena.nbytes)
                 if done:
                     arena.mark_resident()
+        if not self._pinned:
+            link.pinned_reason = "nothing is staged: all goes past host memory"
+            return False
         link.pinned_reason = self._pinned_by.pinned_reason
         return all(self._pinned.values())
 
@@ -124,11 +139,35 @@ class Transfers:
         region.leave_memory()
         self._counters.offloaded += nbytes
 
+    def stay(self, region: Region) -> None:
+        """Note that a region stays where it is, as its schedule says."""
+        region.stays = True
+        self._counters.planned_to_stay += region.nbytes
+        self._counters.staying_now += region.nbytes
+        if self.bound_staging():
+            assert self._stores.ssd is not None
+            self._stores.ssd.wait_within_limit()
+
+    def bound_staging(self) -> bool:
+        """Leave to staging what `memory_bytes` of each forward has left beside all that stays.
+
+        A forward that saves faster than the drive writes waits for it then, as its schedule says
+        that it must. What crosses to a device is not in the device's memory while it is staged.
+        Says whether there is such a limit.
+        """
+        ssd = self._stores.ssd
+        if self._memory_bytes is None or ssd is None or self.crossings:
+            return False
+        stays = self._counters.staying_now + self._counters.kept_now
+        ssd.set_limit(max(0, self._memory_bytes * max(1, len(self._forwards)) - stays))
+        return True
+
     def _keep(self, region: Region) -> None:
         self._require_keeping(region.nbytes)
         self._counters.kept += region.nbytes
         self._counters.kept_now += region.nbytes
         region.kept = True
+        self.bound_staging()
 
     def _require_keeping(self, nbytes: int) -> None:
         if (limit := self._keep_bytes) is None:
@@ -180,8 +219,7 @@ class Transfers:
             self._not_ahead(region)
         elif region.arrival is None or region.arrival.copied is None:
             extent.prefetch()  # before everything that is only expected
-        if self.ahead_bytes <= self._read_more_below:
-            self.read_ahead(forward)
+        self.read_ahead(forward)
         if region.crossing is None:
             assert not isinstance(extent, DirectExtent)  # which takes a device
             restored: Restored = extent.fetch()
@@ -200,11 +238,13 @@ class Transfers:
 
     def read_ahead(self, forward: ForwardPass) -> None:
         """Start a batch of reads that the backward should want soon: one at least, if any."""
-        limit = self._read_ahead_bytes
         backward = forward.backward
+        planned = backward.plan is not None
+        limit = self._planned_ahead_bytes if planned else self._read_ahead_bytes
+        batch = min(limit // 2, _READ_BATCH_BYTES)
         began = False
-        while limit and (self.ahead_bytes <= self._read_more_below or began):
-            region = backward.next_to_read()
+        while limit and (self.ahead_bytes <= limit - batch or began):
+            region = backward.next_to_read(self._room(backward))
             if region is None or region.extent is None:
                 break
             ahead = self.ahead_bytes + region.nbytes
@@ -215,6 +255,17 @@ class Transfers:
             backward.read_at += 1
         if began:
             self._stores.flush()
+
+    def _room(self, backward: BackwardOrder) -> float:
+        """Return how much of the staging that a schedule needs at its worst is not in use now.
+
+        It stays touched, so that reading into it before the last moment costs no memory.
+        """
+        ssd = self._stores.ssd
+        if backward.plan is None or ssd is None:
+            return 0.0
+        arena = ssd.arena
+        return backward.plan.schedule.staging_peak_bytes - (arena.nbytes - arena.free_bytes)
 
     def _bring_ahead(self, forward: ForwardPass) -> None:
         """Have what is wanted soon come back to its device."""
@@ -235,9 +286,11 @@ class Transfers:
     def forget(self, region: Region) -> None:
         """Take leave of a region that nobody wants any more."""
         self._not_ahead(region)
-        if region.kept:
-            region.kept = False
-            self._counters.kept_now -= region.nbytes
+        if region.kept or region.stays:
+            self._counters.kept_now -= region.nbytes * region.kept
+            self._counters.staying_now -= region.nbytes * region.stays
+            region.kept = region.stays = False
+            self.bound_staging()
         region.free()
 
     def totals(self, crossing: Crossing | None) -> dict[str, Totals]:

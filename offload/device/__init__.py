@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from offload.device.cuda import CudaLink, device_facts, refuse_capture
-from offload.device.direct import DirectFile, direct_facts, require_kvikio
+from offload.device.direct import DirectFile, direct_facts, require_direct
 from offload.device.emulated import EmulatedLink
 from offload.device.link import KERNEL_ALIGN, DeviceLink, Moment, bytes_of
 from offload.native import Buffer, tensor_at
@@ -29,7 +29,7 @@ __all__ = [
     "direct_facts",
     "has_gpu",
     "refuse_capture",
-    "require_kvikio",
+    "require_direct",
     "view_over",
 ]
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-__all__ = ["DirectFile", "KvikioFile", "direct_facts", "require_kvikio"]
+from offload.native import close_in_children, keep_in_children
+
+__all__ = ["DirectFile", "KvikioFile", "direct_facts", "require_direct"]
 
 _INSTALL = (
     "`pip install --no-deps kvikio-cu13 libkvikio-cu13 nvidia-cufile` and then "
@@ -45,39 +50,74 @@ def require_kvikio() -> None:
 class KvikioFile:
     """A file that is open here already, by its descriptor: it need not have a name.
 
-    kvikio's own way through host memory is refused: raises OSError where there is no direct one.
+    kvikio's own way through host memory is refused: raises OSError where it has no other. (cuFile
+    may still have one of its own, which only `direct_facts` finds out.) Each transfer is one call
+    of cuFile: kvikio's parallel ones add up what their pieces have moved, which does not tell where
+    a short one ends, and go on with the others after one has failed.
     """
 
     def __init__(self, descriptor: int) -> None:
         require_kvikio()
         kvikio = importlib.import_module("kvikio")  # not before somebody wants it
-        self._path = f"/proc/self/fd/{descriptor}"
+        path = f"/proc/self/fd/{descriptor}"
+        self._name = os.readlink(path)
+        before = _descriptors_of(descriptor)
         try:
             with kvikio.defaults.set("compat_mode", kvikio.CompatMode.OFF):
-                self._file: Any = kvikio.CuFile(self._path, "r+")
+                self._file: Any = kvikio.CuFile(path, "r+")
         except RuntimeError as error:
-            raise OSError(f"{self._path} cannot be opened for GPUDirect Storage: {error}") from None
+            said = f"cannot be opened for GPUDirect Storage: {error}"
+            raise OSError(errno.ENOTSUP, said, self._name) from None
+        # Of which a forked child would otherwise keep the file's space in use.
+        self._opened = _descriptors_of(descriptor) - before
+        for mine in self._opened:
+            close_in_children(mine)
 
     def write(self, source: torch.Tensor, offset: int) -> int:
         """Write by cuFile."""
-        try:
-            return int(self._file.write(source, source.nbytes, offset))
-        except RuntimeError as error:
-            raise self._failed("write", source.nbytes, offset, error) from None
+        return self._moved("write", self._file.raw_write, source, offset)
 
     def read(self, target: torch.Tensor, offset: int) -> int:
         """Read by cuFile."""
-        try:
-            return int(self._file.read(target, target.nbytes, offset))
-        except RuntimeError as error:
-            raise self._failed("read", target.nbytes, offset, error) from None
+        return self._moved("read", self._file.raw_read, target, offset)
 
-    def _failed(self, what: str, nbytes: int, offset: int, error: RuntimeError) -> OSError:
-        return OSError(f"{what} of {nbytes} bytes at {offset} of {self._path} by cuFile: {error}")
+    def _moved(self, what: str, move: Any, tensor: torch.Tensor, offset: int) -> int:
+        try:
+            return int(move(tensor, tensor.nbytes, offset))
+        except RuntimeError as error:
+            said = f"{what} of {tensor.nbytes} bytes at {offset} by cuFile: {error}"
+            raise OSError(errno.EIO, said, self._name) from None
 
     def close(self) -> None:
         """Deregister the file."""
+        for mine in self._opened:
+            keep_in_children(mine)
         self._file.close()
+
+
+def _descriptors_of(descriptor: int) -> set[int]:
+    """Return all of this process's descriptors of the file that `descriptor` is one of."""
+    file, found = os.fstat(descriptor), set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            other = os.fstat(int(name))
+        except OSError:
+            continue  # closed meanwhile: the listing's own, at least
+        if (other.st_dev, other.st_ino) == (file.st_dev, file.st_ino):
+            found.add(int(name))
+    return found
+
+
+def require_direct(directories: Sequence[str]) -> None:
+    """Raise OSError unless a GPU's bytes have been seen to go to each of `directories` directly.
+
+    Raises ImportError, naming what to install, where kvikio is missing.
+    """
+    require_kvikio()
+    for directory in directories:
+        works, why = direct_facts(directory)
+        if not works:
+            raise OSError(errno.ENOTSUP, f"gds=True: {why}; leave it out there", directory)
 
 
 def direct_facts(directory: str) -> tuple[bool, str]:
@@ -91,8 +131,11 @@ def direct_facts(directory: str) -> tuple[bool, str]:
         return False, "kvikio is here, but torch sees no GPU; bytes pass through host memory"
     try:
         before = _operations()
-    except (OSError, ValueError):
+    except OSError:
         return False, f"{_STATS} cannot be read: the nvidia-fs driver is not loaded"
+    if before is None:
+        said = "the nvidia-fs driver counts no transfers, so there is no telling"
+        return False, f"{said}: load it with rw_stats_enabled=1"
     command = [sys.executable, "-m", "offload.device.direct_probe", directory]
     try:
         child = subprocess.run(
@@ -103,7 +146,7 @@ def direct_facts(directory: str) -> tuple[bool, str]:
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no reason was given"])[-1]
         return False, f"trying it in {directory} failed: {last}"
-    if _operations() <= before:
+    if (_operations() or 0) <= before:
         return (
             False,
             f"bytes came back, but the nvidia-fs driver counted no transfer to {directory}",
@@ -111,13 +154,10 @@ def direct_facts(directory: str) -> tuple[bool, str]:
     return True, f"{directory}: bytes came back, and the nvidia-fs driver counted their transfer"
 
 
-def _operations() -> int:
-    """Return how many reads and writes the driver has counted."""
-    found = 0
-    for line in _STATS.read_text().splitlines():
-        if line.startswith(("Reads", "Writes")):
-            found += int(line.split("n=")[1].split()[0])
-    return found
+def _operations() -> int | None:
+    """Return how many reads and writes the driver has counted; None where it does not count."""
+    found = re.findall(r"^(?:Reads|Writes)\b.*?\bn=(\d+)", _STATS.read_text(), re.MULTILINE)
+    return sum(map(int, found)) if found else None
 
 
 def probe(directory: str) -> None:

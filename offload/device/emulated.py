@@ -19,7 +19,7 @@ import torch
 
 from offload.device.direct import DirectFile
 from offload.device.link import DeviceLink, Moment
-from offload.native import Buffer, tensor_over
+from offload.native import Buffer, close_in_children, keep_in_children, tensor_over
 
 __all__ = ["EmulatedLink"]
 
@@ -112,6 +112,7 @@ class EmulatedFile:
     def __init__(self, descriptor: int) -> None:
         # Opened anew, as kvikio does: a file without a name has one there.
         self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
+        close_in_children(self._descriptor)
 
     def write(self, source: torch.Tensor, offset: int) -> int:
         """Write from memory."""
@@ -124,6 +125,7 @@ class EmulatedFile:
 
     def close(self) -> None:
         """Give the descriptor back."""
+        keep_in_children(self._descriptor)
         os.close(self._descriptor)
 
 

@@ -5,6 +5,7 @@ Nothing is staged, and nothing is verified: the checksums of `Spill` are made in
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,14 +80,19 @@ class _Lane:
                 moved = transfer(tensor[done:], extent.offset + done)
                 if moved <= 0:
                     raise OSError(
+                        errno.EIO,
                         f"a direct transfer of {tensor.nbytes} bytes at {extent.offset} ended "
-                        f"after {done}"
+                        f"after {done}",
                     )
                 done += moved
             self.nbytes += done
             self.busy_s += time.perf_counter() - begin_s
         except BaseException as error:
-            self.error = self.error or error
+            if self.error is None:
+                # A copy, without the frames, which hold the tensor and the space.
+                self.error = type(error)(*error.args)
+                if isinstance(error, OSError):
+                    self.error = OSError(error.errno, error.strerror or str(error), error.filename)
             raise
 
     def drain(self) -> None:
@@ -129,13 +135,18 @@ class DirectWay:
 
     def __init__(self, files: Mapping[Spill, DirectFile]) -> None:
         self._files = dict(files)
+        self.written = dict.fromkeys(files, 0)
+        """Bytes that each directory's file was reserved for."""
         self.writes = _Lane("offload direct writes")
         self.reads = _Lane("offload direct reads")
 
     def reserve(self, spill: Spill, nbytes: int) -> DirectExtent | None:
         """Return space in a directory's file; None when it has none."""
         extent = spill.reserve(nbytes)
-        return None if extent is None else DirectExtent(self, self._files[spill], extent)
+        if extent is None:
+            return None
+        self.written[spill] += nbytes
+        return DirectExtent(self, self._files[spill], extent)
 
     def counters(self) -> dict[str, int | float]:
         """Return what is added to the counters of the spills."""

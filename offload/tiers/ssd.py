@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from time import monotonic
+from typing import TypeVar
 
 from offload.config import ActivationsConfig
-from offload.device import DeviceLink
+from offload.device import KERNEL_ALIGN, DeviceLink
 from offload.native import Arena, Extent, FaultPlan, Spill
 from offload.tiers.gds import DirectExtent, DirectWay
 from perfmodel.endurance import WriteBudget
 
 __all__ = ["SsdTier", "TierFacts"]
+
+E = TypeVar("E", Extent, DirectExtent)
+_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class SsdTier:
             *("write_bytes", "read_bytes", "write_wait_s", "read_wait_s", "copy_s", "verify_s"),
             *("native_bytes", "native_peak_bytes", "peak_used_bytes", "spill_used_bytes"),
             *("spill_peak_used_bytes", "page_cache_bytes", "open_s"),
+            "drive_write_bytes",
         ),
         0,
     )
@@ -58,6 +63,7 @@ class SsdTier:
     def __init__(self, config: ActivationsConfig, faults: FaultPlan | None = None) -> None:
         self._process = os.getpid()
         self._opened_s = monotonic()
+        self._closed_s: float | None = None
         try:
             self.arena = Arena(config.staging_bytes)
         except MemoryError:
@@ -65,17 +71,14 @@ class SsdTier:
                 f"staging_bytes={config.staging_bytes} is more memory than there is; ask for less"
             ) from None
         self._spills: list[Spill] = []
+        self._drives: list[int] = []  # the device number of each one's file system
         self._next = 0
-        self._verify = config.verify and not config.gds
+        self._verify = config.verify
         self.direct_way: DirectWay | None = None
         """Past host memory, once somebody has opened it."""
         self._path = config.path
         self._spill_bytes = config.spill_bytes
-        self._budget: WriteBudget | None = None
-        if config.ssd_write_bytes_per_day is not None:
-            # Extents are spread evenly, so that each directory gets its part.
-            per_day = config.ssd_write_bytes_per_day * len(config.path)
-            self._budget = WriteBudget(per_day, monotonic())
+        self._budgets: dict[Spill, WriteBudget] = {}
         self._refused_bytes = 0
         try:
             for directory in config.path:
@@ -83,7 +86,10 @@ class SsdTier:
         except BaseException:
             self.close()
             raise
-        only = self._spills[0] if len(self._spills) == 1 else None
+        if config.ssd_write_bytes_per_day is not None:
+            for spill in self._spills:
+                self._budgets[spill] = WriteBudget(config.ssd_write_bytes_per_day, monotonic())
+        only = self._spills[0] if len(self._spills) == 1 and not self._budgets else None
         self.write: Callable[[int, int], Extent | None]
         """`write(address, nbytes)` copies bytes into staging and starts writing them.
 
@@ -91,8 +97,6 @@ class SsdTier:
         no directory has space or may be written to; raises OSError once an earlier write failed.
         """
         self.write = only.write if only is not None else self._write_in_turn
-        if self._budget is not None:
-            self._write, self.write = self.write, self._write_within_budget
 
     def _open_spill(
         self, directory: str, config: ActivationsConfig, faults: FaultPlan | None
@@ -109,6 +113,7 @@ class SsdTier:
             fault_plan=faults,
         )
         self._spills.append(spill)
+        self._drives.append(os.fstat(spill.fileno()).st_dev)
         if spill.backing == "memory":
             said = f"{directory} is in RAM ({spill.filesystem}), where nothing is saved"
             warnings.warn(f"{said}; name a directory on an SSD", RuntimeWarning, stacklevel=5)
@@ -121,20 +126,29 @@ class SsdTier:
             yield spills[(self._next - 1) % len(spills)]
 
     def _write_in_turn(self, address: int, nbytes: int) -> Extent | None:
+        return self._first_of(
+            nbytes, address % KERNEL_ALIGN, lambda spill: spill.write(address, nbytes)
+        )
+
+    def _first_of(self, nbytes: int, lead: int, take: Callable[[Spill], E | None]) -> E | None:
+        """Return what the first directory gives that has space and may be written to."""
+        whole = -(-(lead + nbytes) // _PAGE_BYTES) * _PAGE_BYTES  # with what pads it
+        refused = False
         for spill in self._in_turn():
-            extent = spill.write(address, nbytes)
+            budget = self._budgets.get(spill)
+            if budget is not None and not budget.allow(whole, monotonic()):
+                refused = True
+                continue
+            extent = None
+            try:
+                extent = take(spill)
+            finally:
+                if extent is None and budget is not None:
+                    budget.give_back(whole)
             if extent is not None:
                 return extent
+        self._refused_bytes += nbytes * refused
         return None
-
-    def _write_within_budget(self, address: int, nbytes: int) -> Extent | None:
-        return self._write(address, nbytes) if self._may_write(nbytes) else None
-
-    def _may_write(self, nbytes: int) -> bool:
-        if self._budget is None or self._budget.allow(nbytes, monotonic()):
-            return True
-        self._refused_bytes += nbytes
-        return False
 
     def stage(self, nbytes: int, lead: int) -> Extent | DirectExtent | None:
         """Return an extent with room in staging, at an address equal to `lead` modulo 64.
@@ -142,14 +156,10 @@ class SsdTier:
         Its bytes are put where `staged()` says, and then `start_write()` sends them on. Where there
         is a direct way, an extent that the device writes itself. Otherwise as `write`.
         """
-        if not self._may_write(nbytes):
-            return None
         way = self.direct_way
-        for spill in self._in_turn():
-            extent = spill.stage(nbytes, lead) if way is None else way.reserve(spill, nbytes)
-            if extent is not None:
-                return extent
-        return None
+        if way is None:
+            return self._first_of(nbytes, lead, lambda spill: spill.stage(nbytes, lead))
+        return self._first_of(nbytes, 0, lambda spill: way.reserve(spill, nbytes))
 
     def open_direct_way(self, link: DeviceLink) -> None:
         """Have `link`'s device reach the files itself from now on.
@@ -166,7 +176,9 @@ class SsdTier:
 
     def write_bytes_per_s(self) -> float:
         """Return what may be written without end; infinite without a limit."""
-        return self._budget.bytes_per_s if self._budget is not None else math.inf
+        if not self._budgets:
+            return math.inf
+        return sum(budget.bytes_per_s for budget in self._budgets.values())
 
     def raise_write_error(self) -> None:
         """Raise the OSError of the first write that failed for another reason than a full disk."""
@@ -193,6 +205,14 @@ class SsdTier:
             reasons.append("the writes of the last 24 hours are used up (ssd_write_bytes_per_day)")
         return reasons
 
+    def set_limit(self, nbytes: int) -> None:
+        """Hold staging to `nbytes` from now on, or to one tensor if that is larger."""
+        self.arena.set_limit(nbytes)
+
+    def wait_within_limit(self) -> None:
+        """Return when staging is within its limit, or nothing is on its way out of it."""
+        self._spills[0].wait_within_limit()
+
     def flush(self) -> None:
         """Start the small writes that still wait for company."""
         for spill in self._spills:
@@ -209,6 +229,8 @@ class SsdTier:
         """Cancel what has not begun, wait for the rest, and join the I/O threads. Idempotent."""
         if self._process != os.getpid():
             return  # a forked child, on its way out, has no part in its parent's files
+        if self._closed_s is None:
+            self._closed_s = monotonic()
         with ExitStack() as stack:  # all of them, whatever one of them raises
             for spill in self._spills:
                 stack.callback(spill.close)
@@ -228,7 +250,7 @@ class SsdTier:
             direct_reason=weakest.direct_reason,
             registered_buffers=all(spill.registered for spill in self._spills),
             backing="memory" if in_memory else first.backing,
-            verify=self._verify,
+            verify=self._verify and not past_host,
         )
 
     def kept_total_bytes(self) -> int:
@@ -259,10 +281,19 @@ class SsdTier:
                 sums[2 * at + 1] += lane.busy_s
         return (sums[0], sums[1]), (sums[2], sums[3])
 
+    def _written_by_drive(self) -> dict[int, int]:
+        written: dict[int, int] = {}
+        for spill, drive in zip(self._spills, self._drives, strict=True):
+            direct = self.direct_way.written[spill] if self.direct_way is not None else 0
+            ours = int(spill.stats()["write_bytes"]) + direct
+            written[drive] = written.get(drive, 0) + ours
+        return written
+
     def counters(self) -> dict[str, int | float]:
         """Return the sums of all directories' counters and the arena's (`*_bytes`, `*_s`).
 
-        And `open_s`: for how long there has been somebody to write.
+        And `open_s`, for how long there has been somebody to write; `drive_write_bytes`, of the
+        file system that was written most.
         """
         total: dict[str, int | float] = dict(self.arena.stats())
         for spill in self._spills:
@@ -273,6 +304,7 @@ class SsdTier:
         if self.direct_way is not None:
             for key, value in self.direct_way.counters().items():
                 total[key] += value
-        total["open_s"] = monotonic() - self._opened_s
+        total["open_s"] = (self._closed_s or monotonic()) - self._opened_s
+        total["drive_write_bytes"] = max(self._written_by_drive().values(), default=0)
         total["page_cache_bytes"] = sum(spill.page_cache_bytes() for spill in self._spills)
         return total

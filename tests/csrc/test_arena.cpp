@@ -37,6 +37,30 @@ void the_cap_holds() {
   CHECK_EQ(arena->stats().used, 4 * kPageBytes);
 }
 
+void a_limit_holds_what_is_in_use_but_lets_one_slice_through() {
+  const auto arena = Arena::create(8 * kPageBytes);
+  arena->set_limit(2 * kPageBytes);
+  auto first = arena->try_allocate(2 * kPageBytes);
+  CHECK(first != nullptr);
+  CHECK(arena->try_allocate(1) == nullptr);
+  arena->set_limit(3 * kPageBytes);
+  const auto second = arena->try_allocate(1);
+  CHECK(second != nullptr);
+  arena->set_limit(0);  // what is in use stays
+  CHECK(arena->try_allocate(1) == nullptr);
+  first.reset();
+  CHECK(arena->try_allocate(1) == nullptr);
+  const auto other = Arena::create(8 * kPageBytes);
+  other->set_limit(0);
+  const auto large = other->try_allocate(5 * kPageBytes);
+  CHECK(large != nullptr);
+  CHECK(other->try_allocate(1) == nullptr);
+  const auto outside = Arena::create(8 * kPageBytes);
+  outside->set_limit(2 * kPageBytes);
+  const auto beside = outside->allocate_outside(2 * kPageBytes);
+  CHECK(outside->try_allocate(1) == nullptr);
+}
+
 void outside_slices_are_counted_while_they_live() {
   const auto arena = Arena::create(kPageBytes);
   const auto before = arena->stats();
@@ -123,6 +147,7 @@ void threads_never_share_a_page() {
 int main() {
   slices_are_whole_pages_of_the_mapping();
   the_cap_holds();
+  a_limit_holds_what_is_in_use_but_lets_one_slice_through();
   outside_slices_are_counted_while_they_live();
   memory_counts_from_its_first_use_or_its_registration();
   a_slice_outlives_the_last_arena_pointer();

@@ -92,6 +92,35 @@ def test_a_slow_drive_keeps_more_than_a_fast_one(scheduled: Any) -> None:
     assert stayed[0] > 2 * stayed[1]
 
 
+def test_a_forward_waits_for_a_slow_drive_rather_than_exceed_memory_bytes(scheduled: Any) -> None:
+    limit, count = 4 * MIB, 24
+    act = scheduled(io_engine=throttled(1e8), memory_bytes=limit, tolerated_slowdown=0.0)
+    start = torch.randn(MIB // 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def in_use() -> int:
+        assert act._stores.ssd is not None
+        stats = act._stores.ssd.arena.stats()
+        return int(stats["used_bytes"] + stats["outside_bytes"]) + act.counters.staying_now
+
+    for step in range(5):
+        worst = 0
+        x = start * 1.0
+        with act.forward():
+            for _ in range(count):
+                x = torch.exp(-x)
+                worst = max(worst, in_use())
+        assert MIB <= worst <= limit, f"step {step}"
+        x.sum().backward()
+        assert not act.counters.staying_now
+    stats = act.stats()
+    assert stats.predicted_slowdown > 0
+    assert stats.predicted_peak_bytes <= limit
+    assert stats.stall_s > 0
+    free = scheduled(io_engine=throttled(1e8))
+    same(free, [64])
+    assert free._stores.ssd.arena.allocate(63 * MIB, 0) is not None, "without memory_bytes"
+
+
 def test_changing_shapes_each_find_their_schedule_and_new_ones_are_safe(scheduled: Any) -> None:
     act = scheduled(spill_bytes=256 * MIB)
     same(act, [1024, 2048, 1024, 2048, 1536, 1024, 1536, 2048, 1024])

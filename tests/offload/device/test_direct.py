@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,11 +25,12 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     class File:
         def __init__(self, path: str, flags: str) -> None:
             noted.append(("open", path, flags, module.mode))  # type: ignore[attr-defined]
+            self.descriptors = [os.open(path, os.O_RDWR) for _ in range(2)]  # as kvikio does
 
-        def write(self, tensor: torch.Tensor, size: int, offset: int) -> int:
+        def raw_write(self, tensor: torch.Tensor, size: int, offset: int) -> int:
             return self._moved("write", tensor, size, offset)
 
-        def read(self, tensor: torch.Tensor, size: int, offset: int) -> int:
+        def raw_read(self, tensor: torch.Tensor, size: int, offset: int) -> int:
             return self._moved("read", tensor, size, offset)
 
         def _moved(self, what: str, tensor: torch.Tensor, size: int, offset: int) -> int:
@@ -37,6 +40,8 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
             return size
 
         def close(self) -> None:
+            for descriptor in self.descriptors:
+                os.close(descriptor)
             noted.append("close")
 
     class Setting:
@@ -60,34 +65,93 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     assert module.mode == "AUTO"  # type: ignore[attr-defined]
 
 
+@pytest.fixture
+def descriptor(tmp_path: Path) -> Iterator[int]:
+    opened = os.open(tmp_path, os.O_TMPFILE | os.O_RDWR, 0o600)
+    yield opened
+    os.close(opened)
+
+
 def test_the_file_is_opened_by_its_descriptor_and_never_by_way_of_host_memory(
-    notes: list[Any],
+    notes: list[Any], descriptor: int
 ) -> None:
     tensor = torch.zeros(100, dtype=torch.uint8)
-    file = direct.KvikioFile(17)
+    file = direct.KvikioFile(descriptor)
+    assert len(file._opened) == 2
+    assert descriptor not in file._opened
     assert (file.write(tensor, 4096), file.read(tensor[10:], 8192)) == (100, 90)
     file.close()
     begin = tensor.data_ptr()
     assert notes == [
-        ("open", "/proc/self/fd/17", "r+", "OFF"),
+        ("open", f"/proc/self/fd/{descriptor}", "r+", "OFF"),
         ("write", begin, 100, 4096),
         ("read", begin + 10, 90, 8192),
         "close",
     ]
 
 
-def test_what_cufile_says_becomes_an_oserror_with_place_and_size(notes: list[Any]) -> None:
-    file = direct.KvikioFile(3)
+def test_what_cufile_says_becomes_an_oserror_with_place_and_size(
+    notes: list[Any], descriptor: int, tmp_path: Path
+) -> None:
+    file = direct.KvikioFile(descriptor)
     notes.append("fail")
     tensor = torch.zeros(100, dtype=torch.uint8)
-    with pytest.raises(OSError, match=r"write of 100 bytes at 4096 of .*/3 by cuFile: cuFile says"):
+    with pytest.raises(OSError, match="write of 100 bytes at 4096 by cuFile: cuFile says") as told:
         file.write(tensor, 4096)
-    with pytest.raises(OSError, match="read of 100 bytes at 0 of"):
+    assert told.value.errno == errno.EIO
+    assert str(told.value.filename).startswith(str(tmp_path))
+    with pytest.raises(OSError, match="read of 100 bytes at 0 by"):
         file.read(tensor, 0)
+    file.close()
+
+
+# As the driver writes it, with its statistics on and off.
+COUNTED = """GDS Version: 1.7.1.2
+NVFS statistics(ver: 4.0)
+NVFS Driver(version: 2.17.3)
+Mellanox PeerDirect Supported: False
+IO stats: Enabled, peer IO stats: Disabled
+Active Shadow-Buffer (MiB): 0
+Active Process: 0
+Reads\t\t\t\t: err=0 io_state_err=0
+Reads\t\t\t\t: n={} ok=6 err=0 readMiB=0 io_state_err=0
+Reads\t\t\t\t: Bandwidth(MiB/s)=0 Avg-Latency(usec)=0
+Sparse Reads\t\t\t\t: n=77 io=0 holes=0 pages=0
+Writes\t\t\t\t: err=0 io_state_err=0 pg-cache=0 pg-cache-fail=0 pg-cache-eio=0
+Writes\t\t\t\t: n=1 ok=1 err=0 writeMiB=0 io_state_err=0
+Mmap\t\t\t\t: n=4 ok=4 err=0 munmap=4
+"""
+UNCOUNTED = """GDS Version: 1.7.1.2
+IO stats: Disabled, peer IO stats: Disabled
+Reads\t\t\t\t: err=0 io_state_err=0
+Writes\t\t\t\t: err=0 io_state_err=0
+"""
 
 
 def counted(operations: int) -> str:
-    return f"GDS Version: 1.7\nReads\t\t\t\t: err=0 io_state_err=0 n={operations} ok=1\nWrites: n=1"
+    return COUNTED.format(operations)
+
+
+def test_a_driver_that_does_not_count_proves_nothing_and_how_it_would_is_said(
+    notes: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stats = tmp_path / "stats"
+    stats.write_text(UNCOUNTED)
+    monkeypatch.setattr(direct, "_STATS", stats)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    works, why = direct.direct_facts(str(tmp_path))
+    assert not works
+    assert "rw_stats_enabled" in why
+
+
+def test_what_is_not_proved_is_refused_when_it_is_asked_for(
+    notes: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(direct, "direct_facts", lambda path: (path != str(tmp_path), "not here"))
+    direct.require_direct(["/elsewhere"])
+    with pytest.raises(OSError, match="gds=True: not here") as told:
+        direct.require_direct(["/elsewhere", str(tmp_path)])
+    assert told.value.filename == str(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offload.config import ActivationsConfig
-from offload.device import DirectFile, EmulatedLink, require_kvikio
+from offload.device import DirectFile, EmulatedLink, require_direct
 from offload.device.emulated import EmulatedFile
 from offload.tiers import DirectExtent, SsdTier
 
@@ -179,4 +179,40 @@ def test_a_device_without_a_direct_way_is_refused_and_nothing_stays_open(tmp_pat
 def test_without_kvikio_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install .*kvikio"):
-        require_kvikio()
+        require_direct(["/tmp"])
+
+
+def test_what_a_host_holds_is_verified_beside_the_direct_way(spill_dir: Path) -> None:
+    tier = opened(spill_dir)
+    assert not tier.facts().verify, "of what the device writes itself nothing is"
+    source = random_bytes()
+    extent = tier.write(source.data_ptr(), source.nbytes)
+    assert extent is not None
+    tier.drain()
+    again = os.open(f"/proc/self/fd/{tier._spills[0].fileno()}", os.O_WRONLY)
+    os.pwrite(again, b"\xff" * 512, extent.offset)
+    os.close(again)
+    with pytest.raises(OSError, match="other bytes than were written"):
+        extent.fetch()
+    tier.close()
+
+
+def test_a_forked_child_keeps_no_direct_descriptor(
+    spill_dir: Path, in_child: Callable[[Callable[[], bool]], bool]
+) -> None:
+    tier = opened(spill_dir)
+    way = tier.direct_way
+    assert way is not None
+    descriptor = next(iter(way._files.values()))._descriptor  # type: ignore[attr-defined]
+
+    def is_open() -> bool:
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            return False
+        return True
+
+    assert is_open()
+    assert not in_child(is_open)
+    assert is_open()
+    tier.close()

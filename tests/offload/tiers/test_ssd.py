@@ -205,6 +205,36 @@ def test_a_day_has_no_more_writes_than_allowed(open_tier: Open) -> None:
     assert tier.write_bytes_per_s() == pytest.approx(23 * 3 * MIB / 86_400)
 
 
+def test_each_directory_has_its_own_day_whatever_the_sizes_and_whichever_is_full(
+    open_tier: Open, spill_dir: Path
+) -> None:
+    paths = tuple(str(spill_dir / name) for name in "ab")
+    for path in paths:
+        os.mkdir(path)
+    limit = 3 * MIB  # of an hour
+    tier = open_tier(path=paths, ssd_write_bytes_per_day=24 * limit)
+    held = []
+    for number in range(12):  # every other one is large
+        tensor = data(MIB if number % 2 else 4096)
+        held.append(tier.write(tensor.data_ptr(), tensor.nbytes))
+    tier.drain()
+    assert sum(extent is not None for extent in held) >= 8
+    assert all(spill.stats()["write_bytes"] <= limit for spill in tier._spills)
+
+
+def test_a_day_is_not_used_up_by_what_found_no_space_and_counts_what_pads(open_tier: Open) -> None:
+    tier = open_tier(spill_bytes=MIB, ssd_write_bytes_per_day=24 * (MIB + 2 * 4096))
+    first = tier.write(data(MIB).data_ptr(), MIB)
+    assert first is not None
+    for _ in range(3):
+        assert tier.write(data(4096).data_ptr(), 4096) is None, "the spill is full"
+    del first
+    tier.drain()
+    small = data(100)
+    written = [tier.write(small.data_ptr(), small.nbytes) for _ in range(3)]
+    assert [extent is not None for extent in written] == [True, True, False]
+
+
 def test_several_directories_may_be_written_to_as_much_each(
     open_tier: Open, spill_dir: Path
 ) -> None:
