@@ -316,14 +316,15 @@ def commit() -> str | None:
 def command_line(argv: Sequence[str]) -> str:
     """Return the command that repeats the run from the top of the repository.
 
-    Where its record went is left out: that is a path of one machine.
+    Where its record and its picture went is left out: that is a path of one machine.
     """
     script = Path(argv[0]).resolve()
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
     rest = list(argv[1:])
-    if "--json" in rest:
-        at = rest.index("--json")
-        del rest[at : at + 2]
+    for flag in ("--json", "--picture"):
+        if flag in rest:
+            at = rest.index(flag)
+            del rest[at : at + 2]
     return shlex.join(["python", name, *rest])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -135,7 +136,10 @@ class Worker:
         code = self._process.wait()
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return f"{self.name}: ended with code {code}: {lines[-1] if lines else 'no message'}"
+        last = lines[-1] if lines else "no message"
+        if code == -signal.SIGKILL:
+            last = "killed, maybe because memory ran out; make the sizes smaller"
+        return f"{self.name}: ended with code {code}: {last}"
 
 
 def serve(open_subject: Callable[[Mapping[str, object]], tuple[Subject, Answer]]) -> None:

@@ -360,7 +360,7 @@ class Crossing:
         self._expected.pop(region, None)
         if arrival.copied is not None:
             # Or the copy would run into what the memory holds next. Nobody wants its bytes.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 arrival.copied.synchronize()
         self._arrived(region)
 

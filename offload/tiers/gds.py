@@ -89,8 +89,8 @@ class _Lane:
             self.busy_s += time.perf_counter() - begin_s
         except BaseException as error:
             if self.error is None:
-                # A copy, without the frames, which hold the tensor and the space.
-                self.error = type(error)(*error.args)
+                # Told again without its frames, which hold the tensor and the space.
+                self.error = RuntimeError(f"{type(error).__name__}: {error}")
                 if isinstance(error, OSError):
                     self.error = OSError(error.errno, error.strerror or str(error), error.filename)
             raise

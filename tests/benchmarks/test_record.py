@@ -150,7 +150,9 @@ def test_the_json_has_every_field_of_the_contract_and_no_infinity(
 
 def test_the_command_is_told_from_the_top_of_the_repository() -> None:
     script = str(record.ROOT / "benchmarks" / "io.py")
-    told = record.command_line([script, "--json", "/somewhere/else.json", "--path", "a b"])
+    told = record.command_line(
+        [script, "--json", "/somewhere/else.json", "--picture", "b.png", "--path", "a b"]
+    )
     assert told == "python benchmarks/io.py --path 'a b'"
 
 

@@ -71,6 +71,14 @@ def test_a_subject_that_cannot_open_says_why() -> None:
 
 
 @pytest.mark.usefixtures("module")
+def test_a_killed_worker_is_told_with_what_may_have_killed_it() -> None:
+    with worker({"size": 5}) as subject:
+        subject._process.kill()
+        with pytest.raises(WorkerError, match="code -9: killed, maybe because memory ran out"):
+            subject.ask("next")
+
+
+@pytest.mark.usefixtures("module")
 def test_a_dead_worker_is_told_with_code_and_last_words() -> None:
     with worker({"size": 5}) as subject:
         with pytest.raises(WorkerError, match="subject: ended with code 3: the last words"):
