@@ -14,6 +14,7 @@ import torch
 
 import offload
 from benchmarks.worker import Answer, Subject, Worker, serve
+from examples.heap import keep_freed_memory
 from examples.memory import StepMemory
 from examples.models import MODELS, ModelConfig, Run, call, recompute
 from offload.native import FaultPlan
@@ -201,8 +202,9 @@ def open_worker(name: str, mode: str, training: Training) -> Worker:
 def _open_subject(settings: Mapping[str, object]) -> tuple[Subject, Answer]:
     rest: dict[str, Any] = dict(settings)
     mode = rest.pop("mode")
+    kept = keep_freed_memory()  # in every mode, as train_gpt.py does
     trainee = Trainee(Training(**rest), mode)
-    return trainee, trainee.facts()
+    return trainee, {**trainee.facts(), "freed_memory_kept": kept}
 
 
 if __name__ == "__main__":

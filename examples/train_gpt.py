@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from data import Corpus, evenly_spaced, load_corpus
 from flags import Parser, at_least, byte_size, one_of
+from heap import keep_freed_memory
 from loaders import LOADERS, Order, missing_package, open_loader
 from memory import StepMemory, resident_bytes
 from models import MODELS, ModelConfig, Run, call, recompute
@@ -388,4 +389,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     leave(main())
