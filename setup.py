@@ -34,8 +34,14 @@ setup(
             SOURCES,
             depends=SHARED,
             cxx_std=20,
-            # -UNDEBUG: the interpreter's own flags switch assert() off, and ours stay on.
-            extra_compile_args=["-O3", "-UNDEBUG", "-Wall", "-Wextra", "-pthread"],
+            extra_compile_args=[
+                *("-O3", "-Wall", "-Wextra", "-pthread"),
+                # The interpreter's own flags switch assert() off, and ours stay on.
+                "-UNDEBUG",
+                # The optimizer's arithmetic is fused where it says so and nowhere else; roots and
+                # choices may become vectors, since nobody asks for errno or traps.
+                *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+            ],
             extra_link_args=["-pthread"],
         )
     ],

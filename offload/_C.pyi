@@ -3,6 +3,23 @@ from typing import Any, final
 
 class _NativeType(type): ...
 
+class ThreadPool(metaclass=_NativeType):
+    def __init__(self, num_threads: int, cpus: Sequence[int] = ...) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+
+class AdamSettings(metaclass=_NativeType):
+    def __init__(
+        self,
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool = ...,
+    ) -> None: ...
+
 class Arena(metaclass=_NativeType):
     def __init__(self, nbytes: int) -> None: ...
     def allocate(self, nbytes: int, lead: int) -> Buffer | None: ...
@@ -182,3 +199,21 @@ def close_in_children(fd: int) -> None: ...
 def keep_in_children(fd: int) -> None: ...
 def crc32c(address: int, nbytes: int) -> int: ...
 def crc32c_path() -> str: ...
+def adam_path() -> str: ...
+def adam_update(
+    pool: ThreadPool,
+    settings: AdamSettings,
+    step: int,
+    *,
+    grad_scale: float,
+    clip: float,
+    grad: int,
+    grad_dtype: str,
+    master_param: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    param: int,
+    param_dtype: str,
+    count: int,
+) -> None: ...
+def squared_norm(pool: ThreadPool, values: int, dtype: str, count: int) -> float: ...

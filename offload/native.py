@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from offload._C import (
+    AdamSettings,
     Arena,
     Buffer,
     DropBox,
@@ -21,16 +22,21 @@ from offload._C import (
     HookScope,
     SavedView,
     Spill,
+    ThreadPool,
     TryLock,
+    adam_path,
     close_in_children,
     crc32c,
     crc32c_path,
     keep_in_children,
 )
+from offload._C import adam_update as _adam_update
 from offload._C import inspect_directory as _inspect_directory
 from offload._C import probe_engines as _probe_engines
+from offload._C import squared_norm as _squared_norm
 
 __all__ = [
+    "AdamSettings",
     "Arena",
     "Buffer",
     "DirectoryFacts",
@@ -42,13 +48,17 @@ __all__ = [
     "HookScope",
     "SavedView",
     "Spill",
+    "ThreadPool",
     "TryLock",
+    "adam_path",
+    "adam_update",
     "close_in_children",
     "crc32c",
     "crc32c_path",
     "inspect_directory",
     "keep_in_children",
     "probe_engines",
+    "squared_norm",
     "tensor_at",
     "tensor_over",
 ]
@@ -122,3 +132,73 @@ def tensor_at(
         tensor: torch.Tensor = _from_dlpack(buffer.dlpack(*kind, size, stride))
         return tensor
     return tensor_over(buffer, dtype).as_strided(size, stride, first_byte // dtype.itemsize)
+
+
+_ARITHMETIC_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _array(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> int:
+    """Return the address of a tensor's elements, which lie on the host one after the other."""
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(map(_dtype_name, dtypes))
+        raise ValueError(f"{name} is {_dtype_name(tensor.dtype)}; it can be {allowed}")
+    if not tensor.is_cpu or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} is on {tensor.device} with strides {tuple(tensor.stride())}; it has to lie "
+            "on the host, its elements one after the other"
+        )
+    return tensor.data_ptr()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def adam_update(
+    pool: ThreadPool,
+    settings: AdamSettings,
+    step: int,
+    *,
+    grad: torch.Tensor,
+    master_param: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    param: torch.Tensor | None = None,
+    grad_scale: float = 1.0,
+    clip: float = 1.0,
+) -> None:
+    """Update `master_param` and the moments in place by AdamW; `param` is their rounded copy.
+
+    All tensors are the caller's, of one size, contiguous, on the host and apart from each other:
+    `master_param` and the moments float32, `grad` and `param` float32, bfloat16 or float16. `step`
+    counts from 1. Gradients are divided by `grad_scale` and multiplied by `clip` first. The bits do
+    not depend on threads or processor. Releases the GIL. Raises ValueError for other tensors.
+    """
+    state = {"master_param": master_param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    addresses = {name: _array(name, each, (torch.float32,)) for name, each in state.items()}
+    others = {"grad": grad} if param is None else {"grad": grad, "param": param}
+    addresses |= {name: _array(name, each, _ARITHMETIC_DTYPES) for name, each in others.items()}
+    for name, each in (state | others).items():
+        if each.numel() != grad.numel():
+            raise ValueError(f"{name} has {each.numel()} elements, but grad {grad.numel()}")
+    _adam_update(
+        pool,
+        settings,
+        step,
+        grad_scale=grad_scale,
+        clip=clip,
+        grad_dtype=_dtype_name(grad.dtype),
+        param_dtype=_dtype_name(torch.float32 if param is None else param.dtype),
+        count=grad.numel(),
+        **{"param": 0} | addresses,
+    )
+
+
+def squared_norm(pool: ThreadPool, values: torch.Tensor) -> float:
+    """Return the sum of squares of a contiguous tensor on the host, in double precision.
+
+    Added up in one order, whatever the threads and the processor. Infinite or NaN where an element
+    is, and only there. Releases the GIL. Raises ValueError for other tensors.
+    """
+    address = _array("values", values, _ARITHMETIC_DTYPES)
+    return _squared_norm(pool, address, _dtype_name(values.dtype), values.numel())

@@ -1,4 +1,4 @@
-// offload._C: the I/O core as Python sees it. Addresses cross as integers; every call that may
+// offload._C: the native core as Python sees it. Addresses cross as integers; every call that may
 // wait or copy releases the GIL; errors arrive as OSError with errno, message and path.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,6 +12,7 @@
 #include "../core/file.h"
 #include "../core/fork_guard.h"
 #include "../core/spill.h"
+#include "arithmetic.h"
 #include "extent_type.h"
 #include "signal_safe.h"
 #include "view_type.h"
@@ -248,7 +249,7 @@ void bind_spill(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Native I/O core of offload.";
+  module.doc() = "Native core of offload.";
   py::register_exception_translator([](std::exception_ptr pending) {
     try {
       if (pending) std::rethrow_exception(pending);
@@ -263,6 +264,7 @@ PYBIND11_MODULE(_C, module) {
   bind_memory(module);
   bind_faults(module);
   bind_spill(module);
+  bind_arithmetic(module);
   module.def("probe_engines", &probe_engines);
   module.def("inspect_directory", [](const std::string& path) {
     const DirectoryFacts facts = inspect_directory(path);

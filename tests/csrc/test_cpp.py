@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -33,3 +34,16 @@ def test_there_are_cpp_programs_to_run() -> None:
 def test_cpp(program: str, built_programs: Path) -> None:
     ran = subprocess.run([built_programs / program], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, f"{program} exited with {ran.returncode}\n{ran.stdout}{ran.stderr}"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize(
+    "source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda it: it.name
+)
+def test_cuda_compiles_without_a_warning(source: Path, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++20", "-arch=sm_80", "-fmad=false", "-Werror=all-warnings", "-c"]
+    ran = subprocess.run(
+        [*command, source, "-o", tmp_path / "object.o"], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -1,0 +1,129 @@
+// One element a thread: the bytes decide how long it takes, and neighbours' loads are one.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../core/adam_arithmetic.h"
+#include "adam_cuda.h"
+
+namespace offload {
+namespace {
+
+constexpr unsigned kThreads = 256;
+constexpr unsigned kMostBlocks = 1u << 20;
+// As in block_norm(): so many sums side by side.
+constexpr unsigned kLanes = 16;
+
+template <DType dtype>
+__device__ float load(const void* values, std::size_t index) {
+  if constexpr (dtype == DType::kFloat32) return static_cast<const float*>(values)[index];
+  const std::uint16_t bits = static_cast<const std::uint16_t*>(values)[index];
+  return dtype == DType::kBFloat16 ? from_bfloat16(bits) : from_float16(bits);
+}
+
+template <DType dtype>
+__device__ void store(void* values, std::size_t index, float value) {
+  if constexpr (dtype == DType::kFloat32) {
+    static_cast<float*>(values)[index] = value;
+  } else {
+    static_cast<std::uint16_t*>(values)[index] =
+        dtype == DType::kBFloat16 ? to_bfloat16(value) : to_float16(value);
+  }
+}
+
+template <DType grad_dtype, DType param_dtype>
+__global__ void update(const AdamConstants constants, const AdamArrays arrays) {
+  const std::size_t step = std::size_t{gridDim.x} * blockDim.x;
+  for (std::size_t i = std::size_t{blockIdx.x} * blockDim.x + threadIdx.x; i < arrays.count;
+       i += step) {
+    float param = arrays.master_param[i];
+    float average = arrays.exp_avg[i];
+    float square = arrays.exp_avg_sq[i];
+    adam_element(constants, load<grad_dtype>(arrays.grad, i), param, average, square);
+    arrays.master_param[i] = param;
+    arrays.exp_avg[i] = average;
+    arrays.exp_avg_sq[i] = square;
+    if (arrays.param != nullptr) store<param_dtype>(arrays.param, i, param);
+  }
+}
+
+// Sixteen threads a block of elements; the order of every sum is that of block_norm().
+template <DType dtype>
+__global__ void block_norms(const void* values, std::size_t count, double* sums) {
+  const std::size_t block = std::size_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const unsigned lane = threadIdx.x % kLanes;
+  const std::size_t begin = block * kNormBlock;
+  const std::size_t end = begin + kNormBlock < count ? begin + kNormBlock : count;
+  double sum = 0;
+  for (std::size_t i = begin + lane; i < end; i += kLanes) {
+    const double value = load<dtype>(values, i);
+    sum = __dadd_rn(sum, __dmul_rn(value, value));
+  }
+  for (unsigned half = kLanes / 2; half != 0; half /= 2) {
+    sum = __dadd_rn(sum, __shfl_down_sync(0xFFFFFFFF, sum, half, kLanes));
+  }
+  if (lane == 0 && begin < count) sums[block] = sum;
+}
+
+unsigned grid_of(std::size_t num_threads) {
+  const std::size_t blocks = (num_threads + kThreads - 1) / kThreads;
+  return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
+}
+
+template <DType grad_dtype>
+void launch_update(const AdamConstants& constants, const AdamArrays& arrays, cudaStream_t stream) {
+  const unsigned grid = grid_of(arrays.count);
+  switch (arrays.param_dtype) {
+    case DType::kFloat32:
+      update<grad_dtype, DType::kFloat32><<<grid, kThreads, 0, stream>>>(constants, arrays);
+      break;
+    case DType::kBFloat16:
+      update<grad_dtype, DType::kBFloat16><<<grid, kThreads, 0, stream>>>(constants, arrays);
+      break;
+    case DType::kFloat16:
+      update<grad_dtype, DType::kFloat16><<<grid, kThreads, 0, stream>>>(constants, arrays);
+      break;
+  }
+}
+
+}  // namespace
+
+int adam_update_cuda(const AdamConstants& constants, const AdamArrays& arrays, void* stream) {
+  if (arrays.count == 0) return cudaSuccess;
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (arrays.grad_dtype) {
+    case DType::kFloat32:
+      launch_update<DType::kFloat32>(constants, arrays, on);
+      break;
+    case DType::kBFloat16:
+      launch_update<DType::kBFloat16>(constants, arrays, on);
+      break;
+    case DType::kFloat16:
+      launch_update<DType::kFloat16>(constants, arrays, on);
+      break;
+  }
+  return cudaGetLastError();
+}
+
+int block_norms_cuda(const void* values, DType dtype, std::size_t count, double* sums,
+                     void* stream) {
+  if (count == 0) return cudaSuccess;
+  const auto on = static_cast<cudaStream_t>(stream);
+  const std::size_t blocks = (count + kNormBlock - 1) / kNormBlock;
+  const std::size_t per_grid_block = kThreads / kLanes;
+  const auto grid = static_cast<unsigned>((blocks + per_grid_block - 1) / per_grid_block);
+  switch (dtype) {
+    case DType::kFloat32:
+      block_norms<DType::kFloat32><<<grid, kThreads, 0, on>>>(values, count, sums);
+      break;
+    case DType::kBFloat16:
+      block_norms<DType::kBFloat16><<<grid, kThreads, 0, on>>>(values, count, sums);
+      break;
+    case DType::kFloat16:
+      block_norms<DType::kFloat16><<<grid, kThreads, 0, on>>>(values, count, sums);
+      break;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace offload
