@@ -94,15 +94,17 @@ class ActivationsConfig:
     staging_bytes: int = 256 << 20
     """Hard cap of the arena that staged and read-ahead tensors share. A GPU's tensor must fit."""
     host_bytes: int | None = None
-    """What the host tier may hold; None: a quarter of the memory that is available where `tier` is
-    `host`, else nothing. With tier `ssd`, host memory takes what the SSD is too slow for."""
-    device_window_bytes: int = 64 << 20
-    """What copies may hold of a GPU's memory in each direction, or one tensor if it is larger."""
+    """What the host tier may hold; None: where `tier` is `host`, a quarter of the memory that is
+    available, or of a half as much as each of many GPUs can have; else nothing. With tier `ssd`,
+    host memory takes what the SSD is too slow for."""
+    device_window_bytes: int | None = None
+    """What copies may hold of a GPU's memory in each direction, or one tensor if it is larger;
+    None: what the schedule has planned with, and 64 MiB until there is one."""
     spill_bytes: int | None = None
     """Limit of the spill file in each directory; None: half of what is free when it is opened."""
     ssd_write_bytes_per_day: int | None = None
-    """The most to be written in each directory in any 24 hours; None: no bound. Ranks that share a
-    drive share what it can take."""
+    """The most to be written in each directory in any 24 hours of this process; None: no bound.
+    Ranks that share a drive share what it can take."""
     keep_bytes: int | None = None
     """How much may stay in memory when the SSD is full; None: no bound. Beyond it: OSError."""
     read_ahead_bytes: int | None = None
@@ -157,8 +159,10 @@ class ActivationsConfig:
         for key in ("spill_bytes", "ssd_write_bytes_per_day", "ssd_rated_bytes"):
             if getattr(self, key) is not None:
                 require_bytes(key, getattr(self, key), minimum=1)
-        require_bytes("device_window_bytes", self.device_window_bytes)
-        for key in ("keep_bytes", "read_ahead_bytes", "memory_bytes", "host_bytes"):
+        for key in (
+            *("keep_bytes", "read_ahead_bytes", "memory_bytes"),
+            *("host_bytes", "device_window_bytes"),
+        ):
             if getattr(self, key) is not None:
                 require_bytes(key, getattr(self, key))
         require_choice("io_engine", self.io_engine, IO_ENGINES)

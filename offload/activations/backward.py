@@ -26,13 +26,19 @@ class BackwardOrder:
         self.due = math.inf  # the last place that may be back in the computation's memory by now
         self.plan: Plan | None = None
 
-    def expect(self, plan: Plan | None, order: Sequence[int] | None) -> None:
-        """Take the order that `plan` has, else `order`, else the reverse of saving."""
+    def expect(self, plan: Plan | None, order: Sequence[int] | None, *, alone: bool) -> bool:
+        """Take the order that `plan` has, else `order`, else the reverse of saving.
+
+        Returns whether the plan has reading begin at once: so it does where a forward is `alone`,
+        since nothing else but its backward can be next.
+        """
         if plan is not None:
-            self.plan, self.due, order = plan, -1, plan.order
+            self.plan, order = plan, plan.order
+            self.due = plan.due_first if alone else -1
         self.order = list(order) if order is not None else self._reversed()
         for position, number in enumerate(self.order):
             self._regions[number].position = position
+        return 0 <= self.due < math.inf
 
     def _reversed(self) -> list[int]:
         """Return the regions by their last save, the latest first: that node comes first."""

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from offload.activations.recording import Recording
 from offload.device import can_offload
-from perfmodel.schedules.blocks import Block, choose_blocks, freed_by
+from perfmodel.schedules.blocks import Block, cheapest_blocks, freed_by
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class BlockRuns:
         owner, book, regions = forward.owner, forward.owner.book, forward.regions
         alone = owner.running.alone
         if self.key is None:
-            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
             shapes = tuple(tuple(tensor.shape) for tensor in tensors)
             self.key = tuple(region.nbytes for region in regions), shapes
             with owner.lock:
@@ -91,6 +92,10 @@ class BlockRuns:
             out = checkpoint(alone, function, *args, use_reentrant=False)
         else:
             out = alone(function, *args)
+        if recording is not forward.recording:
+            # The first tensor told on which device to look at the clock.
+            recording = forward.recording
+            begin = recording.begun if recording is not None else None
         end = recording.mark() if recording is not None else None
         saved = range(first, len(regions))
         self.noted.append(Noted(begin, end, saved, forward.regions_of(args)))
@@ -177,7 +182,7 @@ class BlockBook:
             return
         channels, limits = machine(choice.depth)
         memory_bytes = int(self._memory_bytes * choice.aim)
-        choice.recompute = choose_blocks(
+        choice.recompute = cheapest_blocks(
             choice.trace, choice.blocks, channels, limits, memory_bytes, self._slowdown
         ).recompute
         choice.stale = False

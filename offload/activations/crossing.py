@@ -8,10 +8,8 @@ time before it is wanted, and the computation waits for the copy only where it u
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import deque
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -19,14 +17,20 @@ import torch
 
 from offload.activations.recording import DeviceClock
 from offload.activations.stats import LinkFacts
+from offload.activations.write_starter import WriteStarter
 from offload.device import KERNEL_ALIGN, DeviceLink, Moment, bytes_of
-from offload.native import Buffer, Extent
-from offload.tiers import DirectExtent, DirectTransfer, HostExtent, Staged, Store
+from offload.native import Buffer
+from offload.tiers import DirectExtent, DirectTransfer, Staged, Store
 
 if TYPE_CHECKING:
     from offload.activations.region import Region
 
-__all__ = ["Arrival", "Crossing"]
+__all__ = ["Arrival", "Crossing", "Landed"]
+
+# Until a schedule has planned with more.
+LEAST_WINDOW_BYTES = 64 << 20
+# Waits whose times are not asked for yet; beyond, they are added up.
+_MOST_UNTIMED = 256
 
 
 @dataclass(slots=True)
@@ -63,78 +67,37 @@ class Arrival:
         self.copied: Moment | None = None
 
 
-_Followed = tuple["Region", Extent | HostExtent, Buffer, Moment]
+class Landed:
+    """A region that has come back, and the queues that are ordered behind its copy."""
 
+    __slots__ = ("copied", "queue", "queues")
 
-class WriteStarter:
-    """Has each extent written once its bytes have come from the device, in a thread."""
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[_Followed | threading.Event | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._closing = False
-        self.error: BaseException | None = None
-
-    def follow(
-        self, region: Region, extent: Extent | HostExtent, buffer: Buffer, copied: Moment
-    ) -> None:
-        """Begin to write `extent` after `copied`, unless `region` has let go of it by then."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True, name="offload writes")
-            self._thread.start()
-        self._queue.put((region, extent, buffer, copied))
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-            else:
-                self._start(*item)
-            del item
-
-    def _start(
-        self, region: Region, extent: Extent | HostExtent, _buffer: Buffer, copied: Moment
-    ) -> None:
-        # The buffer is held until the copy has been made, whatever becomes of the extent.
-        try:
-            copied.synchronize()
-            if region.extent is extent and not self._closing:
-                extent.start_write()
-        except BaseException as error:
-            self.error = self.error or error
-            # It will never be written, and nobody shall wait until it is.
-            with contextlib.suppress(RuntimeError):
-                extent.prefetch()
-
-    def drain(self) -> None:
-        """Wait until all that was followed so far has been dealt with."""
-        if self._thread is not None:
-            passed = threading.Event()
-            self._queue.put(passed)
-            passed.wait()
-
-    def close(self) -> None:
-        """Wait for the copies under way; begin no more writes."""
-        self._closing = True
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+    def __init__(self, arrival: Arrival, copied: Moment, queue: Any) -> None:
+        self.copied = copied
+        self.queue = arrival.queue  # whose memory it is
+        self.queues = {queue}
 
 
 class Crossing:
     """The traffic of one link with one or several stores. The owner's lock guards it.
 
     `window_bytes` bounds the device memory that copies hold: of what leaves until its copy has been
-    made, and of what comes back before it is wanted. A single region may be larger.
+    made, and of what comes back before it is wanted. A single region may be larger. None: as much
+    as the schedules in force have planned with.
     """
 
     def __init__(
-        self, link: DeviceLink, stores: dict[str, Store], window_bytes: int, pinned: bool
+        self, link: DeviceLink, stores: dict[str, Store], window_bytes: int | None, pinned: bool
     ) -> None:
         self.link = link
         self._stores = stores
-        self._window_bytes = window_bytes
+        self._bounded = window_bytes is not None
+        self._window_bytes = LEAST_WINDOW_BYTES if window_bytes is None else window_bytes
+        self._main_queue = link.main_queue()
+        self._several_queues = False
+        # Waits for copies whose time is not known yet: their begin and end in a queue.
+        self._holds: deque[tuple[Any, Any]] = deque()
+        self._held_s = 0.0
         self._departing: deque[_Departure] = deque()
         self._departing_bytes = 0
         # Buffers that the device still reads from.
@@ -170,6 +133,18 @@ class Crossing:
         for clock in self._clocks:
             clock.waited(begin)
 
+    def allow(self, window_bytes: int) -> None:
+        """Let copies hold as much as a schedule has planned with, unless the user bounds it."""
+        if not self._bounded:
+            self._window_bytes = max(self._window_bytes, window_bytes)
+
+    def held_s(self) -> float:
+        """Return for how long the computation has waited for copies, as far as that is known."""
+        holds = self._holds
+        while holds and holds[0][1].query():
+            self._held_s += self.link.elapsed_s(*holds.popleft())
+        return self._held_s
+
     # ---- out ----------------------------------------------------------------------------------
 
     def send(self, region: Region, storage: torch.UntypedStorage, tier: str) -> Staged | None:
@@ -180,6 +155,7 @@ class Crossing:
         """
         self.link.require_ready()
         self._raise_error()
+        self._several_queues |= region.queue != self._main_queue
         self._let_go()
         while self._departing and self._departing_bytes + region.nbytes > self._window_bytes:
             self._wait_for_oldest()
@@ -245,9 +221,13 @@ class Crossing:
         departure = self._departing.popleft()
         self._departing_bytes -= departure.nbytes
         begin = self._before_waiting()
+        region = departure.region
         try:
             # The queue on which it was made has the memory back; others may have no part in it.
-            self._hold(departure.copied, departure.region.queue)
+            self._hold(departure.copied, region.queue)
+            if self._several_queues or not region.made_here:
+                # It may have been made on another, which does not wait and must not reuse it.
+                self.link.leaves(bytes_of(departure.storage, 0, 1))
         finally:
             self._waited(begin)
             departure.let_go()
@@ -255,9 +235,13 @@ class Crossing:
     def _hold(self, moment: Moment, queue: Any) -> None:
         """Have `queue` go on only after `moment`; a thread's transfer holds up this thread."""
         if isinstance(moment, DirectTransfer):
-            moment.hold()
-        else:
-            self.link.hold(moment, queue)
+            moment.hold()  # its way counts how long
+            return
+        begin = self.link.mark(queue)
+        self.link.hold(moment, queue)
+        self._holds.append((begin, self.link.mark(queue)))
+        if len(self._holds) > _MOST_UNTIMED:
+            self.held_s()
 
     def _let_go(self) -> None:
         """Let go of the memory whose copies have been made."""
@@ -345,8 +329,21 @@ class Crossing:
         if arrival.queue != here:
             self.link.used_on(arrival.tensor, here)
         self._waited(begin)
+        region.landed = Landed(arrival, arrival.copied, here)
         self._arrived(region)
         return arrival.tensor
+
+    def share(self, region: Region, restored: torch.Tensor) -> None:
+        """Have this thread's queue use what another one may have brought back."""
+        landed, here = region.landed, self.link.queue()
+        if landed is None or here in landed.queues:
+            return
+        begin = self._before_waiting()
+        self._hold(landed.copied, here)
+        self._waited(begin)
+        if here != landed.queue:
+            self.link.used_on(restored, here)
+        landed.queues.add(here)
 
     def _arrived(self, region: Region) -> None:
         region.arrival = None

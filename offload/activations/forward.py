@@ -129,7 +129,7 @@ class ForwardPass(HookScope):
         finally:
             owner.settle()
         owner.transfers.say_if_full()
-        owner.book.say_if_unmet()
+        owner.book.say_what_is_wrong()
 
     def note_module(self, module: torch.nn.Module) -> None:
         """Take in that `module` is about to run: whose its parameters and buffers are."""
@@ -337,6 +337,8 @@ class ForwardPass(HookScope):
                 self._unlike_all = True
                 book.record_next = self.recording is None
                 return ""
+            if self.crossing is not None:
+                self.crossing.allow(plan.schedule.window_bytes)
             if plan.confirmed and not book.record_next:
                 self.recording = None
         tier = plan.tiers[number]
@@ -355,14 +357,15 @@ class ForwardPass(HookScope):
         self.signature = tuple([region.end - region.begin for region in self.regions])
         self.depth = len(self.owner.forwards)
         if self.plan is not None and self.plan.sizes == self.signature:
-            self.backward.expect(self.plan, None)
+            if self.backward.expect(self.plan, None, alone=self.depth == 1):
+                self.owner.transfers.begin(self)
             counters, schedule = self.owner.counters, self.plan.schedule
             counters.predicted_peak = schedule.peak_bytes
             counters.predicted_slowdown = schedule.slowdown
         else:
             if self.plan is not None:  # it saves more than this forward did
                 self.plan, self.owner.book.record_next = None, self.recording is None
-            self.backward.expect(None, self.owner.book.order_of(self.signature))
+            self.backward.expect(None, self.owner.book.order_of(self.signature), alone=True)
         held = 0
         for region in self.regions:
             gone = region.in_memory or region.leaving or not region.handles

@@ -97,7 +97,7 @@ class ActivationOffload:
         min_tensor_bytes: int = 1 << 20,
         staging_bytes: int = 256 << 20,
         host_bytes: int | None = None,
-        device_window_bytes: int = 64 << 20,
+        device_window_bytes: int | None = None,
         spill_bytes: int | None = None,
         ssd_write_bytes_per_day: int | None = None,
         keep_bytes: int | None = None,
@@ -152,6 +152,7 @@ class ActivationOffload:
         self.book = ScheduleBook(
             staging_bytes=self.config.staging_bytes,
             tier_bytes=self._stores.limits(),
+            window_bytes=self.config.device_window_bytes,
             memory_bytes=self.config.memory_bytes,
             tolerated_slowdown=self.config.tolerated_slowdown,
             write_bytes_per_s=self._stores.write_bytes_per_s(),
@@ -188,7 +189,10 @@ class ActivationOffload:
         if self.process != os.getpid():
             raise foreign_process(self.process)
         self.settle()
-        links = tuple(crossing.facts for crossing in self.transfers.crossings.values())
+        with self.lock:
+            crossings = list(self.transfers.crossings.values())
+            self.counters.held_s = sum(crossing.held_s() for crossing in crossings)
+        links = tuple(crossing.facts for crossing in crossings)
         return snapshot(
             self.counters, self._stores.counters(), self._stores.facts(), self.config, links
         )
@@ -266,6 +270,9 @@ class ActivationOffload:
                     restored = region.restored
                     if restored is None:
                         restored = self.transfers.fetch(region, view.read)
+                    elif region.crossing is not None:
+                        assert isinstance(restored, torch.Tensor)
+                        region.crossing.share(region, restored)
                     tensor = over_restored(view, restored)
                 if not view.read:
                     view.read = True
@@ -280,9 +287,13 @@ class ActivationOffload:
         recording = forward.recording
         if any(region.crossing is not forward.crossing for region in forward.regions):
             recording = None  # nobody's clock tells the times of several devices
+            self.book.several_devices = True
         depth = max(1, forward.depth)
         used = forward.backward.complete()
-        self.book.learn(forward.signature, used, recording, depth, forward.blocks)
+        try:
+            self.book.learn(forward.signature, used, recording, depth, forward.blocks)
+        except Exception as error:  # whatever it is, training does not depend on it
+            self.book.failed(error)
         if self.book.follow:
             self.book.observe(**self.transfers.totals(forward.crossing))
 

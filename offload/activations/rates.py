@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-__all__ = ["LEAST_BYTES", "Rates", "Throughput"]
+__all__ = ["CHANGED", "LEAST_BYTES", "Rates", "Throughput"]
 
 # A way this much faster or slower than it was planned with is planned with again.
-_CHANGED = 0.2
+CHANGED = 0.2
 # Shorter measurements say nothing.
 LEAST_BYTES, _LEAST_BUSY_S = 8 << 20, 2e-3
 # However little came through, after so long it is all that there is.
@@ -28,10 +28,10 @@ class Throughput(NamedTuple):
             return None
         return Throughput(write, write if math.isnan(read) else read)
 
-    def differs(self, planned: Throughput) -> bool:
-        """Say whether this is so far from what was planned with that it should be again."""
+    def differs(self, planned: Throughput, least: float = CHANGED) -> bool:
+        """Say whether this is faster or slower than what was planned with by a part of `least`."""
         return any(
-            abs(now / then - 1) > _CHANGED
+            not 1 / (1 + least) <= now / then <= 1 + least
             for now, then in zip(self, planned, strict=True)
             if not math.isnan(now)
         )

@@ -36,7 +36,7 @@ class DeviceClock:
 
     def __init__(self, link: DeviceLink) -> None:
         self._link = link
-        self._first = link.mark()
+        self.first = link.mark()
         # Marks before and after each time the computation waited, in its order.
         self._stalls: list[tuple[Any, Any]] = []
 
@@ -53,9 +53,9 @@ class DeviceClock:
         elapsed_s = self._link.elapsed_s
         ends, waited_s = [0.0], [0.0]
         for begin, end in self._stalls:
-            ends.append(elapsed_s(self._first, end))
+            ends.append(elapsed_s(self.first, end))
             waited_s.append(waited_s[-1] + elapsed_s(begin, end))
-        times = [elapsed_s(self._first, mark) for mark in marks]
+        times = [elapsed_s(self.first, mark) for mark in marks]
         # Ends are in the queue's order but for the rounding of their clock.
         return [time_s - waited_s[bisect_right(ends, time_s) - 1] for time_s in times]
 
@@ -66,6 +66,7 @@ class Recording:
     def __init__(self, clock: HostClock | DeviceClock) -> None:
         self.clock = clock
         self.mark = clock.mark
+        self.begun = clock.first if isinstance(clock, DeviceClock) else None
         self.saved: list[Any] = []
         self.needed: dict[int, Any] = {}
         self.released: dict[int, Any] = {}

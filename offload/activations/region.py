@@ -15,7 +15,7 @@ from offload.device import Moment, Restored
 from offload.tiers import Staged
 
 if TYPE_CHECKING:
-    from offload.activations.crossing import Arrival, Crossing
+    from offload.activations.crossing import Arrival, Crossing, Landed
     from offload.activations.forward import ForwardPass
 
 __all__ = ["Region", "element_begin"]
@@ -50,8 +50,10 @@ class Region:
         "handles",
         "in_memory",
         "kept",
+        "landed",
         "last_save",
         "leaving",
+        "made_here",
         "number",
         "older",
         "pending",
@@ -94,14 +96,17 @@ class Region:
         self.extent: Staged | None = None
         self.restored: Restored | None = None
         # Of regions on another device than the host: by which way they go; the queue they were made
-        # on; whether they are being copied out, or were emptied meanwhile; how they lay modulo what
-        # kernels look at; when their bytes had been copied out; and what they come back to.
+        # on, as far as is known: what no operator of the graph made may be somebody else's; whether
+        # they are being copied out, or were emptied meanwhile; how they lay modulo what kernels
+        # look at; when their bytes had been copied out; what they come back to, and came back to.
         self.crossing: Crossing | None = forward.owner.crossing_of(alias)
         self.queue: Any = self.crossing.link.queue() if self.crossing is not None else None
+        self.made_here = self.crossing is not None and root.grad_fn is not None
         self.leaving = self.spoilt = False
         self.residue = 0
         self.departed: Moment | None = None
         self.arrival: Arrival | None = None
+        self.landed: Landed | None = None
         self.handles = self.unread = 0  # saved views: all, and those that nobody asked for yet
         self.older: Region | None = None  # the region of this storage saved before
         self.number = self.position = -1  # in the forward, and in the expected backward
@@ -175,4 +180,4 @@ class Region:
             self.leave_memory()
         if self.crossing is not None:
             self.crossing.forget(self)
-        self.extent = self.restored = None
+        self.extent = self.restored = self.landed = None

@@ -16,7 +16,7 @@ from statistics import median
 from time import perf_counter
 
 from offload.activations.blocks import BlockBook, BlockKey, BlockRuns
-from offload.activations.rates import LEAST_BYTES, Rates, Throughput
+from offload.activations.rates import CHANGED, LEAST_BYTES, Rates, Throughput
 from offload.activations.recording import Recording
 from perfmodel.schedules.activations import ActivationSchedule, plan_activations
 from perfmodel.schedules.slowdown import slowed_to_fit
@@ -32,6 +32,10 @@ _REMEMBERED = 64
 # What a drive has shown is not what it does every time: a part of it stays in reserve.
 _RELIED_ON = 0.8
 _MOST_PATIENT = 64
+# A way that became so much slower or faster is planned for again after a fraction of that.
+_MUCH, _IMPATIENT = 1.0, 8
+# Of a link's rate, what is left for a second tier.
+_WORTH_HAVING = 0.02
 # A pause between two forwards, to validate say, shall not count.
 _PERIODS = 9
 # After so many backwards without a measurement a little goes out to have one.
@@ -49,6 +53,8 @@ class Plan:
     """Of the regions, as the backward wants them."""
     due: tuple[int, ...]
     """For each place in `order`: the last place whose read has begun by then."""
+    due_first: int
+    """The same before the backward asks for anything; -1 for none."""
     schedule: ActivationSchedule
     rates: Mapping[str, Throughput]
     """What the tiers' ways were taken to do."""
@@ -84,6 +90,8 @@ class ScheduleBook:
     """What the drive may be given without end, for the sake of its life."""
     follow: bool
     """False: everything large is offloaded, and only orders are remembered."""
+    window_bytes: int | None = None
+    """What copies may hold of a device's memory; None: as much as schedules need."""
     tolerated_slowdown: float = 0.0
     """How much longer a step may become for the sake of less memory, as a part of it."""
     stall_s: Callable[[], float] = lambda: 0.0
@@ -105,7 +113,10 @@ class ScheduleBook:
     """How often a schedule was made."""
     unmet_bytes: int = 0
     """What stays although `memory_bytes` is less, once that is certain; see `say_if_unmet`."""
-    _said_unmet: bool = False
+    several_devices: bool = False
+    """A forward saved tensors of several devices, of which no schedule can be made."""
+    _failure: str = ""
+    _said: set[str] = field(default_factory=set)
     record_next: bool = False
     """The last forward turned out to be of no known kind when it was late to record it."""
 
@@ -187,10 +198,12 @@ class ScheduleBook:
         if self._unseen >= _PROBED_AFTER:
             self._unseen, self.probe_bytes = 0, LEAST_BYTES
         for entry in self._entries.values():
-            if entry.plan is None or entry.uses < entry.patience:
+            # What is stale is planned again when its kind comes, maybe never.
+            if entry.plan is None or entry.stale or entry.uses < entry.patience // _IMPATIENT:
                 continue
+            least = CHANGED if entry.uses >= entry.patience else _MUCH
             planned = entry.plan.rates
-            if any(self.rates[name].throughput.differs(planned[name]) for name in planned):
+            if any(self.rates[name].throughput.differs(planned[name], least) for name in planned):
                 entry.stale = True
                 self.blocks.drive_changed()
 
@@ -219,8 +232,11 @@ class ScheduleBook:
         begin_s = perf_counter()
         schedule = self._scheduled(entry, entry.trace)
         entry.plan = self._planned(sizes, entry, schedule)
+        # Whoever was in force for long may be planned again sooner.
+        lasted = entry.uses > 2 * entry.patience
+        entry.patience = max(1, entry.patience // 2) if lasted else 2 * entry.patience
+        entry.patience = min(entry.patience, _MOST_PATIENT)
         entry.stale, entry.uses = False, 0
-        entry.patience = min(2 * entry.patience, _MOST_PATIENT)
         self.planning_s += perf_counter() - begin_s
 
     def _machine(self, depth: int) -> tuple[list[Channel], Limits]:
@@ -228,26 +244,38 @@ class ScheduleBook:
         known = self._known()
         assert known is not None
         share = _RELIED_ON / depth
-        link = known.get(LINK, Throughput(math.inf, math.inf))
         channels = []
-        for tier, capacity_bytes in self.tier_bytes.items():
-            if tier == "host" and LINK not in known:
-                continue  # it is where they are
-            # Bytes cross the link on their way to any tier.
-            ways = [link, known["ssd"]] if tier == "ssd" else [link]
-            write, read = (min(rates) for rates in zip(*ways, strict=True))
+        for tier, (write, read) in self._ways(known).items():
             channels.append(
                 Channel(
                     tier=tier,
                     write_bytes_per_s=write * share,
                     read_bytes_per_s=read * share,
-                    capacity_bytes=capacity_bytes / depth,
+                    capacity_bytes=self.tier_bytes[tier] / depth,
                     written_bytes=self._written_bytes() if tier == "ssd" else math.inf,
+                    staged=tier == "ssd",  # what goes no farther than the host is not
                 )
             )
-        # What goes no farther than the host is not staged.
-        staging_bytes = self.staging_bytes if "ssd" in self.tier_bytes else math.inf
-        return channels, Limits(staging_bytes=staging_bytes / depth)
+        bounded = LINK in known and self.window_bytes is not None
+        window_bytes = float(self.window_bytes or 0) / depth if bounded else math.inf
+        return channels, Limits(staging_bytes=self.staging_bytes / depth, window_bytes=window_bytes)
+
+    def _ways(self, known: Mapping[str, Throughput]) -> dict[str, tuple[float, float]]:
+        """Return what goes to each tier and back: bytes cross the link on their way to any."""
+        link = known.get(LINK)
+        ways = {}
+        if "ssd" in self.tier_bytes:
+            ssd = known["ssd"]
+            both = zip(ssd, link or ssd, strict=True)
+            write, read = (min(rates) for rates in both)
+            ways["ssd"] = write, read
+        if "host" in self.tier_bytes and link is not None:  # else it is where they are
+            # Of one link no more than it has goes to both.
+            taken = ways.get("ssd", (0.0, 0.0))
+            left = [rate - of_ssd for rate, of_ssd in zip(link, taken, strict=True)]
+            if min(left) > _WORTH_HAVING * min(link):
+                ways["host"] = left[0], left[1]
+        return ways
 
     def _written_bytes(self) -> float:
         """Return what one forward may write."""
@@ -271,17 +299,31 @@ class ScheduleBook:
             self.unmet_bytes = schedule.peak_bytes
         return schedule
 
-    def say_if_unmet(self) -> None:
-        """Warn once that `memory_bytes` is out of reach. Without the owner's lock."""
-        if self.unmet_bytes and not self._said_unmet:
-            self._said_unmet = True
-            warnings.warn(
+    def failed(self, error: Exception) -> None:
+        """Take in that a step could not be learned from; it is told by `say_what_is_wrong`."""
+        self._failure = f"{type(error).__name__}: {error}"
+
+    def say_what_is_wrong(self) -> None:
+        """Warn once of each thing that users should know. Without the owner's lock."""
+        if self.unmet_bytes:
+            self._say(
                 f"memory_bytes={self.memory_bytes} cannot be met: at one moment {self.unmet_bytes} "
                 "bytes of saved tensors are in use, on their way, or held by others; give more, "
-                "or have layers recomputed by act.block()",
-                RuntimeWarning,
-                stacklevel=4,
+                "or have layers recomputed by act.block()"
             )
+        if self.several_devices and self.follow:
+            self._say(
+                "a forward saved large tensors of several devices, or of the host beside a "
+                "device's: it has no schedule, and memory_bytes does not hold for it"
+            )
+        if self._failure:
+            self._say(f"a step could not be recorded ({self._failure}); it has no schedule")
+
+    def _say(self, what: str) -> None:
+        kind = what.split(maxsplit=1)[0] + what.split()[1]
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(what, RuntimeWarning, stacklevel=5)
 
     def _planned(self, sizes: tuple[int, ...], entry: _Entry, schedule: ActivationSchedule) -> Plan:
         known = self._known()
@@ -291,14 +333,16 @@ class ScheduleBook:
         order = [number for number in schedule.order if number < count]
         place = {number: at for at, number in enumerate(order)}
         begun = [
-            max((place[number] for number in some), default=-1) for some in schedule.reads_before
+            max((place[number] for number in some), default=-1)
+            for some in (schedule.reads_first, *schedule.reads_before)
         ]
-        due = zip(schedule.order, accumulate(begun, max), strict=True)
+        due = zip(schedule.order, list(accumulate(begun, max))[1:], strict=True)
         return Plan(
             sizes=sizes,
             tiers=schedule.tiers[:count],
             order=tuple(order),
             due=tuple(last for number, last in due if number < count),
+            due_first=begun[0],
             schedule=schedule,
             rates=known,
             confirmed=entry.recordings > 1,

@@ -110,6 +110,7 @@ class Counters:
     deduplicated: int = 0
     recast: int = 0
     still_held: int = 0
+    held_s: float = 0.0  # for how long devices have waited for copies, when last asked
     passed_through: dict[str, int] = field(default_factory=dict)
 
     def frozen_passed_through(self) -> Mapping[str, int]:
@@ -147,7 +148,7 @@ def snapshot(
         recast_bytes=counts.recast,
         still_held_bytes=counts.still_held,
         passed_through_bytes=counts.frozen_passed_through(),
-        stall_s=float(native["read_wait_s"]) + float(native["write_wait_s"]),
+        stall_s=sum(map(float, (native["read_wait_s"], native["write_wait_s"], counts.held_s))),
         ssd_write_bytes=whole("write_bytes"),
         ssd_write_bytes_a_day=a_day,
         ssd_life_days=_life_days(config, drive_a_day),

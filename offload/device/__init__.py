@@ -28,6 +28,7 @@ __all__ = [
     "device_facts",
     "direct_facts",
     "has_gpu",
+    "num_devices",
     "refuse_capture",
     "require_direct",
     "view_over",
@@ -40,6 +41,11 @@ Restored = Buffer | torch.Tensor
 def can_offload(tensor: torch.Tensor) -> bool:
     """Say whether this tensor's bytes can be moved from its device and back."""
     return tensor.is_cpu or tensor.is_cuda
+
+
+def num_devices() -> int:
+    """Return how many GPUs there are to compute on, for all ranks of this machine."""
+    return torch.cuda.device_count()
 
 
 def has_gpu() -> bool:

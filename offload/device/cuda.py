@@ -30,7 +30,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the proce
 class CudaLink(DeviceLink):
     """One GPU. Nothing here waits for the whole device.
 
-    Memory that crosses belongs to the stream that computes with it, so that the caching allocator
+    Where memory that crosses belongs to the stream that computes with it, the caching allocator
     reuses it in that stream's order: nothing need be recorded for another stream, which would hold
     memory for as long as the host runs ahead.
     """
@@ -47,6 +47,10 @@ class CudaLink(DeviceLink):
     def queue(self) -> Any:
         """Return the current stream."""
         return torch.cuda.current_stream(self.device)
+
+    def main_queue(self) -> Any:
+        """Return the default stream."""
+        return torch.cuda.default_stream(self.device)
 
     def require_ready(self) -> None:
         """Refuse a CUDA graph's capture, which would keep this one copy for ever."""
@@ -94,8 +98,13 @@ class CudaLink(DeviceLink):
         """Tell the caching allocator."""
         tensor.record_stream(queue)
 
+    def leaves(self, tensor: torch.Tensor) -> None:
+        """Tell the caching allocator of the side stream for leaving."""
+        tensor.record_stream(self._out)
+
     def elapsed_s(self, begin: Any, end: Any) -> float:
         """Return the seconds between two events."""
+        begin.synchronize()  # they may be of two streams
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e-3
 

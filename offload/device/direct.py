@@ -6,9 +6,11 @@ import errno
 import importlib
 import importlib.util
 import os
+import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +28,11 @@ _INSTALL = (
 _STATS = Path("/proc/driver/nvidia-fs/stats")
 # Opening a file without a driver has been seen not to return.
 _PROBE_TIMEOUT_S = 30.0
+# One write and one read at least.
+_PROBE_OPERATIONS = 2
+# The driver counts for the whole machine: nobody else may transfer for so long. Ranks that start
+# together try at different times.
+_IDLE_S, _IDLE_TRIES = 0.2, 20
 
 
 class DirectFile(Protocol):
@@ -83,7 +90,8 @@ class KvikioFile:
 
     def _moved(self, what: str, move: Any, tensor: torch.Tensor, offset: int) -> int:
         try:
-            return int(move(tensor, tensor.nbytes, offset))
+            with torch.cuda.device(tensor.get_device()):  # each thread has a current one
+                return int(move(tensor, tensor.nbytes, offset))
         except RuntimeError as error:
             said = f"{what} of {tensor.nbytes} bytes at {offset} by cuFile: {error}"
             raise OSError(errno.EIO, said, self._name) from None
@@ -130,13 +138,16 @@ def direct_facts(directory: str) -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "kvikio is here, but torch sees no GPU; bytes pass through host memory"
     try:
-        before = _operations()
+        before = _operations_when_idle()
+    except TimeoutError:
+        return False, "others keep transferring, and the nvidia-fs driver counts all together"
     except OSError:
         return False, f"{_STATS} cannot be read: the nvidia-fs driver is not loaded"
     if before is None:
         said = "the nvidia-fs driver counts no transfers, so there is no telling"
         return False, f"{said}: load it with rw_stats_enabled=1"
-    command = [sys.executable, "-m", "offload.device.direct_probe", directory]
+    device = str(torch.cuda.current_device())
+    command = [sys.executable, "-m", "offload.device.direct_probe", directory, device]
     try:
         child = subprocess.run(
             command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False
@@ -146,12 +157,23 @@ def direct_facts(directory: str) -> tuple[bool, str]:
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no reason was given"])[-1]
         return False, f"trying it in {directory} failed: {last}"
-    if (_operations() or 0) <= before:
+    if (_operations() or 0) < before + _PROBE_OPERATIONS:
         return (
             False,
             f"bytes came back, but the nvidia-fs driver counted no transfer to {directory}",
         )
     return True, f"{directory}: bytes came back, and the nvidia-fs driver counted their transfer"
+
+
+def _operations_when_idle() -> int | None:
+    """Return `_operations()` once they stand still; raises TimeoutError where they do not."""
+    for _ in range(_IDLE_TRIES):
+        before = _operations()
+        time.sleep(_IDLE_S)
+        if before is None or _operations() == before:
+            return before
+        time.sleep(random.uniform(0, _IDLE_TRIES * _IDLE_S))
+    raise TimeoutError
 
 
 def _operations() -> int | None:
@@ -160,8 +182,8 @@ def _operations() -> int | None:
     return sum(map(int, found)) if found else None
 
 
-def probe(directory: str) -> None:
-    """Write a GPU's bytes to a nameless file in `directory` and read them back.
+def probe(directory: str, device: int) -> None:
+    """Write the bytes of a GPU to a nameless file in `directory` and read them back.
 
     Raises OSError or RuntimeError where that does not work.
     """
@@ -170,7 +192,7 @@ def probe(directory: str) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)
         file = KvikioFile(descriptor)
-        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=f"cuda:{device}")
         target = torch.empty_like(source)
         torch.cuda.synchronize()
         moved = file.write(source, 0), file.read(target, 0)

@@ -1,4 +1,4 @@
-"""`python -m offload.device.direct_probe DIR`: exits with 0 where GPUDirect Storage works."""
+"""`python -m offload.device.direct_probe DIR GPU`: exits with 0 where GPUDirect Storage works."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import sys
 from offload.device.direct import probe
 
 if __name__ == "__main__":
-    probe(sys.argv[1])
+    probe(sys.argv[1], int(sys.argv[2]))

@@ -144,6 +144,10 @@ class EmulatedLink(DeviceLink):
         """Return the only queue."""
         return 0
 
+    def main_queue(self) -> int:
+        """Return the only queue."""
+        return 0
+
     def require_ready(self) -> None:
         """Accept whatever is computed."""
 
@@ -187,6 +191,9 @@ class EmulatedLink(DeviceLink):
         moment.synchronize()
 
     def used_on(self, tensor: torch.Tensor, queue: Any) -> None:
+        """Do nothing: memory here goes when nobody holds it."""
+
+    def leaves(self, tensor: torch.Tensor) -> None:
         """Do nothing: memory here goes when nobody holds it."""
 
     def elapsed_s(self, begin: Any, end: Any) -> float:

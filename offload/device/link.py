@@ -44,6 +44,10 @@ class DeviceLink(ABC):
         """Return the device's queue that the calling thread computes on."""
 
     @abstractmethod
+    def main_queue(self) -> Any:
+        """Return the queue that a thread computes on unless it chose another one."""
+
+    @abstractmethod
     def require_ready(self) -> None:
         """Raise RuntimeError where the computation is not one that copies can be part of."""
 
@@ -73,6 +77,10 @@ class DeviceLink(ABC):
     @abstractmethod
     def used_on(self, tensor: torch.Tensor, queue: Any) -> None:
         """Say that `tensor`, whose memory was taken on another queue, is used on this one."""
+
+    @abstractmethod
+    def leaves(self, tensor: torch.Tensor) -> None:
+        """Say that copies out read `tensor`, whose memory may have been taken on any queue."""
 
     @abstractmethod
     def elapsed_s(self, begin: Any, end: Any) -> float:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from offload.config import ActivationsConfig
+from offload.device import num_devices
 from offload.native import Extent, FaultPlan
 from offload.tiers.gds import DirectExtent
 from offload.tiers.host import HostExtent, HostTier
@@ -19,7 +20,8 @@ Staged = Extent | HostExtent | DirectExtent
 Store = SsdTier | HostTier
 """What `stage(nbytes, lead)` takes one to."""
 
-# Of the memory that is available, where nobody says how much the host tier may take.
+# Of the memory that is available, where nobody says how much the host tier may take: a quarter, or
+# a GPU's share of a half where there are several, with a rank each. All of it is pinned.
 _HOST_PART = 4
 
 _NO_SSD = TierFacts(
@@ -53,7 +55,8 @@ class Stores:
     def __init__(self, config: ActivationsConfig, faults: FaultPlan | None = None) -> None:
         host_bytes = config.host_bytes
         if host_bytes is None:
-            host_bytes = available_bytes() // _HOST_PART if config.tier == "host" else 0
+            share = available_bytes() // max(_HOST_PART, 2 * num_devices())
+            host_bytes = share if config.tier == "host" else 0
         self.host = HostTier(host_bytes) if host_bytes else None
         # The last, since it is the one that must be closed.
         self.ssd = SsdTier(config, faults) if config.tier == "ssd" else None

@@ -39,10 +39,15 @@ class ActivationSchedule:
     """When each read begins at the latest, on the trace's clock; infinite for those kept."""
     order: tuple[int, ...]
     """Of the tensors, as the backward wants them."""
+    reads_first: tuple[int, ...]
+    """The tensors whose reads begin before the backward asks for anything."""
     reads_before: tuple[tuple[int, ...], ...]
-    """For each place in `order`: the tensors whose reads begin before it is asked for."""
+    """For each place in `order`: those whose reads begin when it is asked for, since they must
+    before the next one is."""
     peak_bytes: int
     staging_peak_bytes: int
+    window_bytes: int
+    """The most of the device that is on its way out, or back before it is wanted."""
     moved_bytes: int
     slowdown: float = 0.0
     """How much longer the step may become by waiting, as a part of it. `read_s` does not say so: a
@@ -222,10 +227,9 @@ class _Search:
                 read_s = min(begin_s[number], needed_s) - channel.read_s(nbytes)
                 options.append((written_s - read_s, number, written_s, read_s))
             margin_s, number, written_s, read_s = min(options)
-            released_s = replay.released_s[index]
-            if margin_s <= 0 and staging.takes(
-                nbytes, (replay.saved_s[index], written_s), (read_s, released_s)
-            ):
+            away, back = (replay.saved_s[index], written_s), (read_s, replay.released_s[index])
+            staged = replay.channels[number].staged
+            if margin_s <= 0 and (not staged or staging.takes(nbytes, away, back)):
                 choice[index], free_s[number], begin_s[number] = number, written_s, read_s
         return choice
 
@@ -320,23 +324,25 @@ def _schedule_of(replay: Replay, choice: Sequence[int], outcome: Outcome) -> Act
     reads = sorted(
         (index for index in order if choice[index] != KEPT), key=outcome.read_s.__getitem__
     )
-    before: list[tuple[int, ...]] = []
+    begun: list[tuple[int, ...]] = []
     at = 0
-    asked_s = [replay.needed_s[index] for index in order]
-    for next_s in [*asked_s[1:], math.inf] if order else ():
-        # What must begin before the next one is asked for, begins when this one is.
+    for next_s in (*(replay.needed_s[index] for index in order), math.inf):
         due = at
         while due < len(reads) and outcome.read_s[reads[due]] < next_s:
             due += 1
-        before.append(tuple(reads[at:due]))
+        begun.append(tuple(reads[at:due]))
         at = due
+    moved = [index for index, option in enumerate(choice) if option != KEPT]
+    _, window_bytes = replay.window(moved, outcome.written_s, outcome.read_s)
     return ActivationSchedule(
         tiers=tuple("device" if option == KEPT else names[option] for option in choice),
         read_s=tuple(outcome.read_s),
         order=tuple(order),
-        reads_before=tuple(before),
+        reads_first=begun[0],
+        reads_before=tuple(begun[1:]),
         peak_bytes=outcome.peak_bytes,
         staging_peak_bytes=outcome.staging_peak_bytes,
+        window_bytes=window_bytes,
         moved_bytes=outcome.moved_bytes,
     )
 

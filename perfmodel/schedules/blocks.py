@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from perfmodel.schedules.activations import plan_activations
+from perfmodel.schedules.slowdown import slowed_to_fit
 from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
 
-__all__ = ["Block", "BlockChoice", "choose_blocks", "freed_by", "recomputed"]
+__all__ = ["Block", "BlockChoice", "cheapest_blocks", "choose_blocks", "freed_by", "recomputed"]
 
 # How many choices are tried while the last of too many blocks are taken out again.
 _PRUNINGS = 24
@@ -52,8 +53,16 @@ class BlockChoice:
 
 def freed_by(blocks: Sequence[Block], number: int) -> list[int]:
     """Return the tensors that block `number` need not save: no block needs them to be repeated."""
-    needed = {index for block in blocks for index in block.enters}
-    return [index for index in blocks[number].saved if index not in needed]
+    return _freed(blocks[number], _needed(blocks))
+
+
+def _needed(blocks: Sequence[Block]) -> frozenset[int]:
+    """Return what some block needs to be repeated."""
+    return frozenset(index for block in blocks for index in block.enters)
+
+
+def _freed(block: Block, needed: Collection[int]) -> list[int]:
+    return [index for index in block.saved if index not in needed]
 
 
 def recomputed(trace: Trace, blocks: Sequence[Block], chosen: Collection[int]) -> Trace:
@@ -61,8 +70,9 @@ def recomputed(trace: Trace, blocks: Sequence[Block], chosen: Collection[int]) -
     tensors = trace.tensors
     repeats = []
     inside: dict[int, int] = {}
+    needed = _needed(blocks)
     for number in chosen:
-        freed = freed_by(blocks, number)
+        freed = _freed(blocks[number], needed)
         if freed:
             inside.update(dict.fromkeys(freed, number))
             begin_s = min(tensors[index].needed_s for index in freed)
@@ -73,6 +83,11 @@ def recomputed(trace: Trace, blocks: Sequence[Block], chosen: Collection[int]) -
     begun_s = {
         number: begin_s + delays[place] for place, (begin_s, _, number) in enumerate(repeats)
     }
+
+    wanted_s: dict[int, float] = {}
+    for number, time_s in begun_s.items():
+        for index in blocks[number].enters:
+            wanted_s[index] = min(wanted_s.get(index, time_s), time_s)
 
     def later(time_s: float) -> float:
         return time_s + delays[bisect_right(starts, time_s)]
@@ -85,12 +100,38 @@ def recomputed(trace: Trace, blocks: Sequence[Block], chosen: Collection[int]) -
             saved_s = begun_s[inside[index]]
             moved.append(SavedTensor(tensor.nbytes, saved_s, needed_s, released_s, held=True))
             continue
-        for number, time_s in begun_s.items():
-            if index in blocks[number].enters:
-                needed_s = min(needed_s, time_s)
-        needed_s = max(tensor.saved_s, needed_s)
+        needed_s = max(tensor.saved_s, min(needed_s, wanted_s.get(index, needed_s)))
         moved.append(replace(tensor, needed_s=needed_s, released_s=max(needed_s, released_s)))
     return Trace(tuple(sorted(moved, key=lambda tensor: tensor.saved_s)))
+
+
+def cheapest_blocks(
+    trace: Trace,
+    blocks: Sequence[Block],
+    channels: Sequence[Channel],
+    limits: Limits,
+    memory_bytes: int,
+    slowdown: float = 0.0,
+) -> BlockChoice:
+    """Return `choose_blocks`, or no block at all where waiting for transfers takes less time.
+
+    `extra_s` of the latter is what the step waits.
+    """
+    plan = plan_activations(trace, channels, limits, memory_bytes, slowdown=slowdown)
+    none = BlockChoice(frozenset(), 0.0, plan.peak_bytes)
+    if plan.peak_bytes <= memory_bytes:
+        return none
+    chosen = choose_blocks(trace, blocks, channels, limits, memory_bytes, slowdown)
+    if not chosen.recompute:
+        return chosen
+    waiting = slowed_to_fit(plan, trace, channels, limits, memory_bytes)
+    if waiting.peak_bytes > max(memory_bytes, chosen.peak_bytes):
+        return chosen
+    step_s = max(tensor.released_s for tensor in trace.tensors)
+    waited_s = (waiting.slowdown - slowdown) * step_s
+    if waited_s > chosen.extra_s:
+        return chosen
+    return BlockChoice(frozenset(), waited_s, waiting.peak_bytes)
 
 
 def choose_blocks(
@@ -108,7 +149,8 @@ def choose_blocks(
     """
     trials = _Trials(trace, blocks, channels, limits, memory_bytes, slowdown)
     best = trials.of(())
-    worthwhile = [number for number in range(len(blocks)) if freed_by(blocks, number)]
+    needed = _needed(blocks)
+    worthwhile = [number for number, block in enumerate(blocks) if _freed(block, needed)]
     if best.peak_bytes <= memory_bytes or not worthwhile:
         return best
     for order in _orders(trace, blocks, worthwhile):
@@ -171,8 +213,10 @@ def _orders(
 ) -> Iterator[list[int]]:
     """Yield orders to take blocks in: cheapest first, last first, first first, evenly spread."""
 
+    needed = _needed(blocks)
+
     def seconds_a_byte(number: int) -> float:
-        freed = sum(trace.tensors[index].nbytes for index in freed_by(blocks, number))
+        freed = sum(trace.tensors[index].nbytes for index in _freed(blocks[number], needed))
         return blocks[number].duration_s / freed
 
     yield sorted(worthwhile, key=seconds_a_byte)

@@ -53,6 +53,7 @@ class Replay:
             not tensor.held and tensor.nbytes >= max(1, limits.min_tensor_bytes)
             for tensor in tensors
         ]
+        self._window_bytes = max(limits.window_bytes, max(self.nbytes, default=0))
         self._by_need = sorted(range(len(tensors)), key=lambda index: self.needed_s[index])
 
     def run(self, choice: Sequence[int]) -> Outcome:
@@ -72,7 +73,10 @@ class Replay:
                 return Outcome(broken)
             moved_bytes += sum(self.nbytes[index] for index in mine)
         moved = [index for index in range(count) if choice[index] != KEPT]
-        broken, staging_peak = self._staging(moved, written_s, read_s)
+        staged = [index for index in moved if self.channels[choice[index]].staged]
+        broken, staging_peak = self._staging(staged, written_s, read_s)
+        if broken < 0 and self._window_bytes < math.inf:
+            broken, _ = self.window(moved, written_s, read_s, self._window_bytes)
         if broken >= 0:
             return Outcome(broken)
         peak = self._peak(moved, written_s, read_s)
@@ -173,6 +177,27 @@ class Replay:
         losses = [(written_s[index], self.nbytes[index]) for index in moved]
         losses += [(self.released_s[index], self.nbytes[index]) for index in moved]
         return self._first_over(gains, losses, self.limits.staging_bytes)
+
+    def window(
+        self,
+        moved: Sequence[int],
+        written_s: Sequence[float],
+        read_s: Sequence[float],
+        limit: float = math.inf,
+    ) -> tuple[int, int]:
+        """Return the tensor whose copy has copies hold more than `limit` of the device, or -1.
+
+        With the most that they hold until then, of what leaves or of what comes back.
+        """
+        most = 0
+        for begin_s, end_s in ((self.saved_s, written_s), (read_s, self.needed_s)):
+            gains = [(begin_s[index], index) for index in moved]
+            losses = [(end_s[index], self.nbytes[index]) for index in moved]
+            broken, peak = self._first_over(gains, losses, limit)
+            most = max(most, peak)
+            if broken >= 0:
+                return broken, most
+        return -1, most
 
     def _first_over(
         self, gains: list[tuple[float, int]], losses: list[tuple[float, int]], limit: float

@@ -100,12 +100,14 @@ class Channel:
     """What the tier holds at any moment."""
     written_bytes: float = math.inf
     """What a step may write: the drive's endurance."""
+    staged: bool = True
+    """What goes this way takes room in staging."""
 
     def __post_init__(self) -> None:
         """Check rates and bounds."""
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.name == "tier":
+            if one.name in ("tier", "staged"):
                 continue
             wrong = value <= 0 if one.name.endswith("per_s") else value < 0
             if math.isnan(value) or wrong:
@@ -129,6 +131,10 @@ class Limits:
     """What must hold at every instant of a step."""
 
     staging_bytes: float = math.inf
-    """Bytes on their way out, on their way in, or in and not yet released; of all channels."""
+    """Bytes on their way out, on their way in, or in and not yet released; of all channels that
+    are staged."""
+    window_bytes: float = math.inf
+    """Bytes of the device on their way out, and of those on their way in or early; of all channels.
+    A single tensor may be larger."""
     min_tensor_bytes: int = 0
     """Smaller tensors stay."""

@@ -244,3 +244,16 @@ def test_a_benchmark_that_is_told_to_end_leaves_nothing_behind(spill_dir: Path) 
         process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert not list(spill_dir.iterdir())
+
+
+def test_planning_tells_its_seconds_at_each_bandwidth(tmp_path: Path) -> None:
+    out = tmp_path / "planning.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "planning.py"), *ROUNDS]
+    done = subprocess.run(
+        [*command, "--tensors", "100", "--json", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert set(found) >= CONTRACT
+    assert len(found["claims"]) == 3
+    assert {len(samples) for samples in found["samples"].values()} == {6}

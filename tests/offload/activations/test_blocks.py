@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offload.activations.rates import Rates, Throughput
+from offload.device import EmulatedLink
 
 WIDTH, ROWS, DEPTH = 64, 64, 6
 NBYTES = ROWS * WIDTH * 4
@@ -254,3 +256,57 @@ def test_interleaved_forwards_with_any_limits_give_the_same_bits(limited: Any, s
     act.transfers.drain()
     assert act.stats().spill_bytes == 0
     act.close()
+
+
+def test_blocks_whose_arguments_are_in_containers_or_that_have_none_pass_on_a_device(
+    limited: Any,
+) -> None:
+    layers = layers_of(depth=3)
+    wrapped = torch.randn(ROWS, WIDTH)
+    calls: list[Callable[..., Any]] = [
+        lambda: (layers[0](wrapped),),
+        lambda inputs: (layers[0](inputs["x"]),),
+    ]
+    for first, args in zip(calls, ([], [{"x": wrapped}]), strict=True):
+        act = limited(
+            2 * NBYTES,
+            tier="host",
+            path=(),
+            host_bytes=1 << 22,
+            emulated_device=EmulatedLink(),
+        )
+        del act.book.rates["ssd"]
+        for _ in range(4):
+            expected = None
+            for run in (act, None):
+                for layer in layers:
+                    layer.weight.grad = None
+                with contextlib.nullcontext() if run is None else run.forward():
+                    (y,) = first(*args) if run is None else run.block(first, *args)
+                    for layer in layers[1:]:
+                        y = layer(y) if run is None else run.block(layer, y)
+                    loss = y.square().sum()
+                loss.backward()
+                found = [layer.weight.grad for layer in layers]
+                expected = found if expected is None else expected
+                assert all(map(torch.equal, found, expected))
+            assert act.stats().offloaded_bytes > 0
+        assert not act.book._failure
+
+
+def test_a_step_that_cannot_be_learned_from_leaves_the_next_ones_whole(
+    limited: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act = limited(2 * NBYTES)
+    layers = layers_of(depth=3)
+
+    def learn(*_args: object) -> None:
+        raise ArithmeticError("broken")
+
+    monkeypatch.setattr(act.book, "learn", learn)
+    expected = step(None, layers, 0)
+    assert all(map(torch.equal, step(act, layers, 0), expected))
+    with pytest.warns(RuntimeWarning, match="ArithmeticError: broken"):
+        assert all(map(torch.equal, step(act, layers, 0), expected))
+    assert act.stats().spill_bytes == 0
+    assert not act._ending

@@ -38,7 +38,9 @@ def test_until_it_has_read_it_is_taken_to_read_as_it_writes() -> None:
 
 def test_a_fifth_more_or_less_is_news() -> None:
     planned = Throughput(100.0, 100.0)
-    assert not Throughput(119.0, 81.0).differs(planned)
-    assert Throughput(100.0, 79.0).differs(planned)
+    assert not Throughput(119.0, 84.0).differs(planned)
+    assert Throughput(100.0, 83.0).differs(planned)
     assert Throughput(121.0, math.nan).differs(planned)
     assert not Throughput(math.nan, math.nan).differs(planned)
+    for rate, much in ((51.0, False), (199.0, False), (49.0, True), (201.0, True)):
+        assert Throughput(rate, math.nan).differs(planned, 1.0) is much

@@ -207,8 +207,8 @@ def test_a_limit_that_nothing_meets_is_told_once_it_is_certain() -> None:
         renewed(it, SIZES)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            it.say_if_unmet()
-            it.say_if_unmet()
+            it.say_what_is_wrong()
+            it.say_what_is_wrong()
         assert len(told) == (time == 2), "the first step is not like the others"
     assert "memory_bytes=1 cannot be met" in str(told[0].message)
 
@@ -315,3 +315,84 @@ def test_both_tiers_take_more_than_one_where_the_ssd_is_slow() -> None:
         it.observe(link=drive(TOTAL * 10), ssd=drive(TOTAL * 0.3))
         moved.append(REGIONS - renewed(it, SIZES).tiers.count("device"))
     assert moved[1] > moved[0]
+
+
+def test_one_link_is_not_sold_twice() -> None:
+    for ssd in (0.5, 2.0, 8.0):
+        it = book(tier_bytes={"ssd": math.inf, "host": math.inf})
+        learn(it, SIZES)
+        it.observe(ssd=drive(TOTAL * ssd), link=drive(TOTAL * 2.0))
+        channels, _ = it._machine(1)
+        for rate in ("write_bytes_per_s", "read_bytes_per_s"):
+            together = sum(getattr(channel, rate) for channel in channels)
+            assert together <= 2.0 * TOTAL
+        assert [channel.tier for channel in channels] == (["ssd", "host"] if ssd < 2 else ["ssd"])
+        assert [channel.staged for channel in channels] == [True, False][: len(channels)]
+
+
+def test_a_window_that_users_set_is_planned_with() -> None:
+    plans = []
+    for window in (None, 8 * MIB):
+        it = book(tier_bytes={"host": math.inf}, window_bytes=window)
+        learn(it, SIZES)
+        it.observe(link=drive(TOTAL * 0.6))
+        plans.append(renewed(it, SIZES))
+    free, bounded = plans
+    assert free.schedule.window_bytes > 8 * MIB >= bounded.schedule.window_bytes
+    assert bounded.tiers.count("host") > 0
+    assert bounded.schedule.peak_bytes >= free.schedule.peak_bytes
+
+
+def test_a_drive_that_changed_once_has_blocks_chosen_anew_once() -> None:
+    it = book()
+    kinds = [SIZES, (2 * MIB,) * REGIONS]
+    seen = 1.0
+    for kind in kinds:
+        learn(it, kind)
+        it.observe(ssd=drive(TOTAL * seen, seen))
+        it.plan_like(kind)
+    chosen = []
+    it.blocks.drive_changed = lambda: chosen.append(1)  # type: ignore[method-assign]
+    written = TOTAL * seen
+    for step in range(1, 40):  # a tenth of what it was; one of the two kinds never comes again
+        it.learn(SIZES, list(reversed(range(REGIONS))), None, 1)
+        written += TOTAL
+        it.observe(ssd=((written, seen + step * 10), (written, seen + step * 10)))
+        it.plan_like(SIZES)
+    assert 1 <= len(chosen) <= 6, "the mean needs some steps to come down"
+
+
+def test_much_slower_is_noticed_long_before_a_little_slower() -> None:
+    it = book()
+    learn(it, SIZES)
+    it.observe(ssd=drive(TOTAL * 2))
+    it.plan_like(SIZES)
+    (entry,) = it._entries.values()
+    entry.patience = 64
+    noticed = {}
+    for change in (1.5, 10.0):
+        entry.stale, entry.uses = False, 0
+        for step in range(1, 100):
+            it.learn(SIZES, list(reversed(range(REGIONS))), None, 1)
+            it.rates["ssd"].throughput = type(it.rates["ssd"].throughput)(
+                *(rate / change for rate in entry.plan.rates["ssd"])  # type: ignore[union-attr]
+            )
+            it.observe()
+            if entry.stale:
+                noticed[change] = step
+                break
+    assert noticed == {1.5: 64, 10.0: 8}
+
+
+def test_what_cannot_be_learned_from_is_told_once_and_breaks_nothing() -> None:
+    it = book()
+    it.failed(ValueError("a clock went backwards"))
+    it.several_devices = True
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            it.say_what_is_wrong()
+    texts = sorted(str(each.message) for each in said)
+    assert len(texts) == 2
+    assert "several devices" in texts[0]
+    assert "a clock went backwards" in texts[1]

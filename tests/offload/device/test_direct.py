@@ -159,6 +159,7 @@ def test_what_is_not_proved_is_refused_when_it_is_asked_for(
     [
         (0, 9, True, "counted their transfer"),
         (0, 5, False, "counted no transfer"),
+        (0, 6, False, "counted no transfer"),
         (1, 9, False, "failed: no such luck"),
         (None, 9, False, "did not end in"),
     ],
@@ -176,14 +177,16 @@ def test_only_a_transfer_that_the_driver_counted_is_proof(
     stats.write_text(counted(5))
 
     def run(command: list[str], **_: object) -> object:
-        assert command[-2:] == ["offload.device.direct_probe", str(tmp_path)]
+        assert command[-3:] == ["offload.device.direct_probe", str(tmp_path), "3"]
         stats.write_text(counted(after))
         if code is None:
             raise subprocess.TimeoutExpired(command, 1)
         return SimpleNamespace(returncode=code, stderr="a traceback\nno such luck\n")
 
     monkeypatch.setattr(direct, "_STATS", stats)
+    monkeypatch.setattr(direct, "_IDLE_S", 0.0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
     monkeypatch.setattr("subprocess.run", run)
     found, reason = direct.direct_facts(str(tmp_path))
     assert found is works
@@ -203,3 +206,15 @@ def test_without_kvikio_a_gpu_or_the_driver_the_answer_is_no_and_why(
     assert "torch sees no GPU" in direct.direct_facts("/tmp")[1]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "kvikio is not installed" in direct.direct_facts("/tmp")[1]
+
+
+def test_while_others_transfer_nothing_is_proved(
+    notes: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counts = iter(range(1000))
+    monkeypatch.setattr(direct, "_operations", lambda: next(counts))
+    monkeypatch.setattr(direct, "_IDLE_S", 0.0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    works, why = direct.direct_facts(str(tmp_path))
+    assert not works
+    assert "others keep transferring" in why

@@ -46,7 +46,11 @@ def test_host_memory_alone_has_no_file(spill_dir: Path) -> None:
     assert list(spill_dir.iterdir()) == []
 
 
-def test_host_memory_is_a_part_of_what_is_available_where_nobody_says(spill_dir: Path) -> None:
+@pytest.mark.parametrize(("num_devices", "part"), [(0, 4), (1, 4), (2, 4), (8, 16)])
+def test_host_memory_is_a_part_of_what_is_available_where_nobody_says(
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, num_devices: int, part: int
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
     stores = Stores(config(spill_dir, tier="host", path=()))
     assert stores.host is not None
     total = next(
@@ -54,7 +58,7 @@ def test_host_memory_is_a_part_of_what_is_available_where_nobody_says(spill_dir:
         for line in Path("/proc/meminfo").read_text().splitlines()
         if line.startswith("MemTotal")
     )
-    assert MIB < stores.host.limit_bytes() <= total // 4
+    assert MIB < stores.host.limit_bytes() <= total // part
     assert stores.counters()["native_bytes"] < MIB, "none of it is touched before it is used"
 
 

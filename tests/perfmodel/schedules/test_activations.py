@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -90,11 +91,15 @@ def test_every_read_begins_once_and_before_its_tensor_is_asked_for(seed: int) ->
     needed_s = [trace.tensors[index].needed_s for index in plan.order]
     assert needed_s == sorted(needed_s)
     place = {index: at for at, index in enumerate(plan.order)}
-    begun = [(index, at) for at, some in enumerate(plan.reads_before) for index in some]
+    groups = enumerate((plan.reads_first, *plan.reads_before), -1)
+    begun = [(index, at) for at, some in groups for index in some]
     assert sorted(index for index, _ in begun) == [
         index for index, tier in enumerate(plan.tiers) if tier != "device"
     ]
-    assert all(at <= place[index] for index, at in begun)
+    asked_s = [-math.inf, *needed_s]
+    for index, at in begun:
+        assert at < place[index], "when an earlier one is asked for, or before any is"
+        assert asked_s[at + 1] <= plan.read_s[index], "and then the read is not late"
 
 
 @given(SEEDS, st.floats(0.05, 1))
@@ -184,3 +189,27 @@ def test_an_impossible_tensor_or_channel_is_refused() -> None:
         Trace((SavedTensor(1, 2, 3, 4), SavedTensor(1, 1, 3, 4)))
     with pytest.raises(ValueError, match="read_bytes_per_s=0"):
         Channel(tier="ssd", write_bytes_per_s=1, read_bytes_per_s=0)
+
+
+@given(SEEDS)
+def test_copies_hold_no_more_of_the_device_than_the_window(seed: int) -> None:
+    rng = random.Random(seed)
+    trace, channel, limits = random_case(rng)
+    free = plan_activations(trace, [channel], limits)
+    largest = max(tensor.nbytes for tensor in trace.tensors)
+    window_bytes = rng.randint(1, max(1, free.window_bytes))
+    plan = plan_activations(trace, [channel], replace(limits, window_bytes=window_bytes))
+    assert plan.window_bytes <= max(window_bytes, largest)
+    same = plan_activations(trace, [channel], replace(limits, window_bytes=free.window_bytes))
+    assert same.peak_bytes <= free.peak_bytes
+
+
+def test_what_is_not_staged_takes_no_staging() -> None:
+    tensors = tuple(SavedTensor(100, at, 10 + at, 11 + at) for at in range(4))
+    ways = {"write_bytes_per_s": 1e3, "read_bytes_per_s": 1e3}
+    limits = Limits(staging_bytes=0)
+    for staged in (True, False):
+        channel = Channel(tier="host", staged=staged, **ways)
+        plan = plan_activations(Trace(tensors), [channel], limits)
+        assert ("host" in plan.tiers) is not staged
+        assert plan.staging_peak_bytes == 0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel.schedules.activations import plan_activations
-from perfmodel.schedules.blocks import Block, choose_blocks, recomputed
+from perfmodel.schedules.blocks import Block, cheapest_blocks, choose_blocks, recomputed
 from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
 
 LIMITS = Limits()
@@ -145,3 +145,26 @@ def test_close_to_the_best_of_all_choices(seed: int) -> None:
 def test_a_negative_duration_is_refused(duration_s: float) -> None:
     with pytest.raises(ValueError, match="cannot take"):
         Block(duration_s, range(0))
+
+
+def test_a_little_waiting_beats_a_block_that_takes_long() -> None:
+    trace, blocks = model(8)
+    limit = trace.kept_peak_bytes // 2
+    for factor, waits in ((0.01, False), (30.0, True)):
+        priced = [Block(block.duration_s * factor, block.saved, block.enters) for block in blocks]
+        drive = [channel(160.0)]
+        chosen = choose_blocks(trace, priced, drive, LIMITS, limit)
+        assert chosen.recompute, "the drive alone is too slow"
+        best = cheapest_blocks(trace, priced, drive, LIMITS, limit)
+        assert best.peak_bytes <= limit
+        assert best.extra_s <= chosen.extra_s
+        assert (best.recompute == frozenset()) is waits
+
+
+def test_a_thorough_plan_that_fits_recomputes_nothing() -> None:
+    trace, blocks = model(6)
+    drive = [channel(400.0)]
+    plan = plan_activations(trace, drive, LIMITS)
+    best = cheapest_blocks(trace, blocks, drive, LIMITS, plan.peak_bytes)
+    assert best.recompute == frozenset()
+    assert best.extra_s == 0
