@@ -160,10 +160,12 @@ class _Search:
         options = range(KEPT, len(replay.channels))
         if len(options) ** len(self.movable) <= _FEW_CHOICES:
             return self._best_of_all(nothing, options)
-        self._tries = _SEARCH_TENSORS // len(replay.nbytes)
+        # Of very many, the few that could be moved one by one would find nothing.
+        many = len(self.movable) > _MANY
+        self._tries = 0 if many else _SEARCH_TENSORS // len(replay.nbytes)
         found = self._improve(*self.first(), pairs=True)
         rng = random.Random(0)  # the same plan for the same trace
-        for restart in range(_RESTARTS if len(self.movable) <= _MANY else 0):
+        for restart in range(_RESTARTS):
             if self._tries <= 0 or found[1].peak_bytes <= self.target:
                 break
             some = rng.sample(self.movable, rng.randint(0, len(self.movable)))

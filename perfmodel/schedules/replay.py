@@ -54,6 +54,8 @@ class Replay:
             for tensor in tensors
         ]
         self._window_bytes = max(limits.window_bytes, max(self.nbytes, default=0))
+        self._saves = list(zip(self.saved_s, self.nbytes, strict=True))
+        self._releases = sorted(zip(self.released_s, self.nbytes, strict=True))
         self._by_need = sorted(range(len(tensors)), key=lambda index: self.needed_s[index])
 
     def run(self, choice: Sequence[int]) -> Outcome:
@@ -226,12 +228,7 @@ class Replay:
         written_s: Sequence[float],
         read_s: Sequence[float],
     ) -> int:
-        gains = list(zip(self.saved_s, self.nbytes, strict=True))
-        losses = [
-            (released_s, nbytes)
-            for released_s, nbytes in zip(self.released_s, self.nbytes, strict=True)
-        ]
-        for index in moved:
-            losses.append((written_s[index], self.nbytes[index]))
-            gains.append((read_s[index], self.nbytes[index]))
+        nbytes = self.nbytes
+        gains = self._saves + [(read_s[index], nbytes[index]) for index in moved]
+        losses = self._releases + [(written_s[index], nbytes[index]) for index in moved]
         return peak_of(gains, losses)
