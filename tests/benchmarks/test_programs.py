@@ -257,3 +257,17 @@ def test_planning_tells_its_seconds_at_each_bandwidth(tmp_path: Path) -> None:
     assert set(found) >= CONTRACT
     assert len(found["claims"]) == 3
     assert {len(samples) for samples in found["samples"].values()} == {6}
+
+
+def test_adam_compares_bits_and_speed_with_a_pass_over_the_same_bytes(tmp_path: Path) -> None:
+    out = tmp_path / "adam.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "adam.py"), *ROUNDS]
+    done = subprocess.run(
+        [*command, "--parameters", "10000", "--json", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert set(found) >= CONTRACT
+    assert {"ours", "floor", "torch", "ours again"} <= set(found["samples"])
+    assert ("deepspeed" in found["samples"]) is not ("deepspeed" in found["absent"])
+    assert found["facts"]["adam_path"] in {"avx512", "avx2", "scalar"}
