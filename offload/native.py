@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.graph import increment_version
 
 from offload._C import (
     AdamSettings,
@@ -142,6 +143,8 @@ def _array(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> 
     if tensor.dtype not in dtypes:
         allowed = ", ".join(map(_dtype_name, dtypes))
         raise ValueError(f"{name} is {_dtype_name(tensor.dtype)}; it can be {allowed}")
+    if tensor.is_neg():
+        raise ValueError(f"{name} is a view that negates its memory; pass its resolve_neg()")
     if not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"{name} is on {tensor.device} with strides {tuple(tensor.stride())}; it has to lie "
@@ -192,6 +195,9 @@ def adam_update(
         count=grad.numel(),
         **{"param": 0} | addresses,
     )
+    # Whoever saved one of them for a backward hears of it.
+    changed = [*state.values(), *([] if param is None else [param])]
+    increment_version([each for each in changed if not each.is_inference()])
 
 
 def squared_norm(pool: ThreadPool, values: torch.Tensor) -> float:

@@ -8,7 +8,6 @@
 #include <utility>
 
 #include "error.h"
-#include "fork_guard.h"
 
 namespace offload {
 namespace {
@@ -31,13 +30,14 @@ void bind_to(std::thread& thread, const std::vector<int>& cpus) {
 }  // namespace
 
 ThreadPool::ThreadPool(unsigned num_threads, const std::vector<int>& cpus)
-    : fork_generation_(fork_generation()) {
+    : fork_generation_(fork_generation()), num_threads_(num_threads) {
   if (num_threads == 0) throw std::invalid_argument("num_threads must be at least 1, not 0");
-  threads_.reserve(num_threads);
+  State& state = *state_.operator->();
+  state.threads.reserve(num_threads);
   try {
     for (unsigned index = 0; index < num_threads; ++index) {
-      threads_.push_back(start_thread([this] { serve(); }, ""));
-      if (!cpus.empty()) bind_to(threads_.back(), cpus);
+      state.threads.push_back(start_thread([&state] { serve(state); }, ""));
+      if (!cpus.empty()) bind_to(state.threads.back(), cpus);
     }
   } catch (...) {
     stop();
@@ -46,28 +46,25 @@ ThreadPool::ThreadPool(unsigned num_threads, const std::vector<int>& cpus)
 }
 
 ThreadPool::~ThreadPool() {
-  if (fork_generation_ == fork_generation()) {
-    stop();
-  } else {
-    for (std::thread& thread : threads_) thread.detach();  // they are in the parent only
-  }
+  // A forked child leaves all of it alone: the threads, and who waits, are in the parent only.
+  if (fork_generation_ == fork_generation()) stop();
 }
 
 void ThreadPool::stop() {
   {
-    std::lock_guard lock(mutex_);
-    stopping_ = true;
+    std::lock_guard lock(state_->mutex);
+    state_->stopping = true;
   }
-  begun_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
+  state_->begun.notify_all();
+  for (std::thread& thread : state_->threads) thread.join();
 }
 
 // Takes indices until none is left.
-void ThreadPool::take_part(std::unique_lock<std::mutex>& lock) {
-  ++running_;
-  while (next_ < count_) {
-    const std::size_t index = next_++;
-    const auto* work = work_;
+void ThreadPool::take_part(State& state, std::unique_lock<std::mutex>& lock) {
+  ++state.running;
+  while (state.next < state.count) {
+    const std::size_t index = state.next++;
+    const auto* work = state.work;
     lock.unlock();
     std::exception_ptr error;
     try {
@@ -77,20 +74,20 @@ void ThreadPool::take_part(std::unique_lock<std::mutex>& lock) {
     }
     lock.lock();
     if (error) {
-      if (!error_) error_ = error;
-      next_ = count_;
+      if (!state.error) state.error = error;
+      state.next = state.count;
     }
   }
-  --running_;
+  --state.running;
 }
 
-void ThreadPool::serve() {
-  std::unique_lock lock(mutex_);
+void ThreadPool::serve(State& state) {
+  std::unique_lock lock(state.mutex);
   for (;;) {
-    begun_.wait(lock, [this] { return stopping_ || next_ < count_; });
-    if (stopping_) return;
-    take_part(lock);
-    if (running_ == 0) ended_.notify_all();
+    state.begun.wait(lock, [&state] { return state.stopping || state.next < state.count; });
+    if (state.stopping) return;
+    take_part(state, lock);
+    if (state.running == 0) state.ended.notify_all();
   }
 }
 
@@ -103,16 +100,17 @@ void ThreadPool::run(std::size_t count, const std::function<void(std::size_t)>& 
     work(0);
     return;
   }
-  std::lock_guard caller(caller_mutex_);
-  std::unique_lock lock(mutex_);
-  work_ = &work;
-  next_ = 0;
-  count_ = count;
-  begun_.notify_all();
-  ended_.wait(lock, [this] { return next_ >= count_ && running_ == 0; });
-  work_ = nullptr;
-  count_ = next_ = 0;
-  if (auto error = std::exchange(error_, nullptr)) std::rethrow_exception(error);
+  State& state = *state_.operator->();
+  std::lock_guard caller(state.caller_mutex);
+  std::unique_lock lock(state.mutex);
+  state.work = &work;
+  state.next = 0;
+  state.count = count;
+  state.begun.notify_all();
+  state.ended.wait(lock, [&state] { return state.next >= state.count && state.running == 0; });
+  state.work = nullptr;
+  state.count = state.next = 0;
+  if (auto error = std::exchange(state.error, nullptr)) std::rethrow_exception(error);
 }
 
 }  // namespace offload

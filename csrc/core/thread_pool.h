@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "fork_guard.h"
+
 namespace offload {
 
 class ThreadPool {
@@ -23,31 +25,34 @@ class ThreadPool {
 
   // Calls work(0) to work(count - 1), each once, in any order, and returns when all have returned.
   // A single one is called on the caller's thread. The first exception is thrown here, after the
-  // rest was left out. One caller at a time; others wait. Throws in a forked child, which has no
-  // threads.
+  // rest was left out. One caller at a time, others wait, and `work` must not call this. Throws in
+  // a forked child, which has no threads.
   void run(std::size_t count, const std::function<void(std::size_t)>& work);
 
-  unsigned num_threads() const { return static_cast<unsigned>(threads_.size()); }
+  unsigned num_threads() const { return num_threads_; }
 
  private:
-  void serve();
+  struct State {
+    std::mutex caller_mutex;
+    std::mutex mutex;
+    std::condition_variable begun;
+    std::condition_variable ended;
+    const std::function<void(std::size_t)>* work = nullptr;
+    std::size_t next = 0;
+    std::size_t count = 0;
+    std::size_t running = 0;
+    std::exception_ptr error;
+    bool stopping = false;
+    std::vector<std::thread> threads;
+  };
+
+  static void serve(State& state);
+  static void take_part(State& state, std::unique_lock<std::mutex>& lock);
   void stop();
-  void take_part(std::unique_lock<std::mutex>& lock);
 
   const int fork_generation_;
-  std::mutex caller_mutex_;
-
-  std::mutex mutex_;
-  std::condition_variable begun_;
-  std::condition_variable ended_;
-  const std::function<void(std::size_t)>* work_ = nullptr;
-  std::size_t next_ = 0;
-  std::size_t count_ = 0;
-  std::size_t running_ = 0;
-  std::exception_ptr error_;
-  bool stopping_ = false;
-
-  std::vector<std::thread> threads_;  // last: they use all of the above
+  const unsigned num_threads_;
+  ParentOwned<State> state_;
 };
 
 }  // namespace offload

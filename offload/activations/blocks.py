@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from offload.activations.recording import Recording
@@ -89,7 +89,13 @@ class BlockRuns:
         begin = recording.mark() if recording is not None else None
         if len(self.noted) in self.recompute:
             owner.counters.recomputed_blocks += 1
-            out = checkpoint(alone, function, *args, use_reentrant=False)
+            # Its inputs leave one by one, whatever they came in.
+            leaves, spec = tree_flatten(tuple(args))
+
+            def again(*inputs: Any) -> Any:
+                return alone(function, *tree_unflatten(inputs, spec))
+
+            out = checkpoint(again, *leaves, use_reentrant=False)
         else:
             out = alone(function, *args)
         if recording is not forward.recording:
@@ -98,7 +104,7 @@ class BlockRuns:
             begin = recording.begun if recording is not None else None
         end = recording.mark() if recording is not None else None
         saved = range(first, len(regions))
-        self.noted.append(Noted(begin, end, saved, forward.regions_of(args)))
+        self.noted.append(Noted(begin, end, saved, forward.regions_of(tree_leaves(args))))
         return out
 
     def blocks(self, recording: Recording) -> tuple[Block, ...]:

@@ -357,7 +357,7 @@ class ForwardPass(HookScope):
         self.signature = tuple([region.end - region.begin for region in self.regions])
         self.depth = len(self.owner.forwards)
         if self.plan is not None and self.plan.sizes == self.signature:
-            if self.backward.expect(self.plan, None, alone=self.depth == 1):
+            if self.backward.expect(self.plan, None, alone=self.depth == self.plan.depth == 1):
                 self.owner.transfers.begin(self)
             counters, schedule = self.owner.counters, self.plan.schedule
             counters.predicted_peak = schedule.peak_bytes

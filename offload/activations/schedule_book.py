@@ -55,6 +55,8 @@ class Plan:
     """For each place in `order`: the last place whose read has begun by then."""
     due_first: int
     """The same before the backward asks for anything; -1 for none."""
+    depth: int
+    """How many forwards were under way at once with one of this kind."""
     schedule: ActivationSchedule
     rates: Mapping[str, Throughput]
     """What the tiers' ways were taken to do."""
@@ -343,6 +345,7 @@ class ScheduleBook:
             order=tuple(order),
             due=tuple(last for number, last in due if number < count),
             due_first=begun[0],
+            depth=entry.depth,
             schedule=schedule,
             rates=known,
             confirmed=entry.recordings > 1,

@@ -172,7 +172,7 @@ def _operations_when_idle() -> int | None:
         time.sleep(_IDLE_S)
         if before is None or _operations() == before:
             return before
-        time.sleep(random.uniform(0, _IDLE_TRIES * _IDLE_S))
+        time.sleep(random.SystemRandom().uniform(0, _IDLE_TRIES * _IDLE_S))
     raise TimeoutError
 
 

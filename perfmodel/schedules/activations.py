@@ -94,18 +94,18 @@ def _faster(channel: Channel, factor: float) -> Channel:
     )
 
 
-class _NestedStaging:
-    """Staging of tensors that are offered longest lifetime first, each inside the one before."""
+class _Nested:
+    """Room of tensors that are offered longest lifetime first, each inside the one before."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
-        self._out: deque[tuple[float, int]] = deque()  # writes not ended: when, bytes
+        self._out: deque[tuple[float, int]] = deque()  # until when, bytes
         self._out_bytes = 0
-        self._in: deque[tuple[float, int]] = deque()  # reads: when begun, bytes of those before
+        self._in: deque[tuple[float, int]] = deque()  # since when, bytes of those before
         self._in_bytes = 0
 
-    def takes(self, nbytes: int, away: tuple[float, float], back: tuple[float, float]) -> bool:
-        """Add a tensor that is staged during `away` and `back` (from, to), if there is room."""
+    def fits(self, nbytes: int, away: tuple[float, float], back: tuple[float, float]) -> bool:
+        """Say whether there is room for a tensor that takes it during `away` and `back`."""
         if self._limit == math.inf:
             return True
         while self._out and self._out[0][0] < away[0]:
@@ -114,13 +114,15 @@ class _NestedStaging:
         while self._in and self._in[0][0] > back[1]:
             self._in.popleft()
         before = self._in[0][1] if self._in else self._in_bytes
-        if max(self._out_bytes, self._in_bytes - before) + nbytes > self._limit:
-            return False
-        self._out.append((away[1], nbytes))
-        self._out_bytes += nbytes
-        self._in.append((back[0], self._in_bytes))
-        self._in_bytes += nbytes
-        return True
+        return max(self._out_bytes, self._in_bytes - before) + nbytes <= self._limit
+
+    def add(self, nbytes: int, away: tuple[float, float], back: tuple[float, float]) -> None:
+        """Take one that fits."""
+        if self._limit < math.inf:
+            self._out.append((away[1], nbytes))
+            self._out_bytes += nbytes
+            self._in.append((back[0], self._in_bytes))
+            self._in_bytes += nbytes
 
 
 _Found = tuple[list[int], Outcome]
@@ -219,7 +221,8 @@ class _Search:
         choice = [KEPT] * len(replay.nbytes)
         free_s = [0.0] * len(replay.channels)
         begin_s = [math.inf] * len(replay.channels)
-        staging = _NestedStaging(replay.limits.staging_bytes)
+        staging = _Nested(replay.limits.staging_bytes)
+        window = _Nested(replay.window_bytes)
         for index in order:
             nbytes = replay.nbytes[index]
             options = []
@@ -229,9 +232,15 @@ class _Search:
                 read_s = min(begin_s[number], needed_s) - channel.read_s(nbytes)
                 options.append((written_s - read_s, number, written_s, read_s))
             margin_s, number, written_s, read_s = min(options)
-            away, back = (replay.saved_s[index], written_s), (read_s, replay.released_s[index])
-            staged = replay.channels[number].staged
-            if margin_s <= 0 and (not staged or staging.takes(nbytes, away, back)):
+            if margin_s > 0:
+                continue
+            away = replay.saved_s[index], written_s
+            rooms = [(window, (read_s, replay.needed_s[index]))]
+            if replay.channels[number].staged:
+                rooms.append((staging, (read_s, replay.released_s[index])))
+            if all(room.fits(nbytes, away, back) for room, back in rooms):
+                for room, back in rooms:
+                    room.add(nbytes, away, back)
                 choice[index], free_s[number], begin_s[number] = number, written_s, read_s
         return choice
 

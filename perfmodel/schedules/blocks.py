@@ -155,6 +155,9 @@ def choose_blocks(
         return best
     for order in _orders(trace, blocks, worthwhile):
         best = trials.better(best, trials.fewest_of(order))
+    if best.peak_bytes > memory_bytes:  # more blocks are not always less memory
+        for number in worthwhile[-_PRUNINGS:]:
+            best = trials.better(best, trials.of((number,)))
     for number in sorted(best.recompute, key=lambda number: -blocks[number].duration_s)[:_PRUNINGS]:
         best = trials.better(best, trials.of(best.recompute - {number}))
     return best

@@ -53,7 +53,7 @@ class Replay:
             not tensor.held and tensor.nbytes >= max(1, limits.min_tensor_bytes)
             for tensor in tensors
         ]
-        self._window_bytes = max(limits.window_bytes, max(self.nbytes, default=0))
+        self.window_bytes = max(limits.window_bytes, max(self.nbytes, default=0))
         self._saves = list(zip(self.saved_s, self.nbytes, strict=True))
         self._releases = sorted(zip(self.released_s, self.nbytes, strict=True))
         self._by_need = sorted(range(len(tensors)), key=lambda index: self.needed_s[index])
@@ -77,8 +77,8 @@ class Replay:
         moved = [index for index in range(count) if choice[index] != KEPT]
         staged = [index for index in moved if self.channels[choice[index]].staged]
         broken, staging_peak = self._staging(staged, written_s, read_s)
-        if broken < 0 and self._window_bytes < math.inf:
-            broken, _ = self.window(moved, written_s, read_s, self._window_bytes)
+        if broken < 0 and self.window_bytes < math.inf:
+            broken, _ = self.window(moved, written_s, read_s, self.window_bytes)
         if broken >= 0:
             return Outcome(broken)
         peak = self._peak(moved, written_s, read_s)

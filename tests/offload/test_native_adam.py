@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offload.native import AdamSettings, ThreadPool, adam_path, adam_update, squared_norm
@@ -33,7 +34,19 @@ def named(lr: float, betas: tuple[float, float], eps: float, decay: float) -> Ad
     return AdamSettings(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=decay)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Have torch end its vectors where the array ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     seed=st.integers(0, 2**16),
     lr=st.sampled_from([1e-4, 3e-4, 1e-3, 0.1]),
@@ -51,7 +64,6 @@ def test_float32_gives_the_bits_of_torchs_fused_adamw(
     decay: float,
     size: float,
 ) -> None:
-    torch.set_num_threads(1)  # or torch would end vectors elsewhere
     torch.manual_seed(seed)
     ours = state_of(WHOLE_VECTORS)
     theirs = ours["master_param"].clone().requires_grad_()
@@ -135,3 +147,23 @@ def test_the_path_is_told() -> None:
     assert ThreadPool(3, [0]).num_threads == 3
     with pytest.raises(OSError, match="CPUs 1023"):
         ThreadPool(1, [1023])
+
+
+def test_a_backward_hears_that_what_it_saved_was_updated(pool: ThreadPool) -> None:
+    weight = torch.ones(10, requires_grad=True)
+    loss = (weight * weight).sum()
+    state = state_of(10) | {"master_param": weight.detach()}
+    adam_update(pool, named(0.1, (0.9, 0.99), 1e-8, 0.0), 1, grad=torch.ones(10), **state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_view_that_negates_is_refused(pool: ThreadPool) -> None:
+    with pytest.raises(ValueError, match="grad is a view that negates"):
+        adam_update(
+            pool,
+            named(0.1, (0.9, 0.99), 1e-8, 0.0),
+            1,
+            grad=torch._neg_view(torch.ones(10)),
+            **state_of(10),
+        )

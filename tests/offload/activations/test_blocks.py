@@ -310,3 +310,26 @@ def test_a_step_that_cannot_be_learned_from_leaves_the_next_ones_whole(
         assert all(map(torch.equal, step(act, layers, 0), expected))
     assert act.stats().spill_bytes == 0
     assert not act._ending
+
+
+def test_what_enters_a_block_in_a_container_is_known_and_leaves(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = layers_of(depth=4)
+    act = make(schedule="all")
+    monkeypatch.setattr(act.book, "recompute_of", lambda _key: frozenset(range(4)))
+    y = torch.randn(ROWS, WIDTH)
+    forward = act.forward()
+    with forward:
+        for layer in layers:
+            y = act.block(lambda pair, layer=layer: layer(pair[0]), (y, None))
+        loss = y.square().sum()
+    assert repeats(layers) == [False] * 4
+    assert all(noted.enters for noted in forward.blocks.noted[1:])
+    assert act.stats().offloaded_bytes >= 4 * NBYTES
+    del y
+    act.transfers.drain()
+    assert act.stats().still_held_bytes <= NBYTES, "the last output, by this test"
+    loss.backward()
+    assert [layer.calls for layer in layers] == [1] * 4
+    assert act.stats().recomputed_blocks == 4

@@ -213,3 +213,21 @@ def test_what_is_not_staged_takes_no_staging() -> None:
         plan = plan_activations(Trace(tensors), [channel], limits)
         assert ("host" in plan.tiers) is not staged
         assert plan.staging_peak_bytes == 0
+
+
+def test_many_tensors_leave_through_a_small_window() -> None:
+    count = 6000
+    slot_s = 1 / count
+    tensors = tuple(
+        SavedTensor(100, slot_s * at, 3 - 2 * slot_s * at, 3 - 2 * slot_s * at + slot_s)
+        for at in range(count)
+    )
+    trace = Trace(tensors)
+    rate = 1.5 * 100 * count
+    channel = Channel(tier="host", write_bytes_per_s=rate, read_bytes_per_s=rate, staged=False)
+    free = plan_activations(trace, [channel])
+    for part in (1, 2):
+        window_bytes = max(200, free.window_bytes // part)
+        plan = plan_activations(trace, [channel], Limits(window_bytes=window_bytes))
+        assert plan.window_bytes <= window_bytes
+        assert plan.peak_bytes < trace.kept_peak_bytes // 10
