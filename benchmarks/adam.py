@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import os
 import shutil
 import subprocess
 import sys
@@ -73,7 +72,7 @@ def ours(count: int, threads: int) -> tuple[Step, State]:
 def floor(count: int, threads: int) -> tuple[Step, State]:
     """Return the pass without arithmetic. Raises OSError where there is no compiler."""
     state = State(count)
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise OSError("there is no C++ compiler")
     source = Path(__file__).with_name("adam_floor.cpp")

@@ -83,7 +83,7 @@ class Crossing:
 
     `window_bytes` bounds the device memory that copies hold: of what leaves until its copy has been
     made, and of what comes back before it is wanted. A single region may be larger. None: as much
-    as the schedules in force have planned with.
+    as any schedule so far has planned with.
     """
 
     def __init__(

@@ -118,9 +118,8 @@ def cheapest_blocks(
     `extra_s` of the latter is what the step waits.
     """
     plan = plan_activations(trace, channels, limits, memory_bytes, slowdown=slowdown)
-    none = BlockChoice(frozenset(), 0.0, plan.peak_bytes)
     if plan.peak_bytes <= memory_bytes:
-        return none
+        return BlockChoice(frozenset(), 0.0, plan.peak_bytes)
     chosen = choose_blocks(trace, blocks, channels, limits, memory_bytes, slowdown)
     if not chosen.recompute:
         return chosen
