@@ -117,8 +117,8 @@ class ActivationsConfig:
     """How much of each forward's saved tensors may be in the device's memory at once, whatever time
     it takes; None: as little as can in the time there is. On a CPU staging counts as well."""
     tolerated_slowdown: float = 0.0
-    """How much longer a step may become by waiting for transfers, as a part of it, for the sake of
-    less memory: 0.05 is 5 %."""
+    """How much longer a step may become for the sake of less memory, as a part of it (0.05 is 5 %):
+    by waiting for transfers, or by running blocks again where `memory_bytes` sets no limit."""
     ssd_rated_bytes: int | None = None
     """What the maker says that may be written to each drive in its life (TBW); then `stats()` tell
     how many days it lasts."""

@@ -98,8 +98,10 @@ py::dict spill_stats(const Spill& spill) {
   out["resumed"] = stats.queue.resumed;
   out["verify_s"] = stats.queue.verify_s;
   out["thread_cpu_s"] = stats.queue.thread_cpu_s;
-  out["read_busy_s"] = stats.queue.read_busy_s;
-  out["write_busy_s"] = stats.queue.write_busy_s;
+  out["read_busy_s"] = stats.queue.busy.read_s;
+  out["write_busy_s"] = stats.queue.busy.write_s;
+  out["mixed_busy_s"] = stats.queue.busy.mixed_s;
+  out["mixed_bytes"] = stats.queue.busy.mixed_bytes;
   out["used_bytes"] = stats.used_bytes;
   out["peak_used_bytes"] = stats.peak_used_bytes;
   out["reserved_bytes"] = stats.reserved_bytes;

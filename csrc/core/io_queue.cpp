@@ -182,8 +182,7 @@ void IoQueue::run() {
     {
       std::unique_lock lock(mutex_);
       counted_.thread_cpu_s = thread_cpu_s();
-      counted_.read_busy_s = reading_.total_s();
-      counted_.write_busy_s = writing_.total_s();
+      counted_.busy = in_flight_.stats();
       stats_ = counted_;
       const bool more = !reads_.empty() || !writes_.empty() || current_ || !again_.empty();
       if (more && in_engine_ < options_.depth && !backpressure_) continue;
@@ -257,7 +256,7 @@ bool IoQueue::stage(std::size_t slot) {
     return false;
   }
   ++in_engine_;
-  busy(request.op).begin();
+  in_flight_.begin(request.op);
   ++counted_.requests;
   return true;
 }
@@ -266,7 +265,7 @@ void IoQueue::handle(const Completion& completion) {
   const std::size_t slot = completion.tag;
   --in_engine_;
   Flight& flight = flights_[slot];
-  busy(flight.transfer->request_.op).end();
+  in_flight_.end(flight.transfer->request_.op, completion.result);
   if (flight.transfer->error_ || resume(slot, completion.result)) {
     if (flight.transfer->error_) release(slot);
     return;

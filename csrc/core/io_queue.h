@@ -64,8 +64,7 @@ struct QueueStats {
   std::uint64_t requests = 0;  // handed to the engine
   double verify_s = 0;         // CPU seconds comparing checksums
   double thread_cpu_s = 0;     // CPU seconds of the queue's thread, verifying included
-  double read_busy_s = 0;      // with at least one read in flight
-  double write_busy_s = 0;
+  BusyStats busy;
 };
 
 class IoQueue {
@@ -129,7 +128,6 @@ class IoQueue {
   void end(Transfer& transfer, Transfer::State state);
   void fail_everything(const IoError& error);
   std::vector<std::shared_ptr<Transfer>> withdraw_all();
-  BusyTime& busy(IoOp op) { return op == IoOp::kRead ? reading_ : writing_; }
   std::uint64_t block_bytes_of(const Transfer& transfer, std::uint64_t block) const;
 
   std::unique_ptr<IoEngine> engine_;
@@ -156,7 +154,7 @@ class IoQueue {
   std::vector<std::size_t> to_verify_;
   std::shared_ptr<Transfer> current_;  // blocks of it are still to be handed out
   std::size_t in_engine_ = 0;
-  BusyTime reading_, writing_;
+  InFlight in_flight_;
   bool backpressure_ = false;  // the engine refused a block that it had room for
   QueueStats counted_;         // what stats_ will say next
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from offload.activations.recording import Recording
 from offload.device import can_offload
-from perfmodel.schedules.blocks import Block, cheapest_blocks, freed_by
+from perfmodel.schedules.blocks import Block, cheapest_blocks, freed_by, leanest_blocks
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
 if TYPE_CHECKING:
@@ -122,13 +122,18 @@ class _Choice:
     depth: int
     recompute: frozenset[int] = frozenset()
     stale: bool = True
+    slowdown: float = 0.0
+    """What the step may still wait, where it may become longer: see `leanest_blocks`."""
     aim: float = 1.0
     """How much of the memory a choice may take: less once a choice took more than was thought."""
     misses: int = 0
 
 
 class BlockBook:
-    """Which blocks each kind of forward recomputes, so that what it saves fits `memory_bytes`."""
+    """Which blocks each kind of forward recomputes, so that what it saves fits `memory_bytes`.
+
+    Without that: so that as little as can is in memory in a step `tolerated_slowdown` longer.
+    """
 
     def __init__(self, memory_bytes: int | None, tolerated_slowdown: float = 0.0) -> None:
         self._memory_bytes, self._slowdown = memory_bytes, tolerated_slowdown
@@ -141,7 +146,8 @@ class BlockBook:
 
     def learn(self, runs: BlockRuns, trace: Trace, depth: int, recording: Recording) -> None:
         """Take in what a forward without recomputation saved, and when."""
-        if self._memory_bytes is None or runs.key is None or runs.recompute:
+        wanted = self._memory_bytes is not None or self._slowdown > 0
+        if runs.key is None or runs.recompute or not wanted:
             return
         self._choices[runs.key] = _Choice(trace, runs.blocks(recording), depth)
         self._choices.move_to_end(runs.key)
@@ -162,17 +168,25 @@ class BlockBook:
                     found.append((max(runs.noted[number].enters), nbytes))
         return found
 
-    def missed(self, key: BlockKey, peak_bytes: int) -> bool:
-        """Take in that a choice's schedule needs `peak_bytes`; say if it will be made again."""
+    def missed(self, key: BlockKey, peak_bytes: int) -> None:
+        """Take in that a choice's schedule needs `peak_bytes`: it is made again, if it can be."""
         choice = self._choices.get(key)
         if choice is None or self._memory_bytes is None or peak_bytes <= self._memory_bytes:
-            return False
-        if choice.misses >= _MOST_MISSES or len(choice.recompute) == len(choice.blocks):
-            return False
-        choice.misses += 1
-        choice.aim *= self._memory_bytes / peak_bytes
-        choice.stale = True
-        return True
+            return
+        if choice.misses < _MOST_MISSES and len(choice.recompute) < len(choice.blocks):
+            choice.misses += 1
+            choice.aim *= self._memory_bytes / peak_bytes
+            choice.stale = True
+
+    def slowdown_of(self, key: BlockKey | None) -> float:
+        """Return how much longer such a step may become by waiting, beside what it recomputes."""
+        choice = self._choices.get(key) if key is not None else None
+        return self._slowdown if choice is None else choice.slowdown
+
+    def settled(self, runs: BlockRuns) -> bool:
+        """Say whether the next forward of this kind will recompute what this one has."""
+        choice = self._choices.get(runs.key) if runs.key is not None else None
+        return choice is None or (not choice.stale and choice.recompute == runs.recompute)
 
     def drive_changed(self) -> None:
         """Have every choice made again."""
@@ -184,11 +198,13 @@ class BlockBook:
     ) -> None:
         """Choose for what was learned; `machine` says what so many forwards at once may use."""
         choice = self._choices.get(key)
-        if choice is None or not choice.stale or self._memory_bytes is None:
+        if choice is None or not choice.stale:
             return
-        channels, limits = machine(choice.depth)
-        memory_bytes = int(self._memory_bytes * choice.aim)
-        choice.recompute = cheapest_blocks(
-            choice.trace, choice.blocks, channels, limits, memory_bytes, self._slowdown
-        ).recompute
-        choice.stale = False
+        step = choice.trace, choice.blocks, *machine(choice.depth)
+        if self._memory_bytes is None:
+            found = leanest_blocks(*step, self._slowdown)
+            choice.slowdown = found.slowdown
+        else:
+            found = cheapest_blocks(*step, int(self._memory_bytes * choice.aim), self._slowdown)
+            choice.slowdown = self._slowdown
+        choice.recompute, choice.stale = found.recompute, False

@@ -8,6 +8,7 @@ time before it is wanted, and the computation waits for the copy only where it u
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ class Crossing:
 
     `window_bytes` bounds the device memory that copies hold: of what leaves until its copy has been
     made, and of what comes back before it is wanted. A single region may be larger. None: as much
-    as any schedule so far has planned with.
+    as the schedules in force have planned with.
     """
 
     def __init__(
@@ -93,6 +94,8 @@ class Crossing:
         self._stores = stores
         self._bounded = window_bytes is not None
         self._window_bytes = LEAST_WINDOW_BYTES if window_bytes is None else window_bytes
+        self.room_bytes = math.inf
+        """What copies may hold within `memory_bytes`, beside all that stays."""
         self._main_queue = link.main_queue()
         self._several_queues = False
         # Waits for copies whose time is not known yet: their begin and end in a queue.
@@ -134,9 +137,15 @@ class Crossing:
             clock.waited(begin)
 
     def allow(self, window_bytes: int) -> None:
-        """Let copies hold as much as a schedule has planned with, unless the user bounds it."""
+        """Let copies hold as much as the schedules in force need, unless the user bounds it."""
         if not self._bounded:
-            self._window_bytes = max(self._window_bytes, window_bytes)
+            self._window_bytes = max(LEAST_WINDOW_BYTES, window_bytes)
+
+    def wait_within(self, more_bytes: int = 0) -> None:
+        """Order the computation behind as many copies as leave too little room for `more_bytes`."""
+        limit = min(self._window_bytes, self.room_bytes)
+        while self._departing and self._departing_bytes + more_bytes > limit:
+            self._wait_for_oldest()
 
     def held_s(self) -> float:
         """Return for how long the computation has waited for copies, as far as that is known."""
@@ -157,8 +166,7 @@ class Crossing:
         self._raise_error()
         self._several_queues |= region.queue != self._main_queue
         self._let_go()
-        while self._departing and self._departing_bytes + region.nbytes > self._window_bytes:
-            self._wait_for_oldest()
+        self.wait_within(region.nbytes)
         lead = (storage.data_ptr() + region.begin) % KERNEL_ALIGN
         extent = self._stage(region.nbytes, lead, tier)
         if extent is None:
@@ -262,7 +270,8 @@ class Crossing:
 
     def expect(self, region: Region) -> bool:
         """Take memory for a region that will be wanted; False when the window is full."""
-        if self._arriving_bytes and self._arriving_bytes + region.nbytes > self._window_bytes:
+        limit = min(self._window_bytes, self.room_bytes)
+        if self._arriving_bytes and self._arriving_bytes + region.nbytes > limit:
             return False
         self._expected[region] = self._make_room(region)
         return True

@@ -270,7 +270,7 @@ class ForwardPass(HookScope):
     def _register(self, region: Region) -> None:
         if not self.live:
             self.owner.forwards.add(self)
-            self.owner.transfers.bound_staging()
+            self.owner.transfers.bound_memory()
         if not self._met_any:
             self.meet(region.alias)
         region.number = len(self.regions)
@@ -338,7 +338,9 @@ class ForwardPass(HookScope):
                 book.record_next = self.recording is None
                 return ""
             if self.crossing is not None:
-                self.crossing.allow(plan.schedule.window_bytes)
+                plans = [forward.plan for forward in self.owner.forwards]
+                windows = [other.schedule.window_bytes for other in plans if other is not None]
+                self.crossing.allow(max(windows, default=0))
             if plan.confirmed and not book.record_next:
                 self.recording = None
         tier = plan.tiers[number]
@@ -379,7 +381,7 @@ class ForwardPass(HookScope):
         """Take leave of the last region; teach the owner the order that was used."""
         self.depth = max(self.depth, len(self.owner.forwards))
         self.owner.forwards.discard(self)
-        self.owner.transfers.bound_staging()
+        self.owner.transfers.bound_memory()
         if not self.ended:
             return  # more may come
         if self.backward.used and self.owner.process == getpid():

@@ -173,8 +173,9 @@ class ActivationOffload:
     def block(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return `function(*args)`, a layer's output say, as one thing that may be computed again.
 
-        Where `memory_bytes` is set and would not hold all that a forward saves, some of its blocks
-        save only their `args`, and run again in the backward with the same random numbers.
+        Where `memory_bytes` is set and would not hold all that a forward saves, or where a step may
+        become longer for less memory (`tolerated_slowdown`), some of its blocks save only their
+        `args`, and run again in the backward with the same random numbers.
         """
         forward = self.running.current()
         if forward is None or self.running.in_block or not torch.is_grad_enabled():

@@ -20,20 +20,29 @@ class Throughput(NamedTuple):
 
     write_bytes_per_s: float
     read_bytes_per_s: float
+    mixed_bytes_per_s: float = math.nan
+    """Of both directions together, while both were under way."""
 
     def known(self) -> Throughput | None:
-        """Return this with a read rate: until anything was read, as fast as writing."""
-        write, read = self
+        """Return this without a nan; None until anything was written.
+
+        Until anything was read, that is as fast as writing. Both at once are no faster than the
+        faster one, and as fast as it until they were seen together: transfers take turns in plans.
+        """
+        write, read, mixed = self
         if math.isnan(write):
             return None
-        return Throughput(write, write if math.isnan(read) else read)
+        read = write if math.isnan(read) else read
+        most = max(write, read)
+        return Throughput(write, read, most if math.isnan(mixed) else min(mixed, most))
 
     def differs(self, planned: Throughput, least: float = CHANGED) -> bool:
         """Say whether this is faster or slower than what was planned with by a part of `least`."""
-        return any(
+        known = self.known()
+        return known is not None and any(
             not 1 / (1 + least) <= now / then <= 1 + least
-            for now, then in zip(self, planned, strict=True)
-            if not math.isnan(now)
+            for now, then, seen in zip(known, planned, self, strict=True)
+            if not math.isnan(seen)
         )
 
 
@@ -45,20 +54,21 @@ class Rates:
 
     def __init__(self, throughput: Throughput = UNKNOWN) -> None:
         self.throughput = throughput
-        self._seen = [0.0] * 4
+        self._seen = [(0.0, 0.0)] * len(throughput)
 
-    def observe(self, write: tuple[float, float], read: tuple[float, float]) -> bool:
-        """Take in the totals of both directions; say whether they say anything new."""
-        seen = (*write, *read)
-        rates, anything = [], False
-        for at, known in ((0, self.throughput[0]), (2, self.throughput[1])):
-            nbytes, busy_s = seen[at] - self._seen[at], seen[at + 1] - self._seen[at + 1]
+    def observe(self, *totals: tuple[float, float]) -> bool:
+        """Take in the totals of writing, of reading, and of both at once where that is known.
+
+        Says whether writing or reading say anything new.
+        """
+        rates, news = list(self.throughput), False
+        for way, total in enumerate(totals):
+            nbytes, busy_s = (now - seen for now, seen in zip(total, self._seen[way], strict=True))
             if busy_s < _LEAST_BUSY_S or (nbytes < LEAST_BYTES and busy_s < _LONG_BUSY_S):
-                rates.append(known)
                 continue
-            rate = max(nbytes, 1.0) / busy_s
-            rates.append(rate if math.isnan(known) else (rate + known) / 2)
-            self._seen[at : at + 2] = seen[at : at + 2]
-            anything = True
+            rate, known = max(nbytes, 1.0) / busy_s, rates[way]
+            rates[way] = rate if math.isnan(known) else (rate + known) / 2
+            self._seen[way] = total
+            news |= way < 2
         self.throughput = Throughput(*rates)
-        return anything
+        return news

@@ -18,14 +18,12 @@ from time import perf_counter
 from offload.activations.blocks import BlockBook, BlockKey, BlockRuns
 from offload.activations.rates import CHANGED, LEAST_BYTES, Rates, Throughput
 from offload.activations.recording import Recording
+from offload.activations.ways import LINK, ways_to_tiers
 from perfmodel.schedules.activations import ActivationSchedule, plan_activations
 from perfmodel.schedules.slowdown import slowed_to_fit
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
 __all__ = ["Plan", "ScheduleBook"]
-
-LINK = "link"
-"""The name of the way to a device, among those of tiers."""
 
 # How many kinds of forward (bucketed sequence lengths, say) are remembered.
 _REMEMBERED = 64
@@ -34,8 +32,6 @@ _RELIED_ON = 0.8
 _MOST_PATIENT = 64
 # A way that became so much slower or faster is planned for again after a fraction of that.
 _MUCH, _IMPATIENT = 1.0, 8
-# Of a link's rate, what is left for a second tier.
-_WORTH_HAVING = 0.02
 # A pause between two forwards, to validate say, shall not count.
 _PERIODS = 9
 # After so many backwards without a measurement a little goes out to have one.
@@ -70,9 +66,10 @@ class _Entry:
     trace: Trace | None = None
     key: BlockKey | None = None
     """Of the forward's blocks, where some are recomputed."""
-    has_blocks: bool = False
     plan: Plan | None = None
     stale: bool = False
+    over_bytes: int = 0
+    """What the plan needs, where that is more than `memory_bytes`."""
     depth: int = 1
     recordings: int = 0
     uses: int = 0
@@ -114,7 +111,7 @@ class ScheduleBook:
     planned: int = 0
     """How often a schedule was made."""
     unmet_bytes: int = 0
-    """What stays although `memory_bytes` is less, once that is certain; see `say_if_unmet`."""
+    """What stays although `memory_bytes` is less, once that is certain."""
     several_devices: bool = False
     """A forward saved tensors of several devices, of which no schedule can be made."""
     _failure: str = ""
@@ -166,6 +163,8 @@ class ScheduleBook:
             self._entries.popitem(last=False)
         entry.uses += 1
         confirmed = entry.plan is not None and entry.plan.confirmed
+        if confirmed and entry.over_bytes and (runs is None or self.blocks.settled(runs)):
+            self.unmet_bytes = entry.over_bytes
         if recording is not None and recording.needed and not confirmed:
             if entry.trace is not None:
                 # What stays cannot be seen to be held by others.
@@ -175,7 +174,6 @@ class ScheduleBook:
             entry.trace, entry.depth, entry.stale = recording.trace(sizes, transients), depth, True
             entry.recordings += 1
             self.record_next = False
-            entry.has_blocks = runs is not None and runs.key is not None
             if runs is not None and runs.recompute:
                 entry.key = runs.key
             elif runs is not None and entry.recordings > 1:
@@ -189,11 +187,10 @@ class ScheduleBook:
             self.planning_s += perf_counter() - begin_s
         return self.blocks.recompute_of(key)
 
-    def observe(self, **seen: tuple[tuple[float, float], tuple[float, float]]) -> None:
-        """Take in what each way has done so far: bytes and busy seconds of both directions."""
+    def observe(self, **seen: tuple[tuple[float, float], ...]) -> None:
+        """Take in what each way has done so far: bytes and busy seconds, as `Rates.observe`."""
         news = [
-            self.rates.setdefault(name, Rates()).observe(write, read)
-            for name, (write, read) in seen.items()
+            self.rates.setdefault(name, Rates()).observe(*totals) for name, totals in seen.items()
         ]
         # A drive to which nothing goes is not seen to have become faster.
         self._unseen = 0 if all(news) else self._unseen + 1
@@ -247,12 +244,13 @@ class ScheduleBook:
         assert known is not None
         share = _RELIED_ON / depth
         channels = []
-        for tier, (write, read) in self._ways(known).items():
+        for tier, (write, read, mixed) in ways_to_tiers(known, self.tier_bytes).items():
             channels.append(
                 Channel(
                     tier=tier,
                     write_bytes_per_s=write * share,
                     read_bytes_per_s=read * share,
+                    mixed_bytes_per_s=mixed * share,
                     capacity_bytes=self.tier_bytes[tier] / depth,
                     written_bytes=self._written_bytes() if tier == "ssd" else math.inf,
                     staged=tier == "ssd",  # what goes no farther than the host is not
@@ -261,23 +259,6 @@ class ScheduleBook:
         bounded = LINK in known and self.window_bytes is not None
         window_bytes = float(self.window_bytes or 0) / depth if bounded else math.inf
         return channels, Limits(staging_bytes=self.staging_bytes / depth, window_bytes=window_bytes)
-
-    def _ways(self, known: Mapping[str, Throughput]) -> dict[str, tuple[float, float]]:
-        """Return what goes to each tier and back: bytes cross the link on their way to any."""
-        link = known.get(LINK)
-        ways = {}
-        if "ssd" in self.tier_bytes:
-            ssd = known["ssd"]
-            both = zip(ssd, link or ssd, strict=True)
-            write, read = (min(rates) for rates in both)
-            ways["ssd"] = write, read
-        if "host" in self.tier_bytes and link is not None:  # else it is where they are
-            # Of one link no more than it has goes to both.
-            taken = ways.get("ssd", (0.0, 0.0))
-            left = [rate - of_ssd for rate, of_ssd in zip(link, taken, strict=True)]
-            if min(left) > _WORTH_HAVING * min(link):
-                ways["host"] = left[0], left[1]
-        return ways
 
     def _written_bytes(self) -> float:
         """Return what one forward may write."""
@@ -288,17 +269,14 @@ class ScheduleBook:
     def _scheduled(self, entry: _Entry, trace: Trace) -> ActivationSchedule:
         """Plan for what the step may take longer, and for more where that does not fit."""
         channels, limits = self._machine(entry.depth)
-        memory_bytes, slowdown = self.memory_bytes, self.tolerated_slowdown
+        memory_bytes, slowdown = self.memory_bytes, self.blocks.slowdown_of(entry.key)
         schedule = plan_activations(trace, channels, limits, memory_bytes, slowdown=slowdown)
         if memory_bytes is None:
             return schedule
-        # More blocks can be recomputed from the next forward on, maybe. This one fits first.
-        final = not entry.has_blocks
-        if entry.key is not None:
-            final = not self.blocks.missed(entry.key, schedule.peak_bytes)
+        if entry.key is not None:  # more blocks can be recomputed from the next forward on, maybe
+            self.blocks.missed(entry.key, schedule.peak_bytes)
         schedule = slowed_to_fit(schedule, trace, channels, limits, memory_bytes)
-        if entry.recordings > 1 and final and schedule.peak_bytes > memory_bytes:
-            self.unmet_bytes = schedule.peak_bytes
+        entry.over_bytes = schedule.peak_bytes if schedule.peak_bytes > memory_bytes else 0
         return schedule
 
     def failed(self, error: Exception) -> None:

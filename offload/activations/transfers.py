@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Transfers"]
 
-Totals = tuple[tuple[float, float], tuple[float, float]]
-"""Bytes and busy seconds, out and in."""
+Totals = tuple[tuple[float, float], ...]
+"""Bytes and busy seconds: out, in, and maybe of both while both were under way."""
 
 # Reads ahead start in batches, so that many small ones wake the I/O thread once.
 _READ_BATCH_BYTES = 4 << 20
@@ -59,7 +59,7 @@ class Transfers:
         self.crossings: dict[torch.device, Crossing] = {}
         self._pinned_by: DeviceLink | None = None
         self._pinned: dict[int, bool] = {}  # by the address of an arena
-        self.bound_staging()
+        self.bound_memory()
 
     def crossing_over(self, link: DeviceLink) -> Crossing:
         """Return the traffic over `link`, to one device."""
@@ -69,6 +69,7 @@ class Transfers:
             pinned = self._pin(link)
             crossing = Crossing(link, self._stores.named(), self._window_bytes, pinned)
             self.crossings[link.device] = crossing
+            self.bound_memory()
             if self._stores.ssd is not None:
                 self._stores.ssd.set_limit(self._stores.ssd.arena.nbytes)
         return crossing
@@ -144,30 +145,35 @@ class Transfers:
         region.stays = True
         self._counters.planned_to_stay += region.nbytes
         self._counters.staying_now += region.nbytes
-        if self.bound_staging():
-            assert self._stores.ssd is not None
+        if self._memory_bytes is None:
+            return
+        self.bound_memory()
+        if region.crossing is not None:
+            region.crossing.wait_within()
+        elif self._stores.ssd is not None:
             self._stores.ssd.wait_within_limit()
 
-    def bound_staging(self) -> bool:
-        """Leave to staging what `memory_bytes` of each forward has left beside all that stays.
+    def bound_memory(self) -> None:
+        """Leave to what is on its way what `memory_bytes` of each forward has beside what stays.
 
-        A forward that saves faster than the drive writes waits for it then, as its schedule says
-        that it must. What crosses to a device is not in the device's memory while it is staged.
-        Says whether there is such a limit.
+        A forward that saves faster than its way out takes it waits then, as its schedule says that
+        it must. What crosses to a device is not in the device's memory while it is staged.
         """
-        ssd = self._stores.ssd
-        if self._memory_bytes is None or ssd is None or self.crossings:
-            return False
+        if self._memory_bytes is None:
+            return
         stays = self._counters.staying_now + self._counters.kept_now
-        ssd.set_limit(max(0, self._memory_bytes * max(1, len(self._forwards)) - stays))
-        return True
+        room = max(0, self._memory_bytes * max(1, len(self._forwards)) - stays)
+        for crossing in self.crossings.values():
+            crossing.room_bytes = room
+        if self._stores.ssd is not None and not self.crossings:
+            self._stores.ssd.set_limit(room)
 
     def _keep(self, region: Region) -> None:
         self._require_keeping(region.nbytes)
         self._counters.kept += region.nbytes
         self._counters.kept_now += region.nbytes
         region.kept = True
-        self.bound_staging()
+        self.bound_memory()
 
     def _require_keeping(self, nbytes: int) -> None:
         if (limit := self._keep_bytes) is None:
@@ -290,12 +296,12 @@ class Transfers:
             self._counters.kept_now -= region.nbytes * region.kept
             self._counters.staying_now -= region.nbytes * region.stays
             region.kept = region.stays = False
-            self.bound_staging()
+            self.bound_memory()
         region.free()
 
     def totals(self, crossing: Crossing | None) -> dict[str, Totals]:
         """Return what was moved to and from the SSD, and over the way to a device: see `Rates`."""
-        totals = {}
+        totals: dict[str, Totals] = {}
         ssd = self._stores.ssd
         # Past host memory nothing takes the link, of which nothing is known then.
         if crossing is not None and (ssd is None or ssd.direct_way is None):

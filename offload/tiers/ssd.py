@@ -267,10 +267,14 @@ class SsdTier:
         """Return how many bytes all directories together may hold."""
         return sum(int(spill.stats()["limit_bytes"]) for spill in self._spills)
 
-    def transferred(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Return what was written and read: bytes, and busy seconds of the average directory."""
-        sums = [0.0, 0.0, 0.0, 0.0]
-        keys = ("write_bytes", "write_busy_s", "read_bytes", "read_busy_s")
+    def transferred(self) -> tuple[tuple[float, float], ...]:
+        """Return what was written, what was read, and what of both while both were under way.
+
+        Of each its bytes, and busy seconds of the average directory.
+        """
+        ways = ("write", "read", "mixed")
+        keys = [f"{way}_{what}" for way in ways for what in ("bytes", "busy_s")]
+        sums = [0.0] * len(keys)
         for spill in self._spills:
             stats = spill.stats()
             for at, key in enumerate(keys):
@@ -279,7 +283,7 @@ class SsdTier:
             for at, lane in enumerate((self.direct_way.writes, self.direct_way.reads)):
                 sums[2 * at] += lane.nbytes
                 sums[2 * at + 1] += lane.busy_s
-        return (sums[0], sums[1]), (sums[2], sums[3])
+        return tuple(zip(sums[::2], sums[1::2], strict=True))
 
     def _written_by_drive(self) -> dict[int, int]:
         written: dict[int, int] = {}

@@ -15,7 +15,15 @@ from perfmodel.schedules.activations import plan_activations
 from perfmodel.schedules.slowdown import slowed_to_fit
 from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
 
-__all__ = ["Block", "BlockChoice", "cheapest_blocks", "choose_blocks", "freed_by", "recomputed"]
+__all__ = [
+    "Block",
+    "BlockChoice",
+    "cheapest_blocks",
+    "choose_blocks",
+    "freed_by",
+    "leanest_blocks",
+    "recomputed",
+]
 
 # How many choices are tried while the last of too many blocks are taken out again.
 _PRUNINGS = 24
@@ -49,6 +57,8 @@ class BlockChoice:
     extra_s: float
     """What recomputing adds to the step."""
     peak_bytes: int
+    slowdown: float = 0.0
+    """What the step that is longer by `extra_s` may still wait, as a part of it."""
 
 
 def freed_by(blocks: Sequence[Block], number: int) -> list[int]:
@@ -159,6 +169,37 @@ def choose_blocks(
             best = trials.better(best, trials.of((number,)))
     for number in sorted(best.recompute, key=lambda number: -blocks[number].duration_s)[:_PRUNINGS]:
         best = trials.better(best, trials.of(best.recompute - {number}))
+    return best
+
+
+def leanest_blocks(
+    trace: Trace,
+    blocks: Sequence[Block],
+    channels: Sequence[Channel],
+    limits: Limits,
+    slowdown: float,
+) -> BlockChoice:
+    """Choose the blocks with which the peak is least in a step that takes `slowdown` of it longer.
+
+    That time goes to recomputing, and what is left of it to waiting for transfers.
+    """
+    step_s = max((tensor.released_s for tensor in trace.tensors), default=0.0)
+    allowed_s = slowdown * step_s
+
+    def outcome(chosen: Sequence[int], extra_s: float) -> BlockChoice:
+        left = max(0.0, allowed_s - extra_s) / (step_s + extra_s) if step_s else 0.0
+        trials = _Trials(trace, blocks, channels, limits, 0, left)
+        return replace(trials.of(chosen), slowdown=left)
+
+    best = outcome((), 0.0)
+    needed = _needed(blocks)
+    worthwhile = [number for number, block in enumerate(blocks) if _freed(block, needed)]
+    for order in _orders(trace, blocks, worthwhile):
+        spent = [0.0, *accumulate(blocks[number].duration_s for number in order)]
+        most = bisect_right(spent, allowed_s) - 1
+        for count in sorted({most, most // 2, most // 4} - {0}):
+            other = outcome(order[:count], spent[count])
+            best = min(best, other, key=lambda it: (it.peak_bytes, it.extra_s))
     return best
 
 

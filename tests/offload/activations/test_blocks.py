@@ -333,3 +333,34 @@ def test_what_enters_a_block_in_a_container_is_known_and_leaves(
     loss.backward()
     assert [layer.calls for layer in layers] == [1] * 4
     assert act.stats().recomputed_blocks == 4
+
+
+def test_a_limit_that_no_block_can_help_to_meet_is_told(limited: Any) -> None:
+    act = limited(1)
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            with act.forward():
+                y = x
+                for _ in range(4):
+                    y = act.block(torch.sin, y)  # saves what enters it, and nothing else
+                loss = y.sum()
+            loss.backward()
+
+    with pytest.warns(RuntimeWarning, match="memory_bytes=1 cannot be met"):
+        steps(STEPS)
+    assert act.stats().recomputed_blocks == 0
+
+
+@pytest.mark.parametrize("drive", [DEAF, FAST])
+def test_a_step_that_may_be_longer_repeats_where_the_drive_is_no_help(
+    limited: Any, drive: Throughput
+) -> None:
+    act, layers = limited(None, drive, tolerated_slowdown=5.0), layers_of()
+    for seed in range(STEPS):
+        repeats(layers)
+        assert all(map(torch.equal, step(act, layers, seed), step(None, layers, seed)))
+    repeats(layers)
+    step(act, layers, STEPS)
+    assert any(repeats(layers)) == (drive is DEAF)

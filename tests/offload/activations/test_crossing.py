@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import offload
+from offload.activations.crossing import Crossing
 from offload.activations.identity import release_weak_storage, storage_alive, weak_storage
 from offload.activations.rates import Rates, Throughput
 from offload.device import EmulatedLink, Moment
@@ -108,6 +109,27 @@ def test_the_window_bounds_what_copies_hold(make: Open, tier: dict[str, Any], wi
     assert NBYTES <= crossing.departing_peak_bytes <= max(window, NBYTES)
     # With the one that is wanted.
     assert 0 < crossing.arriving_peak_bytes <= max(window, NBYTES) + NBYTES
+    nothing_left(act)
+
+
+def test_memory_bytes_bound_what_stays_and_what_is_still_leaving(
+    make: Open, tier: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, held = 5 * NBYTES, []
+    link, send = EmulatedLink(latency_s=0.004), Crossing.send
+    act = make(
+        **tier, schedule="auto", memory_bytes=limit, staging_bytes=16 * MIB, emulated_device=link
+    )
+
+    def watched(self: Crossing, *args: Any) -> Any:
+        extent = send(self, *args)
+        held.append(self._departing_bytes + act.counters.staying_now)
+        return extent
+
+    monkeypatch.setattr(Crossing, "send", watched)
+    assert equal(train(act, 6), train(None, 6))
+    assert act.book.planned > 0
+    assert NBYTES < max(held) <= limit
     nothing_left(act)
 
 

@@ -33,7 +33,30 @@ def test_the_latest_weighs_as_much_as_all_before() -> None:
 def test_until_it_has_read_it_is_taken_to_read_as_it_writes() -> None:
     rates = Rates()
     rates.observe((GIB, 1.0), (0, 0))
-    assert rates.throughput.known() == Throughput(GIB, GIB)
+    assert rates.throughput.known() == Throughput(GIB, GIB, GIB)
+
+
+def test_both_at_once_are_known_once_they_were_seen_together() -> None:
+    rates = Rates()
+    both = (4 * GIB, 1.0), (2 * GIB, 1.0)
+    assert rates.observe(*both, (0, 0))
+    assert rates.throughput.known() == Throughput(4 * GIB, 2 * GIB, 4 * GIB)
+    assert not rates.observe(*both, (GIB, 1.0)), "neither direction has anything new"
+    assert rates.throughput.known() == Throughput(4 * GIB, 2 * GIB, GIB)
+    rates = Rates()
+    rates.observe(*both, (8 * GIB, 1.0))
+    assert rates.throughput.known() == Throughput(4 * GIB, 2 * GIB, 4 * GIB)
+
+
+def test_a_drive_that_suffers_from_both_at_once_is_news_once() -> None:
+    planned = Throughput(100.0, 50.0).known()
+    assert planned is not None
+    seen = Throughput(100.0, 50.0, 60.0)
+    assert seen.differs(planned)
+    now = seen.known()
+    assert now is not None
+    assert not seen.differs(now)
+    assert not Throughput(100.0, 50.0, 130.0).differs(planned)
 
 
 def test_a_fifth_more_or_less_is_news() -> None:

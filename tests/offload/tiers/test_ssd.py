@@ -245,3 +245,31 @@ def test_several_directories_may_be_written_to_as_much_each(
     tensor = data(MIB)
     written = [tier.write(tensor.data_ptr(), tensor.nbytes) for _ in range(6)]
     assert sum(extent is not None for extent in written) == 4
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_both_directions_move_while_both_are_under_way_is_counted(
+    open_tier: Open, together: bool
+) -> None:
+    # The second write is slow, and the read begins beside it or after it.
+    slow = FaultRule(op="write", first=1, count=1, action="delay", delay_s=0.2)
+    tier = open_tier(FaultPlan(rules=[slow]))
+    tensors = [data(MIB, seed) for seed in range(2)]
+    first = write(tier, tensors[0])
+    tier.drain()
+    second = write(tier, tensors[1])
+    tier.flush()
+    if not together:
+        tier.drain()
+    assert read(first) == tensors[0].numpy().tobytes()
+    tier.drain()
+    written, read_back, mixed = tier.transferred()
+    assert written[0] == 2 * MIB
+    assert read_back[0] == MIB
+    if together:
+        # The read's own, and not the write's, which ended alone.
+        assert mixed[0] == MIB
+        assert 0 < mixed[1] <= min(written[1], read_back[1])
+    else:
+        assert mixed == (0, 0)
+    assert read(second) == tensors[1].numpy().tobytes()

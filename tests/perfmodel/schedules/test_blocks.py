@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel.schedules.activations import plan_activations
-from perfmodel.schedules.blocks import Block, cheapest_blocks, choose_blocks, recomputed
+from perfmodel.schedules.blocks import (
+    Block,
+    cheapest_blocks,
+    choose_blocks,
+    leanest_blocks,
+    recomputed,
+)
 from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
 
 LIMITS = Limits()
@@ -168,3 +174,26 @@ def test_a_thorough_plan_that_fits_recomputes_nothing() -> None:
     best = cheapest_blocks(trace, blocks, drive, LIMITS, plan.peak_bytes)
     assert best.recompute == frozenset()
     assert best.extra_s == 0
+
+
+@pytest.mark.parametrize("rate", [DEAF, 20.0, 100.0, 1e9])
+def test_a_step_that_may_be_longer_has_the_least_peak_for_that_time(rate: float) -> None:
+    trace, blocks = model(8)  # 24 s
+    peaks = []
+    for slowdown in (0.0, 0.05, 0.1, 0.2, 0.4):
+        choice = leanest_blocks(trace, blocks, [channel(rate)], LIMITS, slowdown)
+        assert choice.extra_s <= 24 * slowdown
+        assert (24 + choice.extra_s) * (1 + choice.slowdown) <= 24 * (1 + slowdown) * (1 + 1e-9)
+        alone = plan_activations(
+            trace, [channel(rate)], LIMITS, slowdown=slowdown, thorough=False
+        ).peak_bytes
+        assert choice.peak_bytes <= alone
+        peaks.append(choice.peak_bytes)
+        if slowdown == 0:
+            assert (choice.recompute, choice.peak_bytes) == (frozenset(), alone)
+    assert peaks == sorted(peaks, reverse=True)
+    if rate == DEAF:
+        assert len(choice.recompute) == 8, "8 s of 24 are a third"
+        assert peaks[-1] < peaks[0] / 2
+    if rate == 1e9:
+        assert not choice.recompute
