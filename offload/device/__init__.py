@@ -7,6 +7,8 @@ cross while the device computes.
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from offload.device.cuda import CudaLink, device_facts, refuse_capture
@@ -34,6 +36,8 @@ __all__ = [
     "view_over",
 ]
 
+_DRIVERS_GPUS = "/proc/driver/nvidia/gpus"
+
 Restored = Buffer | torch.Tensor
 """A region's bytes on their device again: a native buffer, or a 1-d uint8 tensor across a link."""
 
@@ -44,8 +48,12 @@ def can_offload(tensor: torch.Tensor) -> bool:
 
 
 def num_devices() -> int:
-    """Return how many GPUs there are to compute on, for all ranks of this machine."""
-    return torch.cuda.device_count()
+    """Return how many GPUs the ranks of this machine have, one of which may see only its own."""
+    try:
+        all_of_them = len(os.listdir(_DRIVERS_GPUS))
+    except OSError:
+        all_of_them = 0
+    return max(torch.cuda.device_count(), all_of_them)
 
 
 def has_gpu() -> bool:

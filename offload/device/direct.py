@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import importlib
 import importlib.util
 import os
@@ -13,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 
@@ -30,9 +32,10 @@ _STATS = Path("/proc/driver/nvidia-fs/stats")
 _PROBE_TIMEOUT_S = 30.0
 # One write and one read at least.
 _PROBE_OPERATIONS = 2
-# The driver counts for the whole machine: nobody else may transfer for so long. Ranks that start
-# together try at different times.
+# The driver counts for the whole machine: nobody else may transfer for so long.
 _IDLE_S, _IDLE_TRIES = 0.2, 20
+# Ranks take turns, each of which may need its whole time.
+_LOCK_TRIES = 16 * int(_PROBE_TIMEOUT_S / _IDLE_S)
 
 
 class DirectFile(Protocol):
@@ -138,11 +141,20 @@ def direct_facts(directory: str) -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "kvikio is here, but torch sees no GPU; bytes pass through host memory"
     try:
+        turn = _turn()
+    except TimeoutError:
+        return False, "other ranks have been trying for too long"
+    except OSError:
+        return False, f"{_STATS} cannot be read: the nvidia-fs driver is not loaded"
+    with turn:
+        return _tried(directory)
+
+
+def _tried(directory: str) -> tuple[bool, str]:
+    try:
         before = _operations_when_idle()
     except TimeoutError:
         return False, "others keep transferring, and the nvidia-fs driver counts all together"
-    except OSError:
-        return False, f"{_STATS} cannot be read: the nvidia-fs driver is not loaded"
     if before is None:
         said = "the nvidia-fs driver counts no transfers, so there is no telling"
         return False, f"{said}: load it with rw_stats_enabled=1"
@@ -163,6 +175,21 @@ def direct_facts(directory: str) -> tuple[bool, str]:
             f"bytes came back, but the nvidia-fs driver counted no transfer to {directory}",
         )
     return True, f"{directory}: bytes came back, and the nvidia-fs driver counted their transfer"
+
+
+def _turn() -> IO[str]:
+    """Return a file: while it is open no other rank tries, which would count this one' transfers.
+
+    Raises TimeoutError, or OSError where there is no driver.
+    """
+    stats = _STATS.open()
+    for _ in range(_LOCK_TRIES):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(stats, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return stats
+        time.sleep(_IDLE_S)
+    stats.close()
+    raise TimeoutError
 
 
 def _operations_when_idle() -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -208,9 +209,41 @@ def test_without_kvikio_a_gpu_or_the_driver_the_answer_is_no_and_why(
     assert "kvikio is not installed" in direct.direct_facts("/tmp")[1]
 
 
+def test_ranks_try_one_after_the_other(
+    notes: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stats = tmp_path / "stats"
+    stats.write_text(counted(5))
+    monkeypatch.setattr(direct, "_STATS", stats)
+    monkeypatch.setattr(direct, "_IDLE_S", 0.0)
+    monkeypatch.setattr(direct, "_LOCK_TRIES", 3)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with stats.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        works, why = direct.direct_facts(str(tmp_path))
+    assert not works
+    assert "other ranks" in why
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    tried = []
+
+    def run(*_: object, **__: object) -> object:
+        with stats.open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tried.append(1)
+        return SimpleNamespace(returncode=1, stderr="")
+
+    monkeypatch.setattr("subprocess.run", run)
+    for _ in range(2):  # whatever came of it, the next one has its turn
+        assert "failed" in direct.direct_facts(str(tmp_path))[1]
+    assert tried == [1, 1]
+
+
 def test_while_others_transfer_nothing_is_proved(
     notes: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    stats = tmp_path / "stats"
+    stats.write_text(counted(5))
+    monkeypatch.setattr(direct, "_STATS", stats)
     counts = iter(range(1000))
     monkeypatch.setattr(direct, "_operations", lambda: next(counts))
     monkeypatch.setattr(direct, "_IDLE_S", 0.0)

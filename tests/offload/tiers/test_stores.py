@@ -46,11 +46,21 @@ def test_host_memory_alone_has_no_file(spill_dir: Path) -> None:
     assert list(spill_dir.iterdir()) == []
 
 
-@pytest.mark.parametrize(("num_devices", "part"), [(0, 4), (1, 4), (2, 4), (8, 16)])
+@pytest.mark.parametrize(
+    ("seen", "all_of_them", "part"), [(0, 0, 4), (1, 1, 4), (2, 2, 4), (8, 8, 16), (1, 8, 16)]
+)
 def test_host_memory_is_a_part_of_what_is_available_where_nobody_says(
-    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, num_devices: int, part: int
+    spill_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seen: int,
+    all_of_them: int,
+    part: int,
 ) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    for number in range(all_of_them):
+        (tmp_path / "gpus" / f"0000:{number:02x}:00.0").mkdir(parents=True)
+    monkeypatch.setattr("offload.device._DRIVERS_GPUS", str(tmp_path / "gpus"))
     stores = Stores(config(spill_dir, tier="host", path=()))
     assert stores.host is not None
     total = next(
