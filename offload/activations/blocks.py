@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from offload.activations.recording import Recording
+from offload.activations.repeatable import Used
 from offload.device import can_offload
 from perfmodel.schedules.blocks import Block, cheapest_blocks, freed_by, leanest_blocks
 from perfmodel.schedules.trace import Channel, Limits, Trace
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockBook", "BlockKey", "BlockRuns", "Running"]
 
-BlockKey = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
-"""The sizes of what was saved before the first block, and the shapes of what enters it."""
+BlockKey = tuple[tuple[int, ...], tuple[tuple[int, ...], ...], bool]
+"""The sizes of what was saved before the first block, the shapes of what enters it, and whether it
+is in training mode."""
 
 # How many kinds of forward are remembered.
 _REMEMBERED = 64
@@ -60,6 +62,7 @@ class Noted(NamedTuple):
     end: Any
     saved: range
     enters: tuple[int, ...]
+    repeatable: bool
 
 
 class BlockRuns:
@@ -70,49 +73,92 @@ class BlockRuns:
         """Of this kind of forward; None before the first block."""
         self.recompute: frozenset[int] = frozenset()
         self.noted: list[Noted] = []
+        self.used: Used | None = None
+        """By the block that is running, where somebody asks."""
 
     def run(self, forward: ForwardPass, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """Return `function(*args)`, of which the schedule may have only `args` saved."""
-        owner, book, regions = forward.owner, forward.owner.book, forward.regions
-        alone = owner.running.alone
+        """Return `function(*args)`, of which the schedule may have only `args` saved.
+
+        Raises RuntimeError for a block that is to be recomputed and changes what it uses.
+        """
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         if self.key is None:
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-            shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-            self.key = tuple(region.nbytes for region in regions), shapes
-            with owner.lock:
-                movable = [tensor for tensor in tensors if can_offload(tensor)]
-                if movable:  # a mask may be on the host, whatever the device
-                    forward.meet(min(movable, key=lambda tensor: tensor.is_cpu))
-                self.recompute = book.recompute_of(self.key)
-        recording = forward.recording
-        first = len(regions)
+            self._begin(forward, function, tensors)
+        again = len(self.noted) in self.recompute
+        recording, first = forward.recording, len(forward.regions)
         begin = recording.mark() if recording is not None else None
-        if len(self.noted) in self.recompute:
-            owner.counters.recomputed_blocks += 1
-            # Its inputs leave one by one, whatever they came in.
-            leaves, spec = tree_flatten(tuple(args))
-
-            def again(*inputs: Any) -> Any:
-                return alone(function, *tree_unflatten(inputs, spec))
-
-            out = checkpoint(again, *leaves, use_reentrant=False)
-        else:
-            out = alone(function, *args)
+        used = self.used = Used(tensors) if again or recording is not None else None
+        try:
+            if again:
+                forward.owner.counters.recomputed_blocks += 1
+                out = run_twice(forward.owner.running.alone, used, function, args)
+            else:
+                out = forward.owner.running.alone(function, *args)
+        finally:
+            self.used = None
+        repeatable = used is None or used.ended(tree_leaves(out))
+        if again and not repeatable:
+            raise RuntimeError(
+                f"block {len(self.noted)} of a forward changes its arguments, or buffers of its "
+                "modules, which it did not do before: it is not to be recomputed. Run it without "
+                "act.block()"
+            )
         if recording is not forward.recording:
             # The first tensor told on which device to look at the clock.
             recording = forward.recording
             begin = recording.begun if recording is not None else None
         end = recording.mark() if recording is not None else None
-        saved = range(first, len(regions))
-        self.noted.append(Noted(begin, end, saved, forward.regions_of(tree_leaves(args))))
+        saved, enters = range(first, len(forward.regions)), forward.regions_of(tensors)
+        self.noted.append(Noted(begin, end, saved, enters, repeatable))
         return out
 
+    def _begin(
+        self, forward: ForwardPass, function: Callable[..., Any], tensors: Sequence[torch.Tensor]
+    ) -> None:
+        """Find out which kind of forward this is, and what it recomputes."""
+        sizes = tuple(region.nbytes for region in forward.regions)
+        # In another mode the same sizes may come of other operators.
+        training = bool(getattr(function, "training", True))
+        self.key = sizes, tuple(tuple(tensor.shape) for tensor in tensors), training
+        with forward.owner.lock:
+            movable = [tensor for tensor in tensors if can_offload(tensor)]
+            if movable:  # a mask may be on the host, whatever the device
+                forward.meet(min(movable, key=lambda tensor: tensor.is_cpu))
+            self.recompute = forward.owner.book.recompute_of(self.key)
+
     def blocks(self, recording: Recording) -> tuple[Block, ...]:
-        """Return the blocks of a forward that was recorded."""
+        """Return the blocks of a forward that was recorded; what none may repeat saves nothing."""
         return tuple(
-            Block(recording.duration_s(noted.begin, noted.end), noted.saved, noted.enters)
+            Block(
+                recording.duration_s(noted.begin, noted.end),
+                noted.saved if noted.repeatable else range(0),
+                noted.enters,
+            )
             for noted in self.noted
         )
+
+
+def run_twice(
+    alone: Callable[..., Any],
+    used: Used | None,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+) -> Any:
+    """Return `function(*args)`, which runs once more in the backward.
+
+    That raises RuntimeError where what it uses besides `args` was changed meanwhile.
+    """
+    leaves, spec = tree_flatten(tuple(args))  # its inputs leave one by one, whatever they came in
+    ran = False
+
+    def run(*inputs: Any) -> Any:
+        nonlocal ran
+        if ran and used is not None:
+            used.require_unchanged()
+        ran = True
+        return alone(function, *tree_unflatten(inputs, spec))
+
+    return checkpoint(run, *leaves, use_reentrant=False)
 
 
 @dataclass
@@ -120,6 +166,8 @@ class _Choice:
     trace: Trace
     blocks: tuple[Block, ...]
     depth: int
+    most: int
+    """How many blocks free anything."""
     recompute: frozenset[int] = frozenset()
     stale: bool = True
     slowdown: float = 0.0
@@ -149,7 +197,9 @@ class BlockBook:
         wanted = self._memory_bytes is not None or self._slowdown > 0
         if runs.key is None or runs.recompute or not wanted:
             return
-        self._choices[runs.key] = _Choice(trace, runs.blocks(recording), depth)
+        blocks = runs.blocks(recording)
+        most = sum(bool(freed_by(blocks, number)) for number in range(len(blocks)))
+        self._choices[runs.key] = _Choice(trace, blocks, depth, most)
         self._choices.move_to_end(runs.key)
         if len(self._choices) > _REMEMBERED:
             self._choices.popitem(last=False)
@@ -168,15 +218,20 @@ class BlockBook:
                     found.append((max(runs.noted[number].enters), nbytes))
         return found
 
-    def missed(self, key: BlockKey, peak_bytes: int) -> None:
-        """Take in that a choice's schedule needs `peak_bytes`: it is made again, if it can be."""
+    def missed(self, key: BlockKey, peak_bytes: int) -> bool:
+        """Take in that a choice's schedule needs `peak_bytes`; say if it is made again.
+
+        More strictly, until all blocks that free anything are recomputed.
+        """
         choice = self._choices.get(key)
         if choice is None or self._memory_bytes is None or peak_bytes <= self._memory_bytes:
-            return
-        if choice.misses < _MOST_MISSES and len(choice.recompute) < len(choice.blocks):
-            choice.misses += 1
-            choice.aim *= self._memory_bytes / peak_bytes
-            choice.stale = True
+            return False
+        if choice.misses >= _MOST_MISSES or len(choice.recompute) >= choice.most:
+            return False
+        choice.misses += 1
+        choice.aim *= self._memory_bytes / peak_bytes
+        choice.stale = True
+        return True
 
     def slowdown_of(self, key: BlockKey | None) -> float:
         """Return how much longer such a step may become by waiting, beside what it recomputes."""

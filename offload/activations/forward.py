@@ -133,6 +133,8 @@ class ForwardPass(HookScope):
 
     def note_module(self, module: torch.nn.Module) -> None:
         """Take in that `module` is about to run: whose its parameters and buffers are."""
+        if self.blocks.used is not None:
+            self.blocks.used.note_module(module)
         for buffer in module._buffers.values():
             if buffer is not None:
                 self._note_owned(buffer, "buffer")

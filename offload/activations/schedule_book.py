@@ -163,8 +163,8 @@ class ScheduleBook:
             self._entries.popitem(last=False)
         entry.uses += 1
         confirmed = entry.plan is not None and entry.plan.confirmed
-        if confirmed and entry.over_bytes and (runs is None or self.blocks.settled(runs)):
-            self.unmet_bytes = entry.over_bytes
+        if confirmed and entry.over_bytes:
+            self._missed(entry, runs)
         if recording is not None and recording.needed and not confirmed:
             if entry.trace is not None:
                 # What stays cannot be seen to be held by others.
@@ -178,6 +178,13 @@ class ScheduleBook:
                 entry.key = runs.key
             elif runs is not None and entry.recordings > 1:
                 self.blocks.learn(runs, entry.trace, depth, recording)
+
+    def _missed(self, entry: _Entry, runs: BlockRuns | None) -> None:
+        """Have more blocks recomputed where the plan in force takes too much memory, or tell."""
+        key = runs.key if runs is not None else None
+        final = key is None or runs is None or self.blocks.settled(runs)
+        if final and not (key is not None and self.blocks.missed(key, entry.over_bytes)):
+            self.unmet_bytes = entry.over_bytes
 
     def recompute_of(self, key: BlockKey) -> frozenset[int]:
         """Return the numbers of the blocks that this kind of forward recomputes."""

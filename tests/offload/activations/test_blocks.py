@@ -364,3 +364,17 @@ def test_a_step_that_may_be_longer_repeats_where_the_drive_is_no_help(
     repeats(layers)
     step(act, layers, STEPS)
     assert any(repeats(layers)) == (drive is DEAF)
+
+
+@pytest.mark.parametrize("limit", [12, 15])
+def test_a_choice_made_anew_for_another_drive_fits_again(
+    limited: Any, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(Rates, "observe", lambda *_: True)  # it does what is said, and is seen to
+    act, layers = limited(limit * NBYTES), layers_of()
+    for rate in (1.0, 1.4, 1.0, 1.4):
+        act.book.rates["ssd"].throughput = Throughput(rate, rate)
+        for seed in range(40):
+            step(act, layers, seed)
+        assert act.stats().predicted_peak_bytes <= limit * NBYTES
+    assert not act.book.unmet_bytes
