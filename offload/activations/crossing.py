@@ -143,9 +143,14 @@ class Crossing:
 
     def wait_within(self, more_bytes: int = 0) -> None:
         """Order the computation behind as many copies as leave too little room for `more_bytes`."""
-        limit = min(self._window_bytes, self.room_bytes)
-        while self._departing and self._departing_bytes + more_bytes > limit:
+        while self._departing and (
+            self._departing_bytes + more_bytes > self._window_bytes or self._over(more_bytes)
+        ):
             self._wait_for_oldest()
+
+    def _over(self, more_bytes: int) -> bool:
+        """Say whether copies of both directions would hold more than `memory_bytes` leaves them."""
+        return self._departing_bytes + self._arriving_bytes + more_bytes > self.room_bytes
 
     def held_s(self) -> float:
         """Return for how long the computation has waited for copies, as far as that is known."""
@@ -270,8 +275,8 @@ class Crossing:
 
     def expect(self, region: Region) -> bool:
         """Take memory for a region that will be wanted; False when the window is full."""
-        limit = min(self._window_bytes, self.room_bytes)
-        if self._arriving_bytes and self._arriving_bytes + region.nbytes > limit:
+        full = self._arriving_bytes + region.nbytes > self._window_bytes
+        if (self._arriving_bytes and full) or self._over(region.nbytes):
             return False
         self._expected[region] = self._make_room(region)
         return True
@@ -317,15 +322,16 @@ class Crossing:
         Waits itself until they are in host memory. Raises OSError when they are lost or damaged.
         """
         self._raise_error()
-        if region.leaving:
-            for departure in self._departing:
-                if departure.region is region:
-                    departure.look()
+        for departure in self._departing if region.leaving else ():
+            if departure.region is region:
+                departure.look()
         if region.spoilt:
             raise RuntimeError(
                 f"a saved tensor's storage ({region.end} bytes) was emptied by its owner while it "
                 "was copied out; empty it after the forward, or keep it out of `act.forward()`"
             )
+        while self._departing and self._over(0 if region.arrival else region.nbytes):
+            self._wait_for_oldest()
         arrival = region.arrival or self._make_room(region)
         begin = self._before_waiting()
         if arrival.copied is None:

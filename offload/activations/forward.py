@@ -96,7 +96,7 @@ class ForwardPass(HookScope):
             raise RuntimeError("act.forward() is entered a second time; call act.forward() again")
         self.owner.check_open()
         refuse_capture()
-        self.owner.book.begin(perf_counter())
+        self.begun = self.owner.book.begin(perf_counter())
         if inside_recomputing_checkpoint():
             raise RuntimeError(
                 "act.forward() is inside torch.utils.checkpoint, which would save everything it "
@@ -315,10 +315,13 @@ class ForwardPass(HookScope):
         try:
             for region in pending:
                 region.pending = False
-                if region.handles and not self.stays:
-                    tier = self._planned_tier(region) if follow else ""
-                    if tier != "device":
-                        owner.transfers.stage(region, tier)
+                if not region.handles:
+                    continue
+                tier = "" if self.stays or not follow else self._planned_tier(region)
+                if self.stays:
+                    owner.transfers.stay(region)
+                elif tier != "device":
+                    owner.transfers.stage(region, tier)
         finally:
             pending.clear()  # what could not be staged stays in memory
 

@@ -292,7 +292,8 @@ class ActivationOffload:
         depth = max(1, forward.depth)
         used = forward.backward.complete()
         try:
-            self.book.learn(forward.signature, used, recording, depth, forward.blocks)
+            waited = self.book.waited_since(forward.begun)
+            self.book.learn(forward.signature, used, recording, depth, forward.blocks, waited)
         except Exception as error:  # whatever it is, training does not depend on it
             self.book.failed(error)
         if self.book.follow:

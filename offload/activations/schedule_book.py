@@ -10,7 +10,7 @@ import math
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import median
 from time import perf_counter
@@ -32,6 +32,8 @@ _RELIED_ON = 0.8
 _MOST_PATIENT = 64
 # A way that became so much slower or faster is planned for again after a fraction of that.
 _MUCH, _IMPATIENT = 1.0, 8
+# A step that waits for more than this part of itself was not planned to.
+_WAITS = 0.05
 # A pause between two forwards, to validate say, shall not count.
 _PERIODS = 9
 # After so many backwards without a measurement a little goes out to have one.
@@ -72,6 +74,10 @@ class _Entry:
     """What the plan needs, where that is more than `memory_bytes`."""
     depth: int = 1
     recordings: int = 0
+    unlike: int = 0
+    """How many backwards in a row waited, though by the plan none does, or had another depth."""
+    trust: int = 4
+    """After so many of them the step is recorded anew."""
     uses: int = 0
     """Of the plan. Planning takes time: each plan is followed at least `patience` times."""
     patience: int = 1
@@ -149,10 +155,12 @@ class ScheduleBook:
         recording: Recording | None,
         depth: int,
         runs: BlockRuns | None = None,
+        waited: float = 0.0,
     ) -> None:
         """Remember how a whole backward went, and the blocks of its forward.
 
-        `order` is of its regions, `depth` how many forwards were under way with it.
+        `order` is of its regions, `depth` how many forwards were under way with it, `waited` for
+        which part of the time training waited for I/O.
         """
         entry = self._entries.get(sizes)
         if entry is None:
@@ -163,8 +171,8 @@ class ScheduleBook:
             self._entries.popitem(last=False)
         entry.uses += 1
         confirmed = entry.plan is not None and entry.plan.confirmed
-        if confirmed and entry.over_bytes:
-            self._missed(entry, runs)
+        if confirmed:
+            self._check(entry, runs, depth, waited)
         if recording is not None and recording.needed and not confirmed:
             if entry.trace is not None:
                 # What stays cannot be seen to be held by others.
@@ -178,6 +186,18 @@ class ScheduleBook:
                 entry.key = runs.key
             elif runs is not None and entry.recordings > 1:
                 self.blocks.learn(runs, entry.trace, depth, recording)
+
+    def _check(self, entry: _Entry, runs: BlockRuns | None, depth: int, waited: float) -> None:
+        """Hold a plan that is in force against what it was to do."""
+        if entry.over_bytes:
+            self._missed(entry, runs)
+        assert entry.plan is not None
+        waits = not entry.plan.schedule.slowdown and waited > _WAITS
+        entry.unlike = entry.unlike + 1 if waits or depth != entry.depth else 0
+        if entry.unlike >= entry.trust:
+            # The recorded step was not like the others: one that is has to be recorded.
+            entry.plan = replace(entry.plan, confirmed=False)
+            entry.unlike, entry.trust = 0, min(2 * entry.trust, _MOST_PATIENT)
 
     def _missed(self, entry: _Entry, runs: BlockRuns | None) -> None:
         """Have more blocks recomputed where the plan in force takes too much memory, or tell."""
@@ -217,12 +237,18 @@ class ScheduleBook:
         """Return for how long training has waited for I/O or for a plan."""
         return self.stall_s() + self.planning_s
 
-    def begin(self, now_s: float) -> None:
-        """Take in that a forward begins at this time."""
+    def begin(self, now_s: float) -> tuple[float, float]:
+        """Take in that a forward begins at this time; return what `waited_since` takes."""
         self.forwards += 1
         if not math.isnan(self._begun_s):
             self._periods_s.append(now_s - self._begun_s)
         self._begun_s = now_s
+        return now_s, self.stall_s()
+
+    def waited_since(self, begun: tuple[float, float]) -> float:
+        """Return for which part of the time since then training has waited for I/O."""
+        begun_s, stalled_s = begun
+        return (self.stall_s() - stalled_s) / max(1e-9, perf_counter() - begun_s)
 
     def _known(self) -> dict[str, Throughput] | None:
         """Return what all ways do, once that is known of each that is used."""

@@ -116,17 +116,18 @@ def test_memory_bytes_bound_what_stays_and_what_is_still_leaving(
     make: Open, tier: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit, held = 5 * NBYTES, []
-    link, send = EmulatedLink(latency_s=0.004), Crossing.send
+    link, send, make_room = EmulatedLink(latency_s=0.004), Crossing.send, Crossing._make_room
     act = make(
         **tier, schedule="auto", memory_bytes=limit, staging_bytes=16 * MIB, emulated_device=link
     )
 
-    def watched(self: Crossing, *args: Any) -> Any:
-        extent = send(self, *args)
-        held.append(self._departing_bytes + act.counters.staying_now)
-        return extent
+    def note(self: Crossing, result: Any) -> Any:
+        copies = self._departing_bytes + self._arriving_bytes
+        held.append(copies + act.counters.staying_now)
+        return result
 
-    monkeypatch.setattr(Crossing, "send", watched)
+    monkeypatch.setattr(Crossing, "send", lambda self, *args: note(self, send(self, *args)))
+    monkeypatch.setattr(Crossing, "_make_room", lambda self, one: note(self, make_room(self, one)))
     assert equal(train(act, 6), train(None, 6))
     assert act.book.planned > 0
     assert NBYTES < max(held) <= limit
