@@ -7,12 +7,14 @@ from torch.nn import Parameter
 
 from offload.device import can_offload
 
-__all__ = ["parameter_of_cast", "reason_to_pass", "span_of"]
+__all__ = ["parameter_of_cast", "reason_to_pass", "span_of", "taken_span"]
 
 # Looked up once, since every saved tensor passes here.
 _Tensor = torch.Tensor
 _STRIDED = torch.strided
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+# The part of a storage from which on a view with gaps spans nearly all of it.
+_NEARLY = 0.875
 
 
 def reason_to_pass(tensor: torch.Tensor, min_bytes: int) -> str | None:
@@ -50,6 +52,18 @@ def span_of(tensor: torch.Tensor) -> tuple[int, int]:
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
     return first * itemsize, (last + 1) * itemsize
+
+
+def taken_span(tensor: torch.Tensor, begin: int, end: int) -> tuple[int, int]:
+    """Return which bytes of its storage leave with a tensor that spans [begin, end).
+
+    All of them where it has gaps and spans nearly all: what fills the gaps (the other halves of a
+    product that is cut by columns, say) is probably saved as well, and is there already then.
+    """
+    nbytes = tensor.untyped_storage().nbytes()
+    if end - begin > tensor.nbytes and _NEARLY * nbytes <= end - begin:
+        return 0, nbytes
+    return begin, end
 
 
 def parameter_of_cast(tensor: torch.Tensor) -> torch.Tensor | None:

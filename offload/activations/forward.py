@@ -12,7 +12,7 @@ import torch
 
 from offload.activations.backward import BackwardOrder
 from offload.activations.blocks import BlockRuns
-from offload.activations.classify import parameter_of_cast, reason_to_pass, span_of
+from offload.activations.classify import parameter_of_cast, reason_to_pass, span_of, taken_span
 from offload.activations.identity import (
     inside_recomputing_checkpoint,
     operator_number,
@@ -59,7 +59,7 @@ class ForwardPass(HookScope):
     def __init__(self, owner: ActivationOffload) -> None:
         self.owner = owner
         self.regions: list[Region] = []
-        self.live = 0
+        self.live = self._saves = 0
         self.backward = BackwardOrder(self.regions)
         self.signature: tuple[int, ...] = ()
         self.plan: Plan | None = None
@@ -76,7 +76,6 @@ class ForwardPass(HookScope):
         self._weak = HeldKeys(release_weak_storage)
         self._newest: dict[int, Region] = {}  # of a storage
         self._pieces: dict[tuple[int, int, int], Region] = {}  # of storages with several
-        self._saves = 0
         self._pending: list[Region] = []
         self._pending_operator = -1
         self._owned: dict[int, str] = {}  # storages of parameters and buffers
@@ -228,7 +227,8 @@ class ForwardPass(HookScope):
                 if region is None:
                     alias = physical_alias(tensor) if conj or neg else tensor.detach()
                     self._weak.append(weak_storage(storage))
-                    region = Region(self, alias, key, root_of(tensor), begin, end)
+                    span = taken_span(tensor, begin, end)
+                    region = Region(self, alias, key, root_of(tensor), *span)
                     self._register(region)
                 region.last_save = self._saves = self._saves + 1
                 dtype, size, stride = tensor.dtype, tensor.shape, tensor.stride()
@@ -278,7 +278,7 @@ class ForwardPass(HookScope):
         region.number = len(self.regions)
         self.regions.append(region)
         if self.recording is not None:
-            self.recording.saved.append(self.recording.mark())
+            self.recording.save(region.storage)
         key = region.storage
         region.older = older = self._newest.get(key)
         if older is not None:

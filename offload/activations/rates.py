@@ -11,6 +11,8 @@ __all__ = ["CHANGED", "LEAST_BYTES", "Rates", "Throughput"]
 CHANGED = 0.2
 # Shorter measurements say nothing.
 LEAST_BYTES, _LEAST_BUSY_S = 8 << 20, 2e-3
+# After so many measurements without both at once, that is taken to have become faster.
+_UNMIXED = 8
 # However little came through, after so long it is all that there is.
 _LONG_BUSY_S = 0.05
 
@@ -55,6 +57,7 @@ class Rates:
     def __init__(self, throughput: Throughput = UNKNOWN) -> None:
         self.throughput = throughput
         self._seen = [(0.0, 0.0)] * len(throughput)
+        self._unmixed = 0
 
     def observe(self, *totals: tuple[float, float]) -> bool:
         """Take in the totals of writing, of reading, and of both at once where that is known.
@@ -70,5 +73,10 @@ class Rates:
             rates[way] = rate if math.isnan(known) else (rate + known) / 2
             self._seen[way] = total
             news |= way < 2
+            self._unmixed = 0 if way == 2 else self._unmixed
+        # Plans that avoid both at once never see that they have become faster.
+        self._unmixed += news
+        if self._unmixed > _UNMIXED:
+            rates[2], self._unmixed = rates[2] * (1 + CHANGED), 0
         self.throughput = Throughput(*rates)
         return news

@@ -68,9 +68,16 @@ class Recording:
         self.mark = clock.mark
         self.begun = clock.first if isinstance(clock, DeviceClock) else None
         self.saved: list[Any] = []
+        self.storages: list[int] = []
+        """Of each region, as its forward calls it."""
         self.needed: dict[int, Any] = {}
         self.released: dict[int, Any] = {}
         self.held: set[int] = set()
+
+    def save(self, storage: int) -> None:
+        """Take in that a region of `storage` has been saved now."""
+        self.saved.append(self.mark())
+        self.storages.append(storage)
 
     def duration_s(self, begin: Any, end: Any) -> float:
         """Return the seconds from one mark to another."""
@@ -90,6 +97,7 @@ class Recording:
         latest_s = max(released_at.values(), default=begin_s)
         tensors = []
         saved_s = 0.0
+        first = {storage: number for number, storage in reversed([*enumerate(self.storages)])}
         for number, nbytes in enumerate(sizes):
             # Stalls are known only as well as their clock: times must not run backwards.
             saved_s = max(saved_s, saved_at[number] - begin_s)
@@ -97,7 +105,8 @@ class Recording:
             needed_s = needed_at.get(number, released_s + begin_s) - begin_s
             needed_s = min(max(saved_s, needed_s), released_s)
             held = number in self.held
-            tensors.append(SavedTensor(nbytes, saved_s, needed_s, released_s, held))
+            storage = first[self.storages[number]]
+            tensors.append(SavedTensor(nbytes, saved_s, needed_s, released_s, held, storage))
         needs = sorted(tensor.needed_s for tensor in tensors)
         passing = []
         for number, nbytes in transients:

@@ -305,7 +305,12 @@ class Transfers:
         ssd = self._stores.ssd
         # Past host memory nothing takes the link, of which nothing is known then.
         if crossing is not None and (ssd is None or ssd.direct_way is None):
-            totals["link"] = crossing.link.transferred()
+            # Of all links together: bytes and seconds add up to those of the average one.
+            both = [way.link.transferred() for way in self.crossings.values()]
+            totals["link"] = tuple(
+                (sum(nbytes for nbytes, _ in way), sum(busy_s for _, busy_s in way))
+                for way in zip(*both, strict=True)
+            )
         if ssd is not None:
             totals["ssd"] = ssd.transferred()
         return totals

@@ -151,10 +151,11 @@ def direct_facts(directory: str) -> tuple[bool, str]:
 
 
 def _tried(directory: str) -> tuple[bool, str]:
+    others = "others keep transferring, and the nvidia-fs driver counts all together"
     try:
         before = _operations_when_idle()
     except TimeoutError:
-        return False, "others keep transferring, and the nvidia-fs driver counts all together"
+        return False, others
     if before is None:
         said = "the nvidia-fs driver counts no transfers, so there is no telling"
         return False, f"{said}: load it with rw_stats_enabled=1"
@@ -169,7 +170,11 @@ def _tried(directory: str) -> tuple[bool, str]:
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no reason was given"])[-1]
         return False, f"trying it in {directory} failed: {last}"
-    if (_operations() or 0) < before + _PROBE_OPERATIONS:
+    after = _operations()
+    time.sleep(_IDLE_S)
+    if _operations() != after:  # who transfers now may have done so before
+        return False, others
+    if (after or 0) < before + _PROBE_OPERATIONS:
         return (
             False,
             f"bytes came back, but the nvidia-fs driver counted no transfer to {directory}",

@@ -78,7 +78,8 @@ def plan_activations(
     # A step that waits, evenly spread, is to its transfers what faster channels are.
     channels = [_faster(channel, 1 + slowdown) for channel in channels]
     search = _Search(Replay(trace, channels, limits or Limits()), memory_bytes or 0)
-    found = _schedule_of(search.replay, *(search.best() if thorough else search.first()))
+    choice, outcome = search.best() if thorough else search.first()
+    found = _schedule_of(search.replay, search.replay.tied(choice), outcome)
     return replace(found, slowdown=slowdown)
 
 

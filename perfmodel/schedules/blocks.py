@@ -218,9 +218,16 @@ class _Trials:
         self._trace, self._blocks = trace, blocks
         self._channels, self._limits = channels, limits
         self._memory_bytes, self._slowdown = memory_bytes, slowdown
+        self._tried: dict[frozenset[int], BlockChoice] = {}
 
     def of(self, chosen: Collection[int]) -> BlockChoice:
         """Recompute `chosen`."""
+        key = frozenset(chosen)
+        if key not in self._tried:
+            self._tried[key] = self._outcome(key)
+        return self._tried[key]
+
+    def _outcome(self, chosen: frozenset[int]) -> BlockChoice:
         schedule = plan_activations(
             recomputed(self._trace, self._blocks, chosen),
             self._channels,
@@ -230,7 +237,7 @@ class _Trials:
             thorough=False,
         )
         extra_s = sum(self._blocks[number].duration_s for number in chosen)
-        return BlockChoice(frozenset(chosen), extra_s, schedule.peak_bytes)
+        return BlockChoice(chosen, extra_s, schedule.peak_bytes)
 
     def better(self, one: BlockChoice, other: BlockChoice) -> BlockChoice:
         """Return the one that fits in less time, or comes closer to fitting."""

@@ -53,13 +53,44 @@ class Replay:
             not tensor.held and tensor.nbytes >= max(1, limits.min_tensor_bytes)
             for tensor in tensors
         ]
+        self._shared = trace.shared()
+        for members in self._shared:
+            movable = all(self.movable[index] for index in members)
+            for index in members:
+                self.movable[index] = movable
         self.window_bytes = max(limits.window_bytes, max(self.nbytes, default=0))
         self._saves = list(zip(self.saved_s, self.nbytes, strict=True))
         self._releases = sorted(zip(self.released_s, self.nbytes, strict=True))
         self._by_need = sorted(range(len(tensors)), key=lambda index: self.needed_s[index])
 
+    def tied(self, choice: Sequence[int]) -> Sequence[int]:
+        """Return `choice` with all of a storage kept where some is, which would free nothing."""
+        if not self._shared:
+            return choice
+        tied = list(choice)
+        for members in self._shared:
+            if any(choice[index] == KEPT for index in members):
+                for index in members:
+                    tied[index] = KEPT
+        return tied
+
+    def _freed_s(self, written_s: Sequence[float]) -> Sequence[float]:
+        """Return when the memory of each is free: once all of its storage has been written."""
+        if not self._shared:
+            return written_s
+        freed_s = list(written_s)
+        for members in self._shared:
+            last_s = max(written_s[index] for index in members)
+            for index in members:
+                freed_s[index] = last_s
+        return freed_s
+
     def run(self, choice: Sequence[int]) -> Outcome:
-        """Say what `choice` (a channel or KEPT for each tensor) does when nothing may wait."""
+        """Say what `choice` (a channel or KEPT for each tensor) does when nothing may wait.
+
+        Of a storage all leave or none: see `tied`.
+        """
+        choice = self.tied(choice)
         count = len(self.nbytes)
         written_s, read_s = [math.inf] * count, [math.inf] * count
         moved_bytes = 0
@@ -81,8 +112,9 @@ class Replay:
             broken, _ = self.window(moved, written_s, read_s, self.window_bytes)
         if broken >= 0:
             return Outcome(broken)
-        peak = self._peak(moved, written_s, read_s)
-        saved = [self.nbytes[index] * (read_s[index] - written_s[index]) for index in moved]
+        freed_s = self._freed_s(written_s)
+        peak = self._peak(moved, freed_s, read_s)
+        saved = [self.nbytes[index] * (read_s[index] - freed_s[index]) for index in moved]
         return Outcome(-1, peak, staging_peak, moved_bytes, -sum(saved), written_s, read_s)
 
     def _transfer(
@@ -225,10 +257,10 @@ class Replay:
     def _peak(
         self,
         moved: Sequence[int],
-        written_s: Sequence[float],
+        freed_s: Sequence[float],
         read_s: Sequence[float],
     ) -> int:
         nbytes = self.nbytes
         gains = self._saves + [(read_s[index], nbytes[index]) for index in moved]
-        losses = self._releases + [(written_s[index], nbytes[index]) for index in moved]
+        losses = self._releases + [(freed_s[index], nbytes[index]) for index in moved]
         return peak_of(gains, losses)

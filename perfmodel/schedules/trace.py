@@ -28,6 +28,9 @@ class SavedTensor:
     """When the backward is done with it."""
     held: bool = False
     """Somebody else keeps its memory meanwhile: moving it would save nothing."""
+    storage: int = -1
+    """What it shares its memory with, which is free once all of them have left: those of the same
+    number. -1: nothing."""
 
     def __post_init__(self) -> None:
         """Check the order of times."""
@@ -52,6 +55,14 @@ class Trace:
         times = [tensor.saved_s for tensor in self.tensors]
         if times != sorted(times):
             raise ValueError("the tensors of a trace must be in the order in which they were saved")
+
+    def shared(self) -> list[list[int]]:
+        """Return the tensors that share their memory with others, by storage."""
+        storages: dict[int, list[int]] = {}
+        for index, tensor in enumerate(self.tensors):
+            if tensor.storage >= 0:
+                storages.setdefault(tensor.storage, []).append(index)
+        return [members for members in storages.values() if len(members) > 1]
 
     @property
     def kept_peak_bytes(self) -> int:

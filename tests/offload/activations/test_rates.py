@@ -48,6 +48,18 @@ def test_both_at_once_are_known_once_they_were_seen_together() -> None:
     assert rates.throughput.known() == Throughput(4 * GIB, 2 * GIB, 4 * GIB)
 
 
+def test_what_was_slow_at_both_once_is_tried_again() -> None:
+    rates = Rates()
+    rates.observe((GIB, 1.0), (GIB, 1.0), (GIB / 8, 1.0))
+    for step in range(2, 200):
+        rates.observe((step * GIB, step), (step * GIB, step), (GIB / 8, 1.0))
+        known = rates.throughput.known()
+        assert known is not None
+        if step < 8:
+            assert known.mixed_bytes_per_s == GIB / 8
+    assert known.mixed_bytes_per_s == GIB
+
+
 def test_a_drive_that_suffers_from_both_at_once_is_news_once() -> None:
     planned = Throughput(100.0, 50.0).known()
     assert planned is not None

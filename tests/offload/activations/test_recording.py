@@ -46,6 +46,7 @@ def test_a_trace_is_the_same_by_either_clock() -> None:
         for number in range(3):
             host_s = 100.0 + number
             recording.saved.append(host_s)
+            recording.storages.append(number)
             recording.needed[number] = 110.0 - number
             recording.released[number] = 110.5 - number
     assert by_device.trace((4, 5, 6)) == by_host.trace((4, 5, 6))
@@ -67,10 +68,19 @@ def test_time_spent_waiting_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_clock_that_runs_backwards_still_gives_a_trace() -> None:
     recording = Recording(HostClock(lambda: 0.0))
-    recording.saved = [5.0, 4.0, 6.0]
+    recording.saved, recording.storages = [5.0, 4.0, 6.0], [7, 8, 9]
     recording.needed = {0: 4.5, 1: 7.0}
     recording.released = {0: 4.0, 1: 6.5, 2: 9.0}
     tensors = recording.trace((1, 2, 3)).tensors
     assert [tensor.saved_s for tensor in tensors] == [0, 0, 1]
     assert [tensor.released_s for tensor in tensors] == [0, 1.5, 4]
     assert tensors[2].needed_s == 4, "nobody asked for it"
+
+
+def test_regions_of_one_storage_are_known_as_such() -> None:
+    recording = Recording(HostClock(lambda: 0.0))
+    for storage in (70, 80, 70, 90, 80):
+        recording.save(storage)
+    recording.needed = dict.fromkeys(range(5), 1e12)
+    recording.released = dict.fromkeys(range(5), 1e12)
+    assert [tensor.storage for tensor in recording.trace((1,) * 5).tensors] == [0, 1, 0, 3, 1]

@@ -259,3 +259,20 @@ def test_a_reused_address_is_not_taken_for_the_freed_storage(make: Any, same_bit
     assert len(set(addresses)) < len(addresses)  # the allocator did reuse addresses
     assert act.stats().deduplicated_bytes == 0
     assert act.stats().offloaded_bytes == 29 * 64 * 64 * 4
+
+
+def test_both_halves_of_a_product_cut_by_columns_leave_once(make: Any, same_bits: Any) -> None:
+    def computation(run: Any) -> list[torch.Tensor]:
+        x = torch.randn(64, 32, requires_grad=True)
+        weight = torch.randn(32, 128, requires_grad=True)
+        with run.forward():
+            gate, up = (x @ weight).chunk(2, -1)
+            loss = (torch.nn.functional.silu(gate) * up).sum()
+            del gate, up
+        loss.backward()
+        return [loss.detach(), x.grad, weight.grad]
+
+    act = make()
+    same_bits(act, computation)
+    product, activated = 4 * 64 * 128, 4 * 64 * 64
+    assert act.stats().offloaded_bytes <= product + activated + 64

@@ -28,6 +28,7 @@ def recorded(regions: int = REGIONS, seconds: float = 1.0) -> Recording:
     recording = Recording(HostClock(lambda: 0.0))
     slot_s = seconds / regions
     recording.saved = [100 + slot_s * number for number in range(regions)]
+    recording.storages = list(range(regions))
     for number in range(regions):
         needed_s = 100 + seconds + 2 * slot_s * (regions - 1 - number)
         recording.needed[number] = needed_s
@@ -277,3 +278,14 @@ def test_what_cannot_be_learned_from_is_told_once_and_breaks_nothing() -> None:
     assert len(texts) == 2
     assert "several devices" in texts[0]
     assert "a clock went backwards" in texts[1]
+
+
+def test_regions_of_one_storage_go_together() -> None:
+    it = book(memory_bytes=TOTAL // 2)
+    recording = recorded()
+    recording.storages = [number // 2 for number in range(REGIONS)]
+    it.learn(SIZES, list(reversed(range(REGIONS))), recording, 1)
+    it.observe(ssd=drive(TOTAL * 10))
+    tiers = renewed(it, SIZES).tiers
+    assert tiers[::2] == tiers[1::2]
+    assert 0 < tiers.count("ssd") < REGIONS

@@ -231,3 +231,26 @@ def test_many_tensors_leave_through_a_small_window() -> None:
         plan = plan_activations(trace, [channel], Limits(window_bytes=window_bytes))
         assert plan.window_bytes <= window_bytes
         assert plan.peak_bytes < trace.kept_peak_bytes // 10
+
+
+def test_memory_that_is_shared_is_free_only_when_all_its_tensors_have_left() -> None:
+    drive = Channel(tier="ssd", write_bytes_per_s=1000, read_bytes_per_s=1000)
+
+    def trace(shared: bool) -> Trace:
+        """Eight storages of two halves each; the second halves are saved late."""
+        first = [SavedTensor(50, at, 40 - at, 41 - at, storage=at) for at in range(8)]
+        second = [
+            SavedTensor(50, 8 + at, 32 - at, 33 - at, storage=at if shared else -1)
+            for at in range(8)
+        ]
+        return Trace((*first, *second))
+
+    for limit in (450, 500, 600):  # all first halves are there before any of the second ones
+        plan = plan_activations(trace(shared=True), [drive], Limits(), limit)
+        assert plan.tiers[:8] == plan.tiers[8:], "a storage with one half there is all there"
+        stays = 50 * plan.tiers.count("device")
+        assert stays <= plan.peak_bytes <= limit
+        assert sorted(plan.order) == list(range(16))
+        read = {index for reads in (plan.reads_first, *plan.reads_before) for index in reads}
+        assert read == {index for index, tier in enumerate(plan.tiers) if tier == "ssd"}
+    assert plan_activations(trace(shared=False), [drive], Limits(), 300).peak_bytes <= 300
