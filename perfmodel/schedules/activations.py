@@ -143,11 +143,12 @@ class _Search:
         return max(outcome.peak_bytes, self.target), outcome.byte_seconds
 
     def first(self) -> _Found:
-        """Return the best of the beginnings."""
+        """Return the best of the beginnings, or the first that meets the target."""
         found = self._nothing()
-        if self.replay.channels and self.movable:
-            for start in self._beginnings():
-                found = self._better(found, start)
+        for start in self._beginnings() if self.replay.channels and self.movable else ():
+            if found[1].peak_bytes <= self.target:
+                break
+            found = self._better(found, start)
         return found
 
     def _nothing(self) -> _Found:

@@ -6,13 +6,13 @@ backward begins, and everything after that is later by the time of its forward.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from perfmodel.schedules.activations import plan_activations
-from perfmodel.schedules.slowdown import slowed_to_fit
 from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 # How many choices are tried while the last of too many blocks are taken out again.
-_PRUNINGS = 24
+_PRUNINGS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def cheapest_blocks(
 ) -> BlockChoice:
     """Return `choose_blocks`, or no block at all where waiting for transfers takes less time.
 
-    `extra_s` of the latter is what the step waits.
+    `extra_s` of the latter is how long the step waits at most.
     """
     plan = plan_activations(trace, channels, limits, memory_bytes, slowdown=slowdown)
     if plan.peak_bytes <= memory_bytes:
@@ -133,14 +133,16 @@ def cheapest_blocks(
     chosen = choose_blocks(trace, blocks, channels, limits, memory_bytes, slowdown)
     if not chosen.recompute:
         return chosen
-    waiting = slowed_to_fit(plan, trace, channels, limits, memory_bytes)
-    if waiting.peak_bytes > max(memory_bytes, chosen.peak_bytes):
-        return chosen
+    # Is there a step that waits no longer than that and fits as well?
     step_s = max(tensor.released_s for tensor in trace.tensors)
-    waited_s = (waiting.slowdown - slowdown) * step_s
-    if waited_s > chosen.extra_s:
+    slower = slowdown + chosen.extra_s / step_s if step_s else math.inf
+    if not slower < math.inf:
         return chosen
-    return BlockChoice(frozenset(), waited_s, waiting.peak_bytes)
+    target = max(memory_bytes, chosen.peak_bytes)
+    waiting = plan_activations(trace, channels, limits, target, slowdown=slower, thorough=False)
+    if waiting.peak_bytes > target:
+        return chosen
+    return BlockChoice(frozenset(), chosen.extra_s, waiting.peak_bytes)
 
 
 def choose_blocks(
