@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import activations, bandwidth, hooks, io, nine_cases, rok
+from benchmarks import activations, bandwidth, hooks, io, nine_cases, published_sweeps, rok
 from benchmarks.record import ROOT, Interval, median_interval
 
 CONTRACT = {
@@ -246,28 +246,36 @@ def test_a_benchmark_that_is_told_to_end_leaves_nothing_behind(spill_dir: Path) 
     assert not list(spill_dir.iterdir())
 
 
-def test_planning_tells_its_seconds_at_each_bandwidth(tmp_path: Path) -> None:
-    out = tmp_path / "planning.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "planning.py"), *ROUNDS]
-    done = subprocess.run(
-        [*command, "--tensors", "100", "--json", str(out)], capture_output=True, text=True
-    )
+def recorded(program: str, out: Path, *flags: str) -> dict[str, Any]:
+    """Run a benchmark for few rounds and return what it recorded."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{program}.py"), *ROUNDS, *flags]
+    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     assert set(found) >= CONTRACT
+    return found
+
+
+def test_planning_tells_its_seconds_at_each_bandwidth(tmp_path: Path) -> None:
+    found = recorded("planning", tmp_path / "planning.json", "--tensors", "100")
     assert len(found["claims"]) == 3
     assert {len(samples) for samples in found["samples"].values()} == {6}
 
 
 def test_adam_compares_bits_and_speed_with_a_pass_over_the_same_bytes(tmp_path: Path) -> None:
-    out = tmp_path / "adam.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "adam.py"), *ROUNDS]
-    done = subprocess.run(
-        [*command, "--parameters", "10000", "--json", str(out)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text(encoding="utf-8"))
-    assert set(found) >= CONTRACT
+    found = recorded("adam", tmp_path / "adam.json", "--parameters", "10000")
     assert {"ours", "floor", "torch", "ours again"} <= set(found["samples"])
     assert ("deepspeed" in found["samples"]) is not ("deepspeed" in found["absent"])
     assert found["facts"]["adam_path"] in {"avx512", "avx2", "scalar"}
+
+
+def test_the_published_sweeps_are_fitted_where_the_error_is_least() -> None:
+    at = published_sweeps.descended(lambda x: abs(x[0] - 5) + abs(x[1] - 0.2), [1.0, 1.0])
+    assert at == pytest.approx([5, 0.2], rel=0.01)
+    fit = published_sweeps.Fit(2.0e9, 2.5e9, 4.6e10, 1e-3)
+    plain = fit.predict("7B", 0)
+    assert plain == pytest.approx(8.0, rel=0.05), (
+        "four times as much, less what each subgroup costs"
+    )
+    assert plain < fit.predict("7B", 10) < fit.predict("7B", 2)
+    assert fit.predict("20B", 0, 0.5) == pytest.approx(2 * plain, rel=0.1)
