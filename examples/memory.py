@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import offload
+
 __all__ = ["StepMemory", "process_peak_bytes", "resident_bytes", "worst_live_bytes"]
 
 _CPU = torch.device("cpu")
@@ -39,8 +41,9 @@ def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     state = [value for each in optimizer.state.values() for value in each.values()]
+    native_bytes = optimizer.memory_bytes() if isinstance(optimizer, offload.AdamW) else 0
     held = [*parameters, *gradients, *model.buffers(), *state]
-    return sum(each.nbytes for each in held if isinstance(each, torch.Tensor))
+    return native_bytes + sum(each.nbytes for each in held if isinstance(each, torch.Tensor))
 
 
 class StepMemory:

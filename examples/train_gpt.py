@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -29,6 +28,7 @@ from heap import keep_freed_memory
 from loaders import LOADERS, Order, missing_package, open_loader
 from memory import StepMemory, resident_bytes
 from models import MODELS, ModelConfig, Run, call, recompute
+from optimizers import add_optimizer_flags, learning_rate, make_optimizer
 from ranks import joined_ranks, leave
 from summary import Measured, conclusion, summarize
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument
     add_offload_flags(add)
+    add_optimizer_flags(add)
     models = one_of(*MODELS)
     add("--model", type=models, default="gpt", help=", ".join(MODELS))
     add("--layers", type=at_least(1), default=6, help="of the encoder, or the decoder, or of each")
@@ -95,7 +96,6 @@ def make_parser() -> Parser:
     add("--summary", metavar="FILE", help="where to write what was measured, as JSON")
     for flag, only, later in (
         ("--framework", "torch", ("deepspeed", "megatron")),
-        ("--optimizer", "torch", ("offload",)),
         ("--tokens", "off", ("exact", "sparse", "gradient")),
     ):
         add(flag, type=one_of(only, later=later), default=only, help=f"only {only} for now")
@@ -157,15 +157,6 @@ def open_offload(
     )
 
 
-def learning_rate(step: int, num_steps: int, highest: float) -> float:
-    """Rise over the first tenth of the steps, then follow a cosine down to a tenth of `highest`."""
-    warmup = max(1, num_steps // 10)
-    if step < warmup:
-        return highest * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    return highest * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-
 class Trainer:
     """What one rank trains with (model, data, optimizer), and one step of it."""
 
@@ -205,12 +196,7 @@ class Trainer:
         self.model: nn.Module = self.bare
         if self.num_ranks > 1:
             self.model = DistributedDataParallel(self.bare, gradient_as_bucket_view=True)
-        decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1}
-        others = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
-        # Fused, because the default makes temporary copies of all gradients.
-        self.optimizer = torch.optim.AdamW(
-            [decayed, others], lr=args.lr, betas=(0.9, 0.95), fused=True
-        )
+        self.optimizer = make_optimizer(args, parameters)
 
     def step(self, step: int) -> float:
         """Train on the batch of this step and return its loss, the mean over all ranks."""

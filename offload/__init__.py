@@ -1,6 +1,7 @@
 """Moves what training does not need right now to where there is room, and back in time."""
 
 from offload.activations import ActivationOffload, ActivationStats
-from offload.config import ActivationsConfig
+from offload.config import ActivationsConfig, OptimizerConfig
+from offload.optimizer import AdamW
 
-__all__ = ["ActivationOffload", "ActivationStats", "ActivationsConfig"]
+__all__ = ["ActivationOffload", "ActivationStats", "ActivationsConfig", "AdamW", "OptimizerConfig"]

@@ -1,5 +1,5 @@
 """The settings a run is made with; they are defined once, in `perfmodel.plan`."""
 
-from perfmodel.plan import TIERS, ActivationsConfig, canonical_tier
+from perfmodel.plan import TIERS, ActivationsConfig, OptimizerConfig, canonical_tier
 
-__all__ = ["TIERS", "ActivationsConfig", "canonical_tier"]
+__all__ = ["TIERS", "ActivationsConfig", "OptimizerConfig", "canonical_tier"]

@@ -7,12 +7,13 @@ the directory there, how much space is free) is found out by those who use them.
 from __future__ import annotations
 
 import difflib
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["TIERS", "ActivationsConfig", "canonical_tier"]
+__all__ = ["TIERS", "ActivationsConfig", "OptimizerConfig", "canonical_tier"]
 
 TIERS = ("device", "host", "ssd")
 TIER_ALIASES = {"cpu": "host", "nvme": "ssd"}
@@ -66,6 +67,37 @@ def require_choice(key: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         hint = nearest(str(value), allowed)
         raise ValueError(f"{key}={value!r} is not known; allowed: {', '.join(allowed)}{hint}")
+
+
+def require_whole(key: str, value: object, least: int, most: int) -> None:
+    """Raise ValueError unless `value` is a whole number from `least` to `most`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value <= most:  # type: ignore[operator]
+        raise ValueError(f"{key}={value!r} is not a number from {least} to {most}")
+
+
+def require_block(key: str, value: int) -> None:
+    """Raise ValueError unless `value` bytes are whole pages, and no more than 1 GiB."""
+    require_bytes(key, value, minimum=PAGE_BYTES)
+    if value % PAGE_BYTES:
+        raise ValueError(f"{key}={value} is not a multiple of {PAGE_BYTES}")
+    if value > 1 << 30:
+        raise ValueError(f"{key}={value} is above 1 GiB; choose about 1 MiB")
+
+
+def require_flag(key: str, value: object) -> None:
+    """Raise ValueError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r} is not allowed; use true or false")
+
+
+def require_known(section: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ValueError for a key that is not known, naming the nearest that is."""
+    for key in given:
+        if key not in known:
+            raise ValueError(
+                f"{section}.{key} is not a setting{nearest(key, known)} (known: {', '.join(known)})"
+            )
 
 
 def path_names(value: object) -> tuple[str, ...]:
@@ -151,11 +183,7 @@ class ActivationsConfig:
             )
         require_bytes("min_tensor_bytes", self.min_tensor_bytes)
         require_bytes("staging_bytes", self.staging_bytes, minimum=PAGE_BYTES)
-        require_bytes("block_bytes", self.block_bytes, minimum=PAGE_BYTES)
-        if self.block_bytes % PAGE_BYTES:
-            raise ValueError(f"block_bytes={self.block_bytes} is not a multiple of {PAGE_BYTES}")
-        if self.block_bytes > 1 << 30:
-            raise ValueError(f"block_bytes={self.block_bytes} is above 1 GiB; choose about 1 MiB")
+        require_block("block_bytes", self.block_bytes)
         for key in ("spill_bytes", "ssd_write_bytes_per_day", "ssd_rated_bytes"):
             if getattr(self, key) is not None:
                 require_bytes(key, getattr(self, key), minimum=1)
@@ -167,25 +195,112 @@ class ActivationsConfig:
                 require_bytes(key, getattr(self, key))
         require_choice("io_engine", self.io_engine, IO_ENGINES)
         require_choice("schedule", self.schedule, SCHEDULES)
-        depth = self.queue_depth
-        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= 4096:
-            raise ValueError(f"queue_depth={depth!r} is not a number from 1 to 4096")
+        require_whole("queue_depth", self.queue_depth, 1, 4096)
         require_number("tolerated_slowdown", self.tolerated_slowdown, 0, 10)
         require_number("ssd_write_amplification", self.ssd_write_amplification, 0.01, 100)
         for key in ("verify", "direct", "gds", "recast_parameters"):
-            if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key}={getattr(self, key)!r} is not allowed; use true or false")
+            require_flag(key, getattr(self, key))
         if self.gds and self.tier != "ssd":
             raise ValueError(f"gds=True leads to tier 'ssd', not to {self.tier!r}")
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any]) -> ActivationsConfig:
         """Make the configuration from a JSON section; an unknown key raises ValueError."""
-        known = [field.name for field in fields(cls)]
-        for key in section:
-            if key not in known:
-                raise ValueError(
-                    f"activations.{key} is not a setting{nearest(key, known)} "
-                    f"(known: {', '.join(known)})"
-                )
+        require_known("activations", section, [field.name for field in fields(cls)])
+        return cls(**section)
+
+
+def shares_of(placement: str) -> dict[str, float]:
+    """Return which part of the states lies on each tier: of `"host=0.4,ssd=0.6"`, or of a name.
+
+    Raises ValueError for an unknown tier, a share that is no number, or shares that do not add up.
+    """
+    if "=" not in placement:
+        return {canonical_tier(placement): 1.0}
+    shares: dict[str, float] = {}
+    for part in placement.split(","):
+        name, _, share = part.partition("=")
+        tier = canonical_tier(name.strip())
+        try:
+            value = float(share)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value <= 1 or tier in shares:
+            raise ValueError(
+                f"placement={placement!r} has {part.strip()!r}; each tier stands there once, with "
+                "a share from 0 to 1"
+            )
+        shares[tier] = value
+    total = sum(shares.values())
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"the shares of placement={placement!r} add up to {total:g}, not to 1")
+    return {tier: share for tier, share in shares.items() if share}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Where the optimizer's fp32 states lie, and the bounds that hold while they move.
+
+    All sizes are bytes and count per rank. Raises ValueError naming the key, the value and what is
+    allowed.
+    """
+
+    placement: str = "auto"
+    """`device`, `host` or `ssd`, or shares that add up to 1: `host=0.4,ssd=0.6`. `auto`: the SSD
+    where `path` names one, else the host. Without a GPU, device and host are the same memory."""
+    path: tuple[str, ...] = ()
+    """Directories on SSDs; subgroups are spread over them."""
+    subgroup_params: int = 4 << 20
+    """How many parameters are updated, moved and stored as one."""
+    staging_bytes: int = 512 << 20
+    """Hard cap of the memory for states on their way to the SSD and back."""
+    spill_bytes: int | None = None
+    """Limit of the file in each directory; None: half of what is free when it is opened."""
+    ssd_write_bytes_per_day: int | None = None
+    """The most to be written in each directory in any 24 hours of this process; None: no bound."""
+    threads: int | None = None
+    """That update on the host; None: as many as torch computes with."""
+    io_engine: str = "auto"
+    """`auto`, `uring` or `posix`."""
+    block_bytes: int = 1 << 20
+    """One I/O request and one checksum; a multiple of 4096."""
+    queue_depth: int = 32
+    """I/O requests in flight."""
+    verify: bool = True
+    """Check every block against its CRC32C when it is read."""
+    direct: bool = True
+    """Bypass the page cache (O_DIRECT) where the file system can."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        object.__setattr__(self, "path", path_names(self.path))
+        require_choice("io_engine", self.io_engine, IO_ENGINES)
+        require_whole("subgroup_params", self.subgroup_params, 1, 1 << 40)
+        require_whole("queue_depth", self.queue_depth, 1, 4096)
+        if self.threads is not None:
+            require_whole("threads", self.threads, 1, 1024)
+        require_bytes("staging_bytes", self.staging_bytes, minimum=PAGE_BYTES)
+        require_block("block_bytes", self.block_bytes)
+        for key in ("spill_bytes", "ssd_write_bytes_per_day"):
+            if getattr(self, key) is not None:
+                require_bytes(key, getattr(self, key), minimum=1)
+        for key in ("verify", "direct"):
+            require_flag(key, getattr(self, key))
+        if "ssd" in self.shares and not self.path:
+            raise ValueError(
+                f"path=() names no directory; placement={self.placement!r} needs at least one, "
+                "on a local SSD"
+            )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Which part of the states lies on each tier."""
+        if self.placement == "auto":
+            return {"ssd": 1.0} if self.path else {"host": 1.0}
+        return shares_of(self.placement)
+
+    @classmethod
+    def from_mapping(cls, section: Mapping[str, Any]) -> OptimizerConfig:
+        """Make the configuration from a JSON section; an unknown key raises ValueError."""
+        require_known("optimizer", section, [field.name for field in fields(cls)])
         return cls(**section)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TypeVar
 
-from offload.config import ActivationsConfig
+from offload.config import ActivationsConfig, OptimizerConfig
 from offload.device import KERNEL_ALIGN, DeviceLink
 from offload.native import Arena, Extent, FaultPlan, Spill
 from offload.tiers.gds import DirectExtent, DirectWay
@@ -60,7 +60,9 @@ class SsdTier:
     )
     """The counters that are asked for, where there is no SSD."""
 
-    def __init__(self, config: ActivationsConfig, faults: FaultPlan | None = None) -> None:
+    def __init__(
+        self, config: ActivationsConfig | OptimizerConfig, faults: FaultPlan | None = None
+    ) -> None:
         self._process = os.getpid()
         self._opened_s = monotonic()
         self._closed_s: float | None = None
@@ -99,7 +101,7 @@ class SsdTier:
         self.write = only.write if only is not None else self._write_in_turn
 
     def _open_spill(
-        self, directory: str, config: ActivationsConfig, faults: FaultPlan | None
+        self, directory: str, config: ActivationsConfig | OptimizerConfig, faults: FaultPlan | None
     ) -> None:
         spill = Spill(
             directory,

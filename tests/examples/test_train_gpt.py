@@ -194,6 +194,22 @@ def test_parameters_gradients_and_optimizer_are_the_difference_of_the_peaks(
     assert summary["peak_device_bytes"] - summary["peak_activation_bytes"] == resident
 
 
+def test_the_optimizers_states_may_lie_anywhere_with_the_same_losses(
+    summary_of: Callable[..., Summary], spill_dir: Path
+) -> None:
+    runs = [
+        summary_of("--steps=4", f"--offload-path={spill_dir}", *flags)
+        for flags in (
+            ("--optimizer=offload",),
+            ("--optimizer=offload", "--optimizer-placement=ssd", "--staging-bytes=64MiB"),
+            ("--optimizer=offload", "--optimizer-placement=host=0.5,nvme=0.5"),
+            ("--optimizer=torch",),
+        )
+    ]
+    assert runs[0]["losses"] == runs[1]["losses"] == runs[2]["losses"]
+    assert runs[0]["losses"] == pytest.approx(runs[3]["losses"], rel=1e-4), "but for tails"
+
+
 def test_ssd_and_recompute_need_less_memory_than_none(
     summary_of: Callable[..., Summary], spill_dir: Path
 ) -> None:

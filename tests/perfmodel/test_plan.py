@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perfmodel.plan import TIERS, ActivationsConfig, canonical_tier
+from perfmodel.plan import TIERS, ActivationsConfig, OptimizerConfig, canonical_tier
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [
@@ -168,3 +168,12 @@ def test_plans_need_nothing_but_the_standard_library() -> None:
         [sys.executable, "-I", "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}]; {code}"],
         check=True,
     )
+
+
+def test_an_optimizer_section_makes_a_config_and_refuses_what_is_unknown() -> None:
+    section = {"placement": "host=0.25,ssd=0.75", "path": ["/a"], "subgroup_params": 1000}
+    made = OptimizerConfig.from_mapping(section)
+    assert made.shares == {"host": 0.25, "ssd": 0.75}
+    assert OptimizerConfig.from_mapping(dataclasses.asdict(made)) == made
+    with pytest.raises(ValueError, match=r"optimizer\.placment.*did you mean 'placement'"):
+        OptimizerConfig.from_mapping({"placment": "host"})

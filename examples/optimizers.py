@@ -1,0 +1,68 @@
+"""The optimizer of a run: PyTorch's own, or one whose states lie where the flags say."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from flags import one_of
+from torch import nn
+
+import offload
+
+__all__ = ["add_optimizer_flags", "learning_rate", "make_optimizer"]
+
+
+def placement(text: str) -> str:
+    """Take where states lie; the type of a flag."""
+    try:
+        offload.OptimizerConfig(placement=text, path=(".",))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def add_optimizer_flags(add: Callable[..., object]) -> None:
+    """List the flags that say where the optimizer's states lie."""
+    kinds = one_of("torch", "offload")
+    add("--optimizer", type=kinds, default="torch", help="torch, or offload for --optimizer-*")
+    where = "host, device, ssd (in --offload-path), or shares: host=0.4,ssd=0.6"
+    add("--optimizer-placement", type=placement, default="host", metavar="WHERE", help=where)
+
+
+def make_optimizer(
+    args: argparse.Namespace, parameters: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return AdamW with weight decay for matrices only.
+
+    Raises OSError where the states do not fit on the SSD.
+    """
+    decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1}
+    others = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+    groups, betas = [decayed, others], (0.9, 0.95)
+    if args.optimizer == "torch":
+        # Fused, because the default makes temporary copies of all gradients.
+        return torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
+    where = args.optimizer_placement
+    path = args.offload_path if "ssd" in where or "nvme" in where else ()
+    return offload.AdamW(
+        groups,
+        lr=args.lr,
+        betas=betas,
+        placement=where,
+        path=path,
+        subgroup_params=1 << 20,
+        staging_bytes=args.staging_bytes,
+        io_engine=args.io_engine,
+    )
+
+
+def learning_rate(step: int, num_steps: int, highest: float) -> float:
+    """Rise over the first tenth of the steps, then follow a cosine down to a tenth of `highest`."""
+    warmup = max(1, num_steps // 10)
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return highest * (0.55 + 0.45 * math.cos(math.pi * progress))

@@ -1,0 +1,328 @@
+"""AdamW whose states lie in memory or on the SSD, with the same bits wherever they are."""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from offload.config import OptimizerConfig
+from offload.native import AdamSettings, FaultPlan, ThreadPool, adam_update, squared_norm
+from offload.optimizer.checkpoint import assembled, require_fitting, spread
+from offload.optimizer.layout import Subgroup, flat_view, lay_out, needs_master
+from offload.optimizer.placement import Placement
+from offload.optimizer.states import States
+from offload.optimizer.update import Update
+
+__all__ = ["AdamW"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AdamW(torch.optim.Optimizer):
+    """Takes the place of `torch.optim.AdamW`: the same update, to the bit of its fused version.
+
+    Parameters of lower precision have an fp32 master copy, which is what is trained; a parameter
+    that somebody else changes has its copy made anew at the next step. `placement` and the settings
+    after it are those of `OptimizerConfig`. `max_norm` clips the norm of all gradients together.
+    A step whose gradients are not all finite is skipped and counted in `skipped_steps`.
+
+    Raises ValueError for a wrong setting or a parameter that cannot be trained so, OSError with
+    errno and path for a directory that cannot be used or has too little space.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        max_norm: float | None = None,
+        placement: str = "auto",
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+        fault_plan: FaultPlan | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = OptimizerConfig(placement=placement, path=path, **settings)  # type: ignore[arg-type]
+        if max_norm is not None and not 0 < max_norm < math.inf:
+            raise ValueError(f"max_norm={max_norm!r} is not a norm to clip to; give more than 0")
+        self.max_norm = max_norm
+        self.skipped_steps = 0
+        self.total_norm = 0.0
+        """Of all gradients of the last step, before clipping."""
+        self._pool = ThreadPool(self.config.threads or torch.get_num_threads())
+        self._subgroups: list[tuple[Subgroup, States]] = []
+        self._steps: dict[torch.Tensor, int] = {}
+        self._versions: dict[torch.Tensor, int] = {}  # of parameters that have a master copy
+        self._unfinished: Update | None = None
+        self._placement = Placement(self.config, fault_plan)
+        self._finalizer = weakref.finalize(self, self._placement.close)
+        # As torch.optim.AdamW has them, so that its checkpoints and ours are alike.
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": False,
+            "maximize": maximize,
+            **dict.fromkeys(("foreach", "fused")),
+            **dict.fromkeys(("capturable", "differentiable"), False),
+            "decoupled_weight_decay": True,
+        }
+        try:
+            super().__init__(params, defaults)
+        except BaseException:
+            self.close()
+            raise
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as `torch.optim.Optimizer.add_param_group`.
+
+        Raises ValueError for those that cannot be trained so, OSError where there is no room.
+        """
+        super().add_param_group(param_group)
+        number = len(self.param_groups) - 1
+        group = self.param_groups[number]
+        try:
+            _require_settings(group)
+            for param in group["params"]:
+                _require_trainable(param)
+            size = self.config.subgroup_params
+            laid_out = lay_out(number, group["params"], size)
+            self._subgroups += zip(laid_out, self._placement.states_of(laid_out), strict=True)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    # ---- the step ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient.
+
+        An error leaves the step half done, and says how far it came: another call finishes it, with
+        the same gradients, which must not have changed. Raises OSError for a failing drive,
+        RuntimeError for a sparse gradient or one of another type, or changed gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._unfinished is None:
+            self._unfinished = self._begun()
+        if self._unfinished is not None:
+            self._finish(self._unfinished)
+            self._unfinished = None
+        return loss
+
+    def _begun(self) -> Update | None:
+        """Return what this step is to do, or None when it does nothing."""
+        self._require_open()
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = {param: param.grad for param in params if param.grad is not None}
+        flat = {param: _flat_grad(param, grad) for param, grad in grads.items()}
+        # One sum in one order: the same wherever the states are.
+        square = sum(squared_norm(self._pool, grad) for grad in flat.values())
+        self.total_norm = math.sqrt(square) if math.isfinite(square) else square
+        if not math.isfinite(square):
+            self.skipped_steps += 1
+            return None
+        clip = 1.0
+        if self.max_norm is not None:
+            # As torch.nn.utils.clip_grad_norm_ has it.
+            clip = min(1.0, self.max_norm / (self.total_norm + 1e-6))
+        for param in flat:
+            self._steps[param] = self._steps.get(param, 0) + 1
+            self.state[param]["step"] = torch.tensor(float(self._steps[param]))
+        settings = [_settings_of(group) for group in self.param_groups]
+        stale = {param for param in flat if needs_master(param) and self._is_foreign(param)}
+        return Update(flat, grads, dict(self._steps), settings, clip, stale)
+
+    def _is_foreign(self, param: torch.Tensor) -> bool:
+        """Say whether somebody else has written the parameter since its master copy was made."""
+        return self._versions.get(param) != param._version
+
+    def _finish(self, update: Update) -> None:
+        update.require_unchanged()
+        todo = [
+            (number, subgroup, states)
+            for number, (subgroup, states) in enumerate(self._subgroups)
+            if number not in update.done
+        ]
+        try:
+            for place, (number, subgroup, states) in enumerate(todo):
+                for _, _, near in todo[place : place + 1 + self._placement.depth]:
+                    near.prefetch()
+                self._update(number, subgroup, states, update)
+                update.settle(self._placement.depth)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}; {len(update.done)} of {len(self._subgroups)} subgroups are "
+                "updated, the others are as they were: where the cause can be put right, call "
+                "step() again to finish this step, with the same gradients",
+                error.filename,
+            ) from error
+        finally:
+            update.settle(0)
+        self._versions.update(
+            (param, param._version) for param in update.grads if needs_master(param)
+        )
+
+    def _update(self, number: int, subgroup: Subgroup, states: States, update: Update) -> None:
+        pieces = [piece for piece in subgroup.pieces if piece.param in update.flat]
+        if not pieces:
+            update.done.add(number)
+            return
+        rows = states.begin()
+        settings = update.settings[subgroup.group]
+        for place, piece in enumerate(pieces):
+            if (number, place) in update.pieces:
+                continue
+            param = piece.of(piece.param.detach())
+            state = [piece.inside(row) for row in rows]
+            if subgroup.has_master and piece.param in update.stale:
+                state[2].copy_(param)
+            adam_update(
+                self._pool,
+                settings,
+                update.steps[piece.param],
+                grad=update.flat[piece.param][piece.begin : piece.end],
+                master_param=state[2] if subgroup.has_master else param,
+                exp_avg=state[0],
+                exp_avg_sq=state[1],
+                param=param if subgroup.has_master else None,
+                clip=update.clip,
+            )
+            update.pieces.add((number, place))
+        states.commit()
+        update.done.add(number)
+        update.begun.append(states)
+
+    # ---- checkpoints ------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `torch.optim.AdamW`'s own, and `master_param` beside it for lower precision.
+
+        All states are copied into memory. Raises RuntimeError while a step is half done.
+        """
+        self._require_whole()
+        for param, states in assembled(self._subgroups, self._steps).items():
+            self.state[param].update(states)
+        try:
+            return super().state_dict()
+        finally:
+            for param in self._steps:
+                step = self.state[param]["step"]
+                self.state[param] = {"step": step}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a checkpoint of this class or of `torch.optim.AdamW`.
+
+        Where it has no `master_param` for a parameter of lower precision, the parameter is taken.
+        Raises ValueError for other groups, shapes or keys, before anything is changed.
+        """
+        self._require_whole()
+        params = [param for group in self.param_groups for param in group["params"]]
+        saved = require_fitting(state_dict, params)
+        steps = {
+            param: {"step": torch.tensor(float(each["step"]))} for param, each in saved.items()
+        }
+        numbers = {param: number for number, param in enumerate(params)}
+        super().load_state_dict(
+            {
+                **state_dict,
+                "state": {numbers[param]: step for param, step in steps.items()},
+            }
+        )
+        self._steps = {param: int(each["step"]) for param, each in steps.items()}
+        self._versions = {
+            param: param._version for param, each in saved.items() if "master_param" in each
+        }
+        spread(self._subgroups, saved)
+
+    def memory_bytes(self) -> int:
+        """Return what the states take in memory between steps, staging included."""
+        states_bytes = sum(states.memory_bytes() for _, states in self._subgroups)
+        return states_bytes + self._placement.native_bytes()
+
+    # ---- the end ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait for the I/O and free the space on the SSD; what is there is lost. Idempotent."""
+        self._finalizer()
+
+    def _require_open(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("this AdamW is closed; make a new one")
+
+    def _require_whole(self) -> None:
+        self._require_open()
+        if self._unfinished is not None:
+            raise RuntimeError(
+                f"a step is half done ({len(self._unfinished.done)} of {len(self._subgroups)} "
+                "subgroups); call step() again to finish it first"
+            )
+
+
+def _settings_of(group: Mapping[str, Any]) -> AdamSettings:
+    beta1, beta2 = group["betas"]
+    return AdamSettings(
+        lr=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        maximize=group["maximize"],
+    )
+
+
+def _require_settings(group: Mapping[str, Any]) -> None:
+    for key in ("amsgrad", "capturable", "differentiable"):
+        if group.get(key):
+            raise ValueError(f"{key}=True is not offered; leave it out, or use torch.optim.AdamW")
+    beta1, beta2 = group["betas"]
+    for key, value, most in (
+        ("lr", float(group["lr"]), math.inf),
+        ("eps", group["eps"], math.inf),
+        ("weight_decay", group["weight_decay"], math.inf),
+        ("betas[0]", beta1, 1.0),
+        ("betas[1]", beta2, 1.0),
+    ):
+        if not 0 <= value < most:
+            raise ValueError(f"{key}={value!r} is not at least 0 and less than {most}")
+
+
+def _require_trainable(param: torch.Tensor) -> None:
+    if param.dtype not in _DTYPES:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is {param.dtype}; "
+            "it can be float32, bfloat16 or float16"
+        )
+    if not param.is_cpu:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is on {param.device}; "
+            "only those of the CPU can be trained so far"
+        )
+    flat_view(param.detach())
+
+
+def _flat_grad(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Return a gradient's elements in the order of its parameter's."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} has a {grad.layout} gradient; "
+            "sparse ones are not offered: use torch.optim.SparseAdam for it"
+        )
+    if grad.dtype not in _DTYPES:
+        raise RuntimeError(f"a gradient is {grad.dtype}; it can be float32, bfloat16 or float16")
+    if grad.stride() != param.stride():
+        grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+    return flat_view(grad.detach())

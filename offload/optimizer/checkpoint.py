@@ -1,0 +1,94 @@
+"""States of subgroups as a checkpoint has them: by parameter, in its shape."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from offload.optimizer.layout import ROWS, Subgroup, flat_view, needs_master
+from offload.optimizer.states import States
+
+__all__ = ["assembled", "require_fitting", "spread"]
+
+Saved = dict[torch.Tensor, dict[str, torch.Tensor]]
+"""Of each parameter its states by name, as `torch.optim.AdamW` calls them."""
+
+
+def assembled(
+    subgroups: Sequence[tuple[Subgroup, States]], steps: Mapping[torch.Tensor, int]
+) -> Saved:
+    """Return the states of all parameters that have been updated, copied."""
+    saved: Saved = {}
+    for subgroup, states in subgroups:
+        rows = None
+        for piece in subgroup.pieces:
+            if piece.param not in steps:
+                continue
+            if rows is None:
+                rows = states.read()
+            own = saved.setdefault(piece.param, {})
+            for name, row in zip(ROWS, rows, strict=False):
+                if name not in own:
+                    own[name] = torch.empty_like(piece.param, dtype=torch.float32)
+                piece.of(own[name]).copy_(piece.inside(row))
+    return saved
+
+
+def spread(subgroups: Sequence[tuple[Subgroup, States]], saved: Saved) -> None:
+    """Take over the states of parameters; those of others become zero."""
+    for subgroup, states in subgroups:
+        rows = states.begin()
+        rows.zero_()
+        for piece in subgroup.pieces:
+            for name, row in zip(ROWS, rows, strict=False):
+                value = saved.get(piece.param, {}).get(name)
+                if value is not None:
+                    piece.inside(row).copy_(_like(piece.param, value)[piece.begin : piece.end])
+        states.commit()
+        states.settle()
+
+
+def _like(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if value.stride() != param.stride():
+        value = torch.empty_like(param, dtype=value.dtype).copy_(value)
+    return flat_view(value)
+
+
+def require_fitting(state_dict: Mapping[str, Any], params: Sequence[torch.Tensor]) -> Saved:
+    """Return the states of a checkpoint, by parameter.
+
+    Raises ValueError where it is of other parameters. Warns where master copies are missing.
+    """
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    if len(numbers) != len(params):
+        raise ValueError(
+            f"the checkpoint has {len(numbers)} parameters, but there are {len(params)}"
+        )
+    saved: Saved = {}
+    missing = 0
+    for number, param in zip(numbers, params, strict=True):
+        states = state_dict["state"].get(number)
+        if states is None:
+            continue
+        for name in ("step", *ROWS[:2]):
+            if name not in states:
+                raise ValueError(f"state {number} of the checkpoint has no {name!r}")
+        for name in ROWS:
+            if name in states and states[name].shape != param.shape:
+                raise ValueError(
+                    f"{name} {number} of the checkpoint has the shape {tuple(states[name].shape)}, "
+                    f"but its parameter {tuple(param.shape)}"
+                )
+        saved[param] = {name: states[name] for name in ("step", *ROWS) if name in states}
+        missing += needs_master(param) and "master_param" not in states
+    if missing:
+        warnings.warn(
+            f"the checkpoint has no master_param for {missing} parameters of lower precision; "
+            "they are taken as they are",
+            UserWarning,
+            stacklevel=3,
+        )
+    return saved

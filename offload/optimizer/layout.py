@@ -1,0 +1,122 @@
+"""How parameters are cut into subgroups: what is updated, moved and stored as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["ROWS", "Piece", "Subgroup", "flat_view", "lay_out", "needs_master"]
+
+ROWS = ("exp_avg", "exp_avg_sq", "master_param")
+"""The fp32 states of a subgroup, each as long as it has parameters; the last one only where these
+are not fp32 themselves."""
+
+
+def needs_master(param: torch.Tensor) -> bool:
+    """Say whether a parameter is a rounded copy of what is trained."""
+    return param.dtype != torch.float32
+
+
+def flat_view(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all elements in the order of memory.
+
+    Raises ValueError where there are gaps between them, or one is at several places.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if _is_dense(tensor):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    raise ValueError(
+        f"a tensor of shape {tuple(tensor.shape)} with strides {tuple(tensor.stride())} has gaps "
+        "or overlaps; make it contiguous"
+    )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Say whether each element has its own place in one run of memory."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Elements `begin` to `end` of a parameter, at `at` of its subgroup."""
+
+    param: torch.nn.Parameter
+    begin: int
+    end: int
+    at: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the piece's part of what is like its parameter."""
+        return flat_view(tensor)[self.begin : self.end]
+
+    def inside(self, row: torch.Tensor) -> torch.Tensor:
+        """Return the piece's part of a row of its subgroup."""
+        return row[self.at : self.at + self.end - self.begin]
+
+
+@dataclass(frozen=True, eq=False)
+class Subgroup:
+    """Parameters of one group of the optimizer, all with a master copy or all without."""
+
+    group: int
+    """The number of the optimizer's group."""
+    pieces: tuple[Piece, ...]
+    has_master: bool
+
+    @property
+    def count(self) -> int:
+        """How many parameters."""
+        return self.pieces[-1].at + self.pieces[-1].end - self.pieces[-1].begin
+
+    @property
+    def num_rows(self) -> int:
+        """How many fp32 states each has."""
+        return len(ROWS) - (not self.has_master)
+
+    @property
+    def nbytes(self) -> int:
+        """What the states take."""
+        return 4 * self.num_rows * self.count
+
+
+def lay_out(
+    group: int, params: Sequence[torch.nn.Parameter], subgroup_params: int
+) -> list[Subgroup]:
+    """Cut the parameters of a group into subgroups of `subgroup_params`, in their order.
+
+    Only the last one of each kind, with a master copy and without, may be smaller.
+    """
+    found = []
+    for has_master in (False, True):
+        alike = [param for param in params if needs_master(param) is has_master and param.numel()]
+        found += [
+            Subgroup(group, tuple(pieces), has_master) for pieces in _cut(alike, subgroup_params)
+        ]
+    return found
+
+
+def _cut(params: Sequence[torch.nn.Parameter], size: int) -> Iterator[list[Piece]]:
+    pieces: list[Piece] = []
+    at = 0
+    for param in params:
+        begin = 0
+        while begin < param.numel():
+            end = min(param.numel(), begin + size - at)
+            pieces.append(Piece(param, begin, end, at))
+            at += end - begin
+            begin = end
+            if at == size:
+                yield pieces
+                pieces, at = [], 0
+    if pieces:
+        yield pieces

@@ -1,0 +1,79 @@
+"""Which subgroups' states lie where."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+from offload.config import OptimizerConfig
+from offload.native import FaultPlan
+from offload.optimizer.layout import Subgroup
+from offload.optimizer.states import HostStates, SsdStates, States
+from offload.tiers import SsdTier
+
+__all__ = ["Placement"]
+
+PAD_BYTES = 8192  # that each takes in staging beside its own
+# The versions of one subgroup that are in staging at once: as it was, as it becomes, on its way.
+_VERSIONS = 3
+
+
+class Placement:
+    """Owns the tiers that an optimizer's states lie on.
+
+    Raises OSError with errno and path for a directory that cannot be used.
+    """
+
+    def __init__(self, config: OptimizerConfig, faults: FaultPlan | None = None) -> None:
+        self._config = config
+        self._shares = config.shares
+        self._tier = SsdTier(config, faults) if "ssd" in self._shares else None
+        self._needed_bytes = 0  # on the SSD
+        self.depth = 0
+        """How many subgroups may be on their way, in each direction, beside the one in work."""
+
+    def states_of(self, subgroups: Sequence[Subgroup]) -> list[States]:
+        """Return the states of each, all zero. Raises OSError where the SSD has too few bytes."""
+        total = sum(subgroup.nbytes for subgroup in subgroups)
+        # The first part on the SSD: what is in memory is updated while the last of it is written.
+        on_ssd = self._shares.get("ssd", 0.0) * total
+        states: list[States] = []
+        taken = 0.0
+        for subgroup in subgroups:
+            if self._tier is not None and taken + subgroup.nbytes / 2 <= on_ssd:
+                self._require_room(subgroup.nbytes)
+                states.append(SsdStates(subgroup, self._tier))
+            else:
+                states.append(HostStates(subgroup))
+            taken += subgroup.nbytes
+        return states
+
+    def _require_room(self, nbytes: int) -> None:
+        assert self._tier is not None
+        staging = self._tier.arena.nbytes
+        if _VERSIONS * (nbytes + PAD_BYTES) > staging:
+            raise ValueError(
+                f"staging_bytes={staging} cannot hold {_VERSIONS} versions of a subgroup of "
+                f"{nbytes} bytes; give more, or a smaller subgroup_params"
+            )
+        # Beside two versions of the one in work: some come, and as many go.
+        depth = max(1, (staging // (nbytes + PAD_BYTES) - 2) // 2)
+        self.depth = min(self.depth, depth) if self.depth else depth
+        self._needed_bytes += 2 * nbytes  # the old version stays until the new one is there
+        limit = self._tier.limit_bytes()
+        if self._needed_bytes > limit:
+            raise OSError(
+                errno.ENOSPC,
+                f"the states need {self._needed_bytes} bytes on the SSD, two versions of each, "
+                f"but there are {limit} (spill_bytes, or half of what is free)",
+                self._config.path[0],
+            )
+
+    def native_bytes(self) -> int:
+        """Return what staging takes in memory."""
+        return int(self._tier.counters()["native_bytes"]) if self._tier is not None else 0
+
+    def close(self) -> None:
+        """Wait for the I/O and free the space."""
+        if self._tier is not None:
+            self._tier.close()

@@ -1,0 +1,135 @@
+"""Where a subgroup's states are: in this process's memory, or on the SSD.
+
+What is updated is a new version, begun from the states as they are. It can be gone on with after an
+error until it is committed, and is not let go of before it is where it belongs.
+"""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from typing import Protocol
+
+import torch
+
+from offload.native import Extent, tensor_over
+from offload.optimizer.layout import Subgroup
+from offload.tiers import SsdTier
+
+__all__ = ["HostStates", "SsdStates", "States"]
+
+
+class States(Protocol):
+    """The fp32 rows of one subgroup."""
+
+    def prefetch(self) -> None:
+        """Begin to read them, where there is room."""
+
+    def read(self) -> torch.Tensor:
+        """Return the rows, (`num_rows`, `count`), to be looked at only."""
+
+    def begin(self) -> torch.Tensor:
+        """Return the rows of a new version, to be written: equal to the present ones at first.
+
+        The same until it is committed.
+        """
+
+    def commit(self) -> None:
+        """Have the new version take the place of the present one."""
+
+    def settle(self) -> None:
+        """Wait until the present version is where it belongs."""
+
+    def memory_bytes(self) -> int:
+        """Return what they take in memory between steps, outside of staging."""
+
+
+class HostStates:
+    """States in memory, updated where they are."""
+
+    def __init__(self, subgroup: Subgroup) -> None:
+        self._rows = torch.zeros(subgroup.num_rows, subgroup.count)
+
+    def prefetch(self) -> None:
+        """Do nothing: they are here."""
+
+    def read(self) -> torch.Tensor:
+        """Return them."""
+        return self._rows
+
+    def begin(self) -> torch.Tensor:
+        """Return them."""
+        return self._rows
+
+    def commit(self) -> None:
+        """Do nothing: they are what they are."""
+
+    def settle(self) -> None:
+        """Do nothing: they are here."""
+
+    def memory_bytes(self) -> int:
+        """Return what they take."""
+        return self._rows.nbytes
+
+
+class SsdStates:
+    """States on the SSD; zeros until the first version has been committed."""
+
+    def __init__(self, subgroup: Subgroup, tier: SsdTier) -> None:
+        self._tier = tier
+        self._shape = subgroup.num_rows, subgroup.count
+        self._nbytes = subgroup.nbytes
+        self._present: Extent | None = None
+        self._rows: torch.Tensor | None = None
+        """In memory: the present ones on their way to the drive, or that did not get there."""
+        self._next: tuple[Extent, torch.Tensor] | None = None
+
+    def prefetch(self) -> None:
+        """Begin to read them into staging."""
+        if self._present is not None and self._rows is None and self._next is None:
+            self._present.prefetch()
+
+    def read(self) -> torch.Tensor:
+        """Return them, in staging for as long as the tensor lives; raises OSError when lost."""
+        if self._rows is not None:
+            return self._rows
+        if self._present is None:
+            return torch.zeros(self._shape)
+        return tensor_over(self._present.fetch(), torch.float32).view(self._shape)
+
+    def begin(self) -> torch.Tensor:
+        """Return a copy of them in staging. Raises OSError where there is no room for it."""
+        if self._next is None:
+            present = self.read()
+            extent = self._tier.stage(self._nbytes, 0)
+            if not isinstance(extent, Extent):
+                raise OSError(errno.ENOSPC, "; ".join(self._tier.why_full()))
+            rows = tensor_over(extent.staged(), torch.float32).view(self._shape)
+            rows.copy_(present)
+            self._next = extent, rows
+        return self._next[1]
+
+    def commit(self) -> None:
+        """Begin to write the new version."""
+        assert self._next is not None
+        (self._present, self._rows), self._next = self._next, None
+        self._present.start_write()
+
+    def settle(self) -> None:
+        """Wait until they are on the drive; where they cannot be, they stay in memory."""
+        if self._present is None or self._rows is None:
+            return
+        try:
+            self._present.wait_written()
+        except OSError as error:
+            self._present, self._rows = None, self._rows.clone()  # out of staging
+            said = (
+                f"{self._nbytes} bytes of optimizer states stay in memory, since their write failed"
+            )
+            warnings.warn(f"{said}: {error}", RuntimeWarning, stacklevel=2)
+        else:
+            self._rows = None
+
+    def memory_bytes(self) -> int:
+        """Return what they take where their write has failed."""
+        return self._rows.nbytes if self._rows is not None else 0

@@ -1,0 +1,58 @@
+"""One step as it is under way: its gradients, its settings, and which subgroups have been done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from offload.native import AdamSettings
+from offload.optimizer.states import States
+
+__all__ = ["Update"]
+
+
+class Update:
+    """What a step does to all subgroups, so that it can be finished after an error."""
+
+    def __init__(
+        self,
+        flat: Mapping[torch.Tensor, torch.Tensor],
+        grads: Mapping[torch.Tensor, torch.Tensor],
+        steps: Mapping[torch.Tensor, int],
+        settings: Sequence[AdamSettings],
+        clip: float,
+        stale: set[torch.Tensor],
+    ) -> None:
+        self.flat = flat
+        """The gradients' elements, in the order of their parameters'."""
+        self.grads = grads
+        self._versions = {param: grad._version for param, grad in grads.items()}
+        self.steps = steps
+        """Of each parameter, this one included."""
+        self.settings = settings
+        """Of each group."""
+        self.clip = clip
+        self.stale = stale
+        """Parameters whose master copy is to be made anew."""
+        self.begun: list[States] = []
+        """Whose new version is on its way to where it belongs."""
+        self.done: set[int] = set()
+        """Numbers of subgroups that are updated, on their way or there."""
+        self.pieces: set[tuple[int, int]] = set()
+        """Numbers of a subgroup not done, and of its pieces that are."""
+
+    def settle(self, most: int) -> None:
+        """Wait until no more than `most` of those begun are on their way."""
+        while len(self.begun) > most:
+            self.begun[0].settle()
+            del self.begun[0]
+
+    def require_unchanged(self) -> None:
+        """Raise RuntimeError where a gradient is another one than when the step began."""
+        for param, grad in self.grads.items():
+            if param.grad is not grad or grad._version != self._versions[param]:
+                raise RuntimeError(
+                    f"the gradient of a parameter of shape {tuple(param.shape)} has changed since "
+                    "a step failed midway, and that step cannot be finished without it"
+                )

@@ -1,0 +1,92 @@
+"""Checkpoints of `offload.AdamW`: to any placement, to `torch.optim.AdamW`, and back."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.offload.optimizer.test_adamw import PLACEMENTS, require_equal, run, states_of
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", PLACEMENTS)
+@pytest.mark.parametrize("second", PLACEMENTS)
+def test_a_checkpoint_goes_on_at_another_placement_to_the_same_bits(
+    adamw: Make, parameters: Make, give_grads: Make, dtype: torch.dtype, first: str, second: str
+) -> None:
+    params, others = parameters(dtype), parameters(dtype)
+    optimizer, whole = adamw(params, placement=first), adamw(others)
+    run(optimizer, params, give_grads, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed = adamw(params, 7.0, placement=second, subgroup_params=77, staging_bytes=1 << 22)
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["lr"] == 1e-3
+    run(resumed, params, give_grads, range(3, 6))
+    run(whole, others, give_grads, range(6))
+    assert all(map(torch.equal, params, others))
+    require_equal(states_of(resumed), states_of(whole))
+
+
+def test_checkpoints_go_to_torchs_adamw_and_back(
+    adamw: Make, parameters: Make, give_grads: Make
+) -> None:
+    params, others = parameters(), parameters()
+    mine, torchs = adamw(params), torch.optim.AdamW(others, fused=True)
+    run(mine, params, give_grads, range(2))
+    torchs.load_state_dict(mine.state_dict())
+    with torch.no_grad():
+        for other, param in zip(others, params, strict=True):
+            other.copy_(param)
+    run(torchs, others, give_grads, range(2, 4))
+    back = adamw(others, placement="ssd")
+    back.load_state_dict(torchs.state_dict())
+    run(back, others, give_grads, range(4, 6))
+    run(mine, params, give_grads, range(2, 6))
+    for one, other in zip(params, others, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7), "but for the tails of vectors"
+
+
+def test_a_checkpoint_without_master_copies_is_taken_and_that_is_said(
+    adamw: Make, parameters: Make, give_grads: Make
+) -> None:
+    params = parameters(torch.bfloat16)
+    torchs = torch.optim.AdamW(params, fused=True)
+    run(torchs, params, give_grads, range(2))
+    optimizer = adamw(params)
+    with pytest.warns(UserWarning, match="no master_param for 8 parameters"):
+        optimizer.load_state_dict(torchs.state_dict())
+    run(optimizer, params, give_grads, range(2, 3))
+    states = states_of(optimizer)
+    assert all(state["step"] == 3 for state in states.values())
+    assert all(state["exp_avg"].dtype == torch.float32 for state in states.values())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda saved: saved["state"][1].update(exp_avg=torch.zeros(3)), "exp_avg 1 .* shape"),
+        (lambda saved: saved["state"][2].pop("exp_avg_sq"), "no 'exp_avg_sq'"),
+        (lambda saved: saved["param_groups"][0]["params"].pop(), "7 parameters, but there are 8"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(
+    adamw: Make, parameters: Make, give_grads: Make, spoil: Any, said: str
+) -> None:
+    params = parameters()
+    optimizer = adamw(params)
+    run(optimizer, params, give_grads, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(before)
+    spoil(wrong)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=said):
+            optimizer.load_state_dict(wrong)
+    require_equal(states_of(optimizer), before["state"])
