@@ -89,7 +89,10 @@ def summarize(
 
 
 def conclusion(
-    summary: Mapping[str, Any], measured: Measured, stats: ActivationStats | None
+    summary: Mapping[str, Any],
+    measured: Measured,
+    stats: ActivationStats | None,
+    memory_bytes: int | None = None,
 ) -> Iterator[str]:
     """Yield the lines that say what a run took."""
     yield (
@@ -105,6 +108,15 @@ def conclusion(
         f"{kept if stats.kept_bytes else ''}"
         f"stalled for {stats.stall_s:.1f} s of {sum(measured.step_s):.1f} s"
     )
+    if memory_bytes is not None:
+        needed = stats.predicted_peak_bytes
+        verdict = "no schedule yet" if not needed else "met" if needed <= memory_bytes else "missed"
+        yield (
+            f"saved tensors and what of staging is in use need {needed / MIB:,.0f} MiB at once by "
+            f"the last schedule, of {memory_bytes / MIB:,.0f} MiB (--memory-bytes): {verdict}; "
+            f"layers ran again {stats.recomputed_blocks} times. Staging has "
+            f"{measured.native_bytes / MIB:,.0f} MiB in all"
+        )
     if stats.ssd_life_days is not None:
         yield (
             f"{stats.ssd_write_bytes_a_day / 1e12:.1f} TB would be written in a day like this by "

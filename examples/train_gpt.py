@@ -112,6 +112,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--heads {args.heads}: llama turns pairs, so hidden / heads must be even")
     if args.model == "t5" and args.seq_len < 2:
         parser.error(f"--seq-len {args.seq_len}: t5 reads one half and writes the other; take more")
+    if args.memory_bytes is not None and args.offload in ("none", "recompute"):
+        parser.error(f"--memory-bytes is nothing to --offload {args.offload}; use it with auto")
     if args.dropout >= 1:
         parser.error(f"--dropout {args.dropout} would drop everything; choose one below 1")
     if args.summary:
@@ -326,7 +328,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             flag = "--offload-path"
             act = resources.enter_context(open_offload(args))
         except OSError as error:
-            problem = f"{flag} {error.filename or ''}: {error.strerror}; or name another"
+            problem = f"{flag} {error.filename or ''}: {error.strerror}; name another"
             if error.filename in ("io_uring", "posix"):
                 problem = f"--io-engine {args.io_engine}: {error.strerror}; use --io-engine auto"
         except (ValueError, MemoryError) as error:
@@ -342,7 +344,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         stats = act.stats() if act else None
         summary = summarize(measured, stats, device_type=trainer.device.type, command=command)
         if trainer.rank == 0:
-            print(*conclusion(summary, measured, stats), sep="\n")
+            print(*conclusion(summary, measured, stats, args.memory_bytes), sep="\n")
             if args.summary:
                 Path(args.summary).write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     return 0

@@ -118,6 +118,8 @@ class ScheduleBook:
     """How often a schedule was made."""
     unmet_bytes: int = 0
     """What stays although `memory_bytes` is less, once that is certain."""
+    unrepeatable: int = 0
+    """How many blocks of a forward change what they use."""
     several_devices: bool = False
     """A forward saved tensors of several devices, of which no schedule can be made."""
     _failure: str = ""
@@ -185,6 +187,7 @@ class ScheduleBook:
             if runs is not None and runs.recompute:
                 entry.key = runs.key
             elif runs is not None and entry.recordings > 1:
+                self.unrepeatable = sum(not noted.repeatable for noted in runs.noted)
                 self.blocks.learn(runs, entry.trace, depth, recording)
 
     def _check(self, entry: _Entry, runs: BlockRuns | None, depth: int, waited: float) -> None:
@@ -322,7 +325,12 @@ class ScheduleBook:
             self._say(
                 f"memory_bytes={self.memory_bytes} cannot be met: at one moment {self.unmet_bytes} "
                 "bytes of saved tensors are in use, on their way, or held by others; give more, "
-                "or have layers recomputed by act.block()"
+                "or have smaller layers recomputed by act.block()"
+            )
+        if self.unrepeatable and (self.memory_bytes is not None or self.tolerated_slowdown):
+            self._say(
+                f"blocks of a forward ({self.unrepeatable} of them) change their arguments, or "
+                "buffers of their modules (running statistics, say): they are never recomputed"
             )
         if self.several_devices and self.follow:
             self._say(

@@ -118,7 +118,7 @@ class SsdTier:
         self._drives.append(os.fstat(spill.fileno()).st_dev)
         if spill.backing == "memory":
             said = f"{directory} is in RAM ({spill.filesystem}), where nothing is saved"
-            warnings.warn(f"{said}; name a directory on an SSD", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"{said}; name a directory on an SSD", RuntimeWarning, stacklevel=6)
 
     def _in_turn(self) -> Iterator[Spill]:
         """Yield every directory's spill, beginning with the one that is next."""

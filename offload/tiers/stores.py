@@ -98,7 +98,7 @@ class Stores:
             reasons += self.ssd.why_full()
         return (
             f"{'; '.join(reasons)}. From here on saved tensors that find no space stay in memory "
-            "(stats().kept_bytes counts them)"
+            "(stats().kept_bytes counts them); free space, or allow more"
         )
 
     def flush(self) -> None:

@@ -45,6 +45,7 @@ BAD_FLAGS = [
     (["--loader=dari"], ["--loader", "dari", "did you mean dali?"]),
     (["--memory-bytes=-1"], ["--memory-bytes", "-1"]),
     (["--framework=deepspeed"], ["--framework", "deepspeed", "not available yet"]),
+    (["--offload=none", "--memory-bytes=8MiB"], ["--memory-bytes", "--offload none", "auto"]),
     (["--optimizer=ofload"], ["--optimizer", "ofload", "did you mean offload"]),
     (["--optimizer-placement", "host=0.5"], ["--optimizer-placement", "0.5", "not to 1"]),
     (["--tokens=exact"], ["--tokens", "exact", "not available yet"]),
