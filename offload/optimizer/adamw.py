@@ -24,12 +24,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdamW(torch.optim.Optimizer):
-    """Takes the place of `torch.optim.AdamW`: the same update, to the bit of its fused version.
+    """Takes the place of `torch.optim.AdamW`, with the arithmetic of its fused version on a CPU.
 
-    Parameters of lower precision have an fp32 master copy, which is what is trained; a parameter
-    that somebody else changes has its copy made anew at the next step. `placement` and the settings
-    after it are those of `OptimizerConfig`. `max_norm` clips the norm of all gradients together.
-    A step whose gradients are not all finite is skipped and counted in `skipped_steps`.
+    For fp32 that gives its bits, but for what its vector loop leaves over at an array's end.
+    Parameters of lower precision have an fp32 master copy, which is what is trained; what somebody
+    else has changed of a parameter is taken over into its copy at the next step. `placement` and
+    the settings after it are those of `OptimizerConfig`. `max_norm` clips the norm of all gradients
+    together. A step whose gradients are not all finite is skipped and counted in `skipped_steps`.
 
     Raises ValueError for a wrong setting or a parameter that cannot be trained so, OSError with
     errno and path for a directory that cannot be used or has too little space.
@@ -47,10 +48,13 @@ class AdamW(torch.optim.Optimizer):
         max_norm: float | None = None,
         placement: str = "auto",
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
-        fault_plan: FaultPlan | None = None,
+        io_engine: str | FaultPlan = "auto",
         **settings: Any,
     ) -> None:
-        self.config = OptimizerConfig(placement=placement, path=path, **settings)  # type: ignore[arg-type]
+        faults = io_engine if isinstance(io_engine, FaultPlan) else None
+        settings |= {"placement": placement, "path": path}
+        settings["io_engine"] = "auto" if faults is not None else io_engine
+        self.config = OptimizerConfig.from_mapping(settings)
         if max_norm is not None and not 0 < max_norm < math.inf:
             raise ValueError(f"max_norm={max_norm!r} is not a norm to clip to; give more than 0")
         self.max_norm = max_norm
@@ -62,7 +66,8 @@ class AdamW(torch.optim.Optimizer):
         self._steps: dict[torch.Tensor, int] = {}
         self._versions: dict[torch.Tensor, int] = {}  # of parameters that have a master copy
         self._unfinished: Update | None = None
-        self._placement = Placement(self.config, fault_plan)
+        self._half_loaded = False
+        self._placement = Placement(self.config, faults)
         self._finalizer = weakref.finalize(self, self._placement.close)
         # As torch.optim.AdamW has them, so that its checkpoints and ours are alike.
         defaults = {
@@ -115,6 +120,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._require_open()
         if self._unfinished is None:
             self._unfinished = self._begun()
         if self._unfinished is not None:
@@ -124,7 +130,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _begun(self) -> Update | None:
         """Return what this step is to do, or None when it does nothing."""
-        self._require_open()
+        self._require_whole()
         params = [param for group in self.param_groups for param in group["params"]]
         grads = {param: param.grad for param in params if param.grad is not None}
         flat = {param: _flat_grad(param, grad) for param, grad in grads.items()}
@@ -189,7 +195,10 @@ class AdamW(torch.optim.Optimizer):
             param = piece.of(piece.param.detach())
             state = [piece.inside(row) for row in rows]
             if subgroup.has_master and piece.param in update.stale:
-                state[2].copy_(param)
+                # Where the parameter is still the copy rounded, it says less than the copy does: a
+                # checkpoint's parameters may be loaded after its optimizer's states.
+                same = state[2].to(param.dtype) == param
+                state[2].copy_(torch.where(same, state[2], param.float()))
             adam_update(
                 self._pool,
                 settings,
@@ -229,24 +238,26 @@ class AdamW(torch.optim.Optimizer):
         Where it has no `master_param` for a parameter of lower precision, the parameter is taken.
         Raises ValueError for other groups, shapes or keys, before anything is changed.
         """
-        self._require_whole()
+        self._require_whole(loading=True)
         params = [param for group in self.param_groups for param in group["params"]]
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        for group in groups:
+            _require_settings(group)
         saved = require_fitting(state_dict, params)
+        numbers = [number for group in groups for number in group["params"]]
         steps = {
-            param: {"step": torch.tensor(float(each["step"]))} for param, each in saved.items()
+            number: {"step": torch.tensor(float(saved[param]["step"]))}
+            for number, param in zip(numbers, params, strict=True)
+            if param in saved
         }
-        numbers = {param: number for number, param in enumerate(params)}
-        super().load_state_dict(
-            {
-                **state_dict,
-                "state": {numbers[param]: step for param, step in steps.items()},
-            }
-        )
-        self._steps = {param: int(each["step"]) for param, each in steps.items()}
+        super().load_state_dict({**state_dict, "param_groups": groups, "state": steps})
+        self._half_loaded = True
+        self._steps = {param: int(each["step"]) for param, each in saved.items()}
         self._versions = {
             param: param._version for param, each in saved.items() if "master_param" in each
         }
         spread(self._subgroups, saved)
+        self._half_loaded = False
 
     def memory_bytes(self) -> int:
         """Return what the states take in memory between steps, staging included."""
@@ -263,8 +274,10 @@ class AdamW(torch.optim.Optimizer):
         if not self._finalizer.alive:
             raise RuntimeError("this AdamW is closed; make a new one")
 
-    def _require_whole(self) -> None:
+    def _require_whole(self, *, loading: bool = False) -> None:
         self._require_open()
+        if self._half_loaded and not loading:
+            raise RuntimeError("a checkpoint was loaded in part; load it, or another one, first")
         if self._unfinished is not None:
             raise RuntimeError(
                 f"a step is half done ({len(self._unfinished.done)} of {len(self._subgroups)} "
@@ -286,8 +299,10 @@ def _settings_of(group: Mapping[str, Any]) -> AdamSettings:
 
 def _require_settings(group: Mapping[str, Any]) -> None:
     for key in ("amsgrad", "capturable", "differentiable"):
-        if group.get(key):
+        if group[key]:
             raise ValueError(f"{key}=True is not offered; leave it out, or use torch.optim.AdamW")
+    if not group["decoupled_weight_decay"]:
+        raise ValueError("decoupled_weight_decay=False is Adam's, not AdamW's; it is not offered")
     beta1, beta2 = group["betas"]
     for key, value, most in (
         ("lr", float(group["lr"]), math.inf),

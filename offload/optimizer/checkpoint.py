@@ -34,6 +34,10 @@ def assembled(
                 if name not in own:
                     own[name] = torch.empty_like(piece.param, dtype=torch.float32)
                 piece.of(own[name]).copy_(piece.inside(row))
+    for param in steps:  # one without elements is in no subgroup
+        if param not in saved:
+            rows_of = ROWS if needs_master(param) else ROWS[:2]
+            saved[param] = {name: torch.empty_like(param, dtype=torch.float32) for name in rows_of}
     return saved
 
 

@@ -37,37 +37,38 @@ class Placement:
         total = sum(subgroup.nbytes for subgroup in subgroups)
         # The first part on the SSD: what is in memory is updated while the last of it is written.
         on_ssd = self._shares.get("ssd", 0.0) * total
-        states: list[States] = []
+        out: list[Subgroup] = []
         taken = 0.0
         for subgroup in subgroups:
-            if self._tier is not None and taken + subgroup.nbytes / 2 <= on_ssd:
-                self._require_room(subgroup.nbytes)
-                states.append(SsdStates(subgroup, self._tier))
-            else:
-                states.append(HostStates(subgroup))
+            if taken + subgroup.nbytes / 2 <= on_ssd:
+                out.append(subgroup)
             taken += subgroup.nbytes
-        return states
+        if self._tier is None or not out:
+            return [HostStates(subgroup) for subgroup in subgroups]
+        self._take_room(self._tier, [subgroup.nbytes for subgroup in out])
+        states: list[States] = [SsdStates(subgroup, self._tier) for subgroup in out]
+        return states + [HostStates(subgroup) for subgroup in subgroups[len(out) :]]
 
-    def _require_room(self, nbytes: int) -> None:
-        assert self._tier is not None
-        staging = self._tier.arena.nbytes
-        if _VERSIONS * (nbytes + PAD_BYTES) > staging:
+    def _take_room(self, tier: SsdTier, sizes: Sequence[int]) -> None:
+        staging, largest = tier.arena.nbytes, max(sizes)
+        if _VERSIONS * (largest + PAD_BYTES) > staging:
             raise ValueError(
                 f"staging_bytes={staging} cannot hold {_VERSIONS} versions of a subgroup of "
-                f"{nbytes} bytes; give more, or a smaller subgroup_params"
+                f"{largest} bytes; give more, or a smaller subgroup_params"
             )
-        # Beside two versions of the one in work: some come, and as many go.
-        depth = max(1, (staging // (nbytes + PAD_BYTES) - 2) // 2)
-        self.depth = min(self.depth, depth) if self.depth else depth
-        self._needed_bytes += 2 * nbytes  # the old version stays until the new one is there
-        limit = self._tier.limit_bytes()
-        if self._needed_bytes > limit:
+        # The old version stays until the new one is there.
+        needed_bytes, limit = self._needed_bytes + 2 * sum(sizes), tier.limit_bytes()
+        if needed_bytes > limit:
             raise OSError(
                 errno.ENOSPC,
-                f"the states need {self._needed_bytes} bytes on the SSD, two versions of each, "
+                f"the states need {needed_bytes} bytes on the SSD, two versions of each, "
                 f"but there are {limit} (spill_bytes, or half of what is free)",
                 self._config.path[0],
             )
+        self._needed_bytes = needed_bytes
+        # Beside two versions of the one in work: some come, and as many go.
+        depth = max(1, (staging // (largest + PAD_BYTES) - 2) // 2)
+        self.depth = min(self.depth, depth) if self.depth else depth
 
     def native_bytes(self) -> int:
         """Return what staging takes in memory."""

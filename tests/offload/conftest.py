@@ -6,10 +6,11 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 # A child that hangs is ended, and the test with it.
 PATIENCE_S = 60
@@ -45,3 +46,12 @@ def run_in_child(function: Callable[[], Any]) -> Any:
 def in_child() -> Callable[[Callable[[], Any]], Any]:
     """`in_child(function)` calls it in a forked child and returns what it returned there."""
     return run_in_child
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Have torch end its vectors where the array ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,15 +31,6 @@ def state_of(count: int) -> dict[str, torch.Tensor]:
 
 def named(lr: float, betas: tuple[float, float], eps: float, decay: float) -> AdamSettings:
     return AdamSettings(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=decay)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Have torch end its vectors where the array ends."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

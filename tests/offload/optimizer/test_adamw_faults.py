@@ -24,7 +24,7 @@ def test_a_read_that_fails_once_leaves_a_step_that_can_be_finished(
     adamw: Make, parameters: Make, give_grads: Make, dtype: torch.dtype, first: int
 ) -> None:
     params, others = parameters(dtype), parameters(dtype)
-    optimizer = adamw(params, placement="ssd", fault_plan=fault("read", first))
+    optimizer = adamw(params, placement="ssd", io_engine=fault("read", first))
     other = adamw(others)
     said = []
     for step in range(STEPS):
@@ -48,7 +48,7 @@ def test_a_changed_gradient_cannot_finish_a_step(
     adamw: Make, parameters: Make, give_grads: Make
 ) -> None:
     params = parameters()
-    optimizer = adamw(params, placement="ssd", fault_plan=fault("read", 2))
+    optimizer = adamw(params, placement="ssd", io_engine=fault("read", 2))
     with pytest.raises(OSError, match="of 10 subgroups are updated"):
         run(optimizer, params, give_grads, range(3))
     params[0].grad.mul_(2)
@@ -60,7 +60,7 @@ def test_a_changed_byte_on_the_drive_is_an_error_and_no_wrong_number(
     adamw: Make, parameters: Make, give_grads: Make
 ) -> None:
     params = parameters()
-    optimizer = adamw(params, placement="ssd", fault_plan=fault("read", 3, action="corrupt"))
+    optimizer = adamw(params, placement="ssd", io_engine=fault("read", 3, action="corrupt"))
     run(optimizer, params, give_grads, range(1))
     with pytest.raises(OSError, match="other bytes than were written"):
         run(optimizer, params, give_grads, range(1, 3))
@@ -71,9 +71,10 @@ def test_a_drive_that_is_full_keeps_states_in_memory_with_the_same_bits(
 ) -> None:
     full = FaultPlan(rules=[FaultRule(op="write", first=4, count=9, action="error", errno=28)])
     params, others = parameters(), parameters()
-    optimizer = adamw(params, placement="ssd", fault_plan=full)
+    optimizer = adamw(params, placement="ssd", io_engine=full)
     run(optimizer, params, give_grads, range(STEPS))
     run(adamw(others), others, give_grads, range(STEPS))
+    assert optimizer._placement._tier.kept_total_bytes() > 0
     assert all(map(torch.equal, params, others))
 
 
@@ -82,7 +83,7 @@ def test_a_failed_write_loses_nothing_whenever_it_is_noticed(
     adamw: Make, parameters: Make, give_grads: Make
 ) -> None:
     params, others = parameters(), parameters()
-    optimizer, other = adamw(params, placement="ssd", fault_plan=fault("write", 4)), adamw(others)
+    optimizer, other = adamw(params, placement="ssd", io_engine=fault("write", 4)), adamw(others)
     before: list[torch.Tensor] = []
 
     def train() -> None:

@@ -60,7 +60,7 @@ def test_a_checkpoint_without_master_copies_is_taken_and_that_is_said(
     torchs = torch.optim.AdamW(params, fused=True)
     run(torchs, params, give_grads, range(2))
     optimizer = adamw(params)
-    with pytest.warns(UserWarning, match="no master_param for 8 parameters"):
+    with pytest.warns(UserWarning, match="no master_param for 9 parameters"):
         optimizer.load_state_dict(torchs.state_dict())
     run(optimizer, params, give_grads, range(2, 3))
     states = states_of(optimizer)
@@ -73,7 +73,9 @@ def test_a_checkpoint_without_master_copies_is_taken_and_that_is_said(
     [
         (lambda saved: saved["state"][1].update(exp_avg=torch.zeros(3)), "exp_avg 1 .* shape"),
         (lambda saved: saved["state"][2].pop("exp_avg_sq"), "no 'exp_avg_sq'"),
-        (lambda saved: saved["param_groups"][0]["params"].pop(), "7 parameters, but there are 8"),
+        (lambda saved: saved["param_groups"][0].update(amsgrad=True), "amsgrad=True"),
+        (lambda saved: saved["param_groups"][0].update(decoupled_weight_decay=False), "Adam's"),
+        (lambda saved: saved["param_groups"][0]["params"].pop(), "8 parameters, but there are 9"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(
@@ -90,3 +92,79 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(
         with pytest.raises(ValueError, match=said):
             optimizer.load_state_dict(wrong)
     require_equal(states_of(optimizer), before["state"])
+
+
+def test_a_models_parameters_may_be_loaded_after_its_optimizers_states(
+    adamw: Make, parameters: Make, give_grads: Make
+) -> None:
+    params, whole = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    optimizer, other = adamw(params), adamw(whole)
+    run(optimizer, params, give_grads, range(3))
+    saved, values = (
+        copy.deepcopy(optimizer.state_dict()),
+        [param.detach().clone() for param in params],
+    )
+    fresh = parameters(torch.bfloat16, seed=1)
+    resumed = adamw(fresh)
+    resumed.load_state_dict(saved)
+    with torch.no_grad():
+        for param, value in zip(fresh, values, strict=True):
+            param.copy_(value)
+    run(resumed, fresh, give_grads, range(3, 6))
+    run(other, whole, give_grads, range(6))
+    require_equal(states_of(resumed), states_of(other))
+    assert all(map(torch.equal, fresh, whole))
+
+
+def test_an_older_checkpoint_with_other_names_and_fewer_keys_is_taken(
+    adamw: Make, parameters: Make, give_grads: Make
+) -> None:
+    params, others = parameters(), parameters()
+    optimizer, whole = adamw(params), adamw(others)
+    run(optimizer, params, give_grads, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group["params"] = [f"weight {number}" for number in group["params"]]
+        for key in ("maximize", "decoupled_weight_decay", "foreach"):
+            del group[key]
+    saved["state"] = {f"weight {number}": states for number, states in saved["state"].items()}
+    resumed = adamw(params)
+    resumed.load_state_dict(saved)
+    run(resumed, params, give_grads, range(2, 4))
+    run(whole, others, give_grads, range(4))
+    require_equal(states_of(resumed), states_of(whole))
+
+
+def test_a_parameter_without_elements_goes_there_and_back(adamw: Make) -> None:
+    params = [torch.nn.Parameter(torch.zeros(0, 3)), torch.nn.Parameter(torch.ones(2))]
+    optimizer = adamw(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["state"][0]["exp_avg"].shape == (0, 3)
+    adamw(params).load_state_dict(saved)
+    torch.optim.AdamW(params).load_state_dict(saved)
+
+
+def test_a_checkpoint_that_was_loaded_in_part_is_not_trained_on(
+    adamw: Make, parameters: Make, give_grads: Make
+) -> None:
+    params = parameters()
+    optimizer = adamw(params)
+    run(optimizer, params, give_grads, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    broken = adamw(params, placement="ssd")
+    tier = broken._placement._tier
+    stage, calls = tier.stage, iter(range(3))
+    tier.stage = lambda *args: stage(*args) if next(calls, None) is not None else None
+    with pytest.raises(OSError, match="spill_bytes"):
+        broken.load_state_dict(saved)
+    before = [param.detach().clone() for param in params]
+    for use in (broken.step, broken.state_dict):
+        with pytest.raises(RuntimeError, match="loaded in part"):
+            use()
+    assert all(map(torch.equal, params, before))
+    tier.stage = stage
+    broken.load_state_dict(saved)
+    require_equal(states_of(broken), saved["state"])
