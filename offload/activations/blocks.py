@@ -85,15 +85,16 @@ class BlockRuns:
         if self.key is None:
             self._begin(forward, function, tensors)
         again = len(self.noted) in self.recompute
+        alone = forward.owner.running.alone
         recording, first = forward.recording, len(forward.regions)
         begin = recording.mark() if recording is not None else None
         used = self.used = Used(tensors) if again or recording is not None else None
         try:
-            if again:
+            if again and used is not None:
                 forward.owner.counters.recomputed_blocks += 1
-                out = run_twice(forward.owner.running.alone, used, function, args)
+                out = run_twice(alone, used, function, args)
             else:
-                out = forward.owner.running.alone(function, *args)
+                out = alone(function, *args)
         finally:
             self.used = None
         repeatable = used is None or used.ended(tree_leaves(out))
@@ -140,7 +141,7 @@ class BlockRuns:
 
 def run_twice(
     alone: Callable[..., Any],
-    used: Used | None,
+    used: Used,
     function: Callable[..., Any],
     args: Sequence[Any],
 ) -> Any:
@@ -153,7 +154,7 @@ def run_twice(
 
     def run(*inputs: Any) -> Any:
         nonlocal ran
-        if ran and used is not None:
+        if ran:
             used.require_unchanged()
         ran = True
         return alone(function, *tree_unflatten(inputs, spec))

@@ -183,7 +183,7 @@ def _tried(directory: str) -> tuple[bool, str]:
 
 
 def _turn() -> IO[str]:
-    """Return a file: while it is open no other rank tries, which would count this one' transfers.
+    """Return a file: while it is open no other rank tries, which would count this one's.
 
     Raises TimeoutError, or OSError where there is no driver.
     """

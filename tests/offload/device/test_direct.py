@@ -209,6 +209,24 @@ def test_without_kvikio_a_gpu_or_the_driver_the_answer_is_no_and_why(
     assert "kvikio is not installed" in direct.direct_facts("/tmp")[1]
 
 
+def test_a_driver_that_still_counts_after_the_transfer_proves_nothing(
+    notes: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counts = iter([5, 5, 9, 12])  # before, idle, after, and once more: somebody else is at it
+    stats = tmp_path / "stats"
+    stats.write_text(counted(5))
+    monkeypatch.setattr(direct, "_STATS", stats)
+    monkeypatch.setattr(direct, "_operations", lambda: next(counts))
+    monkeypatch.setattr(direct, "_IDLE_S", 0.0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    done = SimpleNamespace(returncode=0, stderr="")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: done)
+    works, why = direct.direct_facts(str(tmp_path))
+    assert not works
+    assert "others keep transferring" in why
+
+
 def test_ranks_try_one_after_the_other(
     notes: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
