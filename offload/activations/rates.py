@@ -77,6 +77,7 @@ class Rates:
         # Plans that avoid both at once never see that they have become faster.
         self._unmixed += news
         if self._unmixed > _UNMIXED:
-            rates[2], self._unmixed = rates[2] * (1 + CHANGED), 0
+            rates[2] = min(rates[2] * (1 + CHANGED), max(rates[:2]))
+            self._unmixed = 0
         self.throughput = Throughput(*rates)
         return news

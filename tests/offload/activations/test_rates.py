@@ -58,6 +58,9 @@ def test_what_was_slow_at_both_once_is_tried_again() -> None:
         if step < 8:
             assert known.mixed_bytes_per_s == GIB / 8
     assert known.mixed_bytes_per_s == GIB
+    # However long that was, what is seen again counts at once.
+    rates.observe((200 * GIB, 200), (200 * GIB, 200), (GIB / 4, 2.0))
+    assert rates.throughput.mixed_bytes_per_s == (GIB + GIB / 8) / 2
 
 
 def test_a_drive_that_suffers_from_both_at_once_is_news_once() -> None:
