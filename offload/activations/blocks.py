@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,9 +14,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from offload.activations.recording import Recording
-from offload.activations.repeatable import Used
+from offload.activations.repeatable import Mark, Marks, Used, reached_modules
 from offload.device import can_offload
-from perfmodel.schedules.blocks import Block, cheapest_blocks, freed_by, leanest_blocks
+from perfmodel.schedules.blocks import (
+    Block,
+    cheapest_blocks,
+    freed_by,
+    frees_anything,
+    leanest_blocks,
+)
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
 if TYPE_CHECKING:
@@ -23,14 +30,15 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockBook", "BlockKey", "BlockRuns", "Running"]
 
-BlockKey = tuple[tuple[int, ...], tuple[tuple[int, ...], ...], bool]
-"""The sizes of what was saved before the first block, the shapes of what enters it, and whether it
-is in training mode."""
+BlockKey = tuple[tuple[int, ...], tuple[tuple[int, ...], ...], Mark]
+"""The sizes of what was saved before the first block, the shapes of what enters it, its mark."""
 
 # How many kinds of forward are remembered.
 _REMEMBERED = 64
 # How often a choice that turned out to take too much memory is made again, more strictly.
 _MOST_MISSES = 8
+# How often a kind of forward may turn out to have other blocks, before none of it is recomputed.
+_MOST_OTHERS = 4
 
 
 class Running(threading.local):
@@ -63,6 +71,8 @@ class Noted(NamedTuple):
     saved: range
     enters: tuple[int, ...]
     repeatable: bool
+    small_bytes: int
+    mark: Mark
 
 
 class BlockRuns:
@@ -72,6 +82,8 @@ class BlockRuns:
         self.key: BlockKey | None = None
         """Of this kind of forward; None before the first block."""
         self.recompute: frozenset[int] = frozenset()
+        self.to_learn = False
+        """Nothing is known of this kind of forward, so it has to be recorded."""
         self.noted: list[Noted] = []
         self.used: Used | None = None
         """By the block that is running, where somebody asks."""
@@ -81,14 +93,18 @@ class BlockRuns:
 
         Raises RuntimeError for a block that is to be recomputed and changes what it uses.
         """
-        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-        if self.key is None:
-            self._begin(forward, function, tensors)
+        leaves = tree_leaves(args)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        mark = self._mark(forward, function, leaves, tensors)
         again = len(self.noted) in self.recompute
         alone = forward.owner.running.alone
         recording, first = forward.recording, len(forward.regions)
+        small_bytes = forward.small_bytes
         begin = recording.mark() if recording is not None else None
-        used = self.used = Used(tensors) if again or recording is not None else None
+        used = None
+        if again or recording is not None:
+            used = self.used = Used(tensors, *reached_modules(function, leaves))
+            again = again and not used.unrepeatable
         try:
             if again and used is not None:
                 forward.owner.counters.recomputed_blocks += 1
@@ -110,33 +126,49 @@ class BlockRuns:
             begin = recording.begun if recording is not None else None
         end = recording.mark() if recording is not None else None
         saved, enters = range(first, len(forward.regions)), forward.regions_of(tensors)
-        self.noted.append(Noted(begin, end, saved, enters, repeatable))
+        small_bytes = forward.small_bytes - small_bytes
+        self.noted.append(Noted(begin, end, saved, enters, repeatable, small_bytes, mark))
         return out
 
-    def _begin(
-        self, forward: ForwardPass, function: Callable[..., Any], tensors: Sequence[torch.Tensor]
-    ) -> None:
-        """Find out which kind of forward this is, and what it recomputes."""
-        sizes = tuple(region.nbytes for region in forward.regions)
-        # In another mode the same sizes may come of other operators.
-        training = bool(getattr(function, "training", True))
-        self.key = sizes, tuple(tuple(tensor.shape) for tensor in tensors), training
+    def _mark(
+        self,
+        forward: ForwardPass,
+        function: Callable[..., Any],
+        leaves: Sequence[object],
+        tensors: Sequence[torch.Tensor],
+    ) -> Mark:
+        """Return the block's mark; recompute no more where it is another one than was chosen."""
+        book = forward.owner.book
+        if not book.blocks.wanted:
+            return ()
         with forward.owner.lock:
-            movable = [tensor for tensor in tensors if can_offload(tensor)]
-            if movable:  # a mask may be on the host, whatever the device
-                forward.meet(min(movable, key=lambda tensor: tensor.is_cpu))
-            self.recompute = forward.owner.book.recompute_of(self.key)
+            mark = book.blocks.marks.of(function, leaves)
+            if self.key is None:
+                sizes = tuple(region.nbytes for region in forward.regions)
+                self.key = sizes, tuple(tuple(tensor.shape) for tensor in tensors), mark
+                movable = [tensor for tensor in tensors if can_offload(tensor)]
+                if movable:  # a mask may be on the host, whatever the device
+                    forward.meet(min(movable, key=lambda tensor: tensor.is_cpu))
+                self.recompute = book.recompute_of(self.key)
+                self.to_learn = book.blocks.unknown(self.key)
+                if self.to_learn and forward.recording is None:  # too late for this one
+                    book.record_next = True
+            number = len(self.noted)
+            if self.recompute and not book.blocks.is_like(self.key, number, mark):
+                self.recompute = frozenset(other for other in self.recompute if other < number)
+        return mark
 
     def blocks(self, recording: Recording) -> tuple[Block, ...]:
         """Return the blocks of a forward that was recorded; what none may repeat saves nothing."""
-        return tuple(
-            Block(
-                recording.duration_s(noted.begin, noted.end),
-                noted.saved if noted.repeatable else range(0),
-                noted.enters,
-            )
-            for noted in self.noted
-        )
+        blocks = []
+        for noted in self.noted:
+            duration_s = recording.duration_s(noted.begin, noted.end)
+            # A checkpoint gives each tensor once.
+            if noted.repeatable and recording.asked_again.isdisjoint(noted.saved):
+                blocks.append(Block(duration_s, noted.saved, noted.enters, noted.small_bytes))
+            else:
+                blocks.append(Block(duration_s, range(0), noted.enters))
+        return tuple(blocks)
 
 
 def run_twice(
@@ -154,10 +186,11 @@ def run_twice(
 
     def run(*inputs: Any) -> Any:
         nonlocal ran
+        call = partial(alone, function, *tree_unflatten(inputs, spec))
         if ran:
-            used.require_unchanged()
+            return used.run_again(call)
         ran = True
-        return alone(function, *tree_unflatten(inputs, spec))
+        return call()
 
     return checkpoint(run, *leaves, use_reentrant=False)
 
@@ -166,9 +199,13 @@ def run_twice(
 class _Choice:
     trace: Trace
     blocks: tuple[Block, ...]
+    marks: tuple[Mark, ...]
+    """Of the blocks."""
     depth: int
     most: int
     """How many blocks free anything."""
+    small_bytes: int
+    """What the forward saved in tensors that are too small to leave."""
     recompute: frozenset[int] = frozenset()
     stale: bool = True
     slowdown: float = 0.0
@@ -186,21 +223,49 @@ class BlockBook:
 
     def __init__(self, memory_bytes: int | None, tolerated_slowdown: float = 0.0) -> None:
         self._memory_bytes, self._slowdown = memory_bytes, tolerated_slowdown
+        self.wanted = memory_bytes is not None or tolerated_slowdown > 0
+        self.marks = Marks()
         self._choices: OrderedDict[BlockKey, _Choice] = OrderedDict()
+        self._others: dict[BlockKey, int] = {}
+        """How often such a forward turned out to have other blocks than were chosen among."""
 
     def recompute_of(self, key: BlockKey) -> frozenset[int]:
         """Return the numbers of the blocks to recompute."""
         choice = self._choices.get(key)
         return choice.recompute if choice is not None else frozenset()
 
-    def learn(self, runs: BlockRuns, trace: Trace, depth: int, recording: Recording) -> None:
+    def unknown(self, key: BlockKey) -> bool:
+        """Say whether such a forward has to be recorded for blocks to be chosen."""
+        return key not in self._choices and self._others.get(key, 0) < _MOST_OTHERS
+
+    def is_like(self, key: BlockKey, number: int, mark: Mark) -> bool:
+        """Say whether block `number` is the one that was chosen for; if not, forget the choice."""
+        choice = self._choices.get(key)
+        if choice is None or (number < len(choice.marks) and choice.marks[number] == mark):
+            return choice is not None
+        del self._choices[key]
+        if len(self._others) > _REMEMBERED:
+            self._others.clear()
+        self._others[key] = self._others.get(key, 0) + 1
+        return False
+
+    def learn(
+        self,
+        runs: BlockRuns,
+        trace: Trace,
+        depth: int,
+        recording: Recording,
+        small_bytes: int = 0,
+    ) -> None:
         """Take in what a forward without recomputation saved, and when."""
-        wanted = self._memory_bytes is not None or self._slowdown > 0
-        if runs.key is None or runs.recompute or not wanted:
+        if runs.key is None or runs.recompute or not self.wanted:
+            return
+        if self._others.get(runs.key, 0) >= _MOST_OTHERS:
             return
         blocks = runs.blocks(recording)
-        most = sum(bool(freed_by(blocks, number)) for number in range(len(blocks)))
-        self._choices[runs.key] = _Choice(trace, blocks, depth, most)
+        most = len(frees_anything(blocks))
+        marks = tuple(noted.mark for noted in runs.noted)
+        self._choices[runs.key] = _Choice(trace, blocks, marks, depth, most, small_bytes)
         self._choices.move_to_end(runs.key)
         if len(self._choices) > _REMEMBERED:
             self._choices.popitem(last=False)
@@ -214,7 +279,9 @@ class BlockBook:
         for number in sorted(runs.recompute):
             if number < min(len(runs.noted), len(choice.blocks)) and runs.noted[number].enters:
                 freed = freed_by(choice.blocks, number)
-                nbytes = sum(choice.trace.tensors[index].nbytes for index in freed)
+                tensors = [choice.trace.tensors[index] for index in freed]
+                nbytes = sum(tensor.nbytes + tensor.rest_bytes for tensor in tensors)
+                nbytes += choice.blocks[number].small_bytes
                 if nbytes:
                     found.append((max(runs.noted[number].enters), nbytes))
         return found
@@ -258,9 +325,10 @@ class BlockBook:
             return
         step = choice.trace, choice.blocks, *machine(choice.depth)
         if self._memory_bytes is None:
-            found = leanest_blocks(*step, self._slowdown)
+            found = leanest_blocks(*step, self._slowdown, choice.small_bytes)
             choice.slowdown = found.slowdown
         else:
-            found = cheapest_blocks(*step, int(self._memory_bytes * choice.aim), self._slowdown)
+            aim = int(self._memory_bytes * choice.aim)
+            found = cheapest_blocks(*step, aim, self._slowdown, choice.small_bytes)
             choice.slowdown = self._slowdown
         choice.recompute, choice.stale = found.recompute, False

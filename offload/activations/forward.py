@@ -22,6 +22,7 @@ from offload.activations.identity import (
     storage_alive,
     weak_storage,
 )
+from offload.activations.owned import Owned
 from offload.activations.recording import HostClock, Recording
 from offload.activations.region import Region, element_begin
 from offload.activations.saved import Kept, RecastParameter, Saved
@@ -39,7 +40,6 @@ __all__ = ["ForwardPass"]
 # How many of a storage's latest regions are looked at for an overlap.
 _LATEST_REGIONS = 16
 _push_hooks: Any = torch._C._autograd._push_saved_tensors_default_hooks
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @uncompiled
@@ -60,6 +60,9 @@ class ForwardPass(HookScope):
         self.owner = owner
         self.regions: list[Region] = []
         self.live = self._saves = 0
+        self.left_bytes = 0  # of regions that somebody may still want
+        self.small_bytes = 0  # saved in tensors that are too small to leave
+        self.staying: set[int] = set()  # storages that the schedule keeps
         self.backward = BackwardOrder(self.regions)
         self.signature: tuple[int, ...] = ()
         self.plan: Plan | None = None
@@ -78,14 +81,13 @@ class ForwardPass(HookScope):
         self._pieces: dict[tuple[int, int, int], Region] = {}  # of storages with several
         self._pending: list[Region] = []
         self._pending_operator = -1
-        self._owned: dict[int, str] = {}  # storages of parameters and buffers
-        self._noted_modules: set[int] = set()
-        self._noted: dict[int, tuple[torch.Tensor, int, int]] = {}
+        self._small: set[int] | None = set() if owner.book.blocks.wanted else None
         self._min_bytes = max(1, owner.config.min_tensor_bytes)
         self._recast = owner.config.recast_parameters
+        self._owned = Owned(self._weak, recast=self._recast)
         self._stays_on_host = owner.stays_on_host
         self._dropped = owner.dropped
-        self._entered = self.ended = False
+        self._entered = self.ended = self.asked_early = False
 
     # ---- the forward ------------------------------------------------------------------------
 
@@ -111,8 +113,7 @@ class ForwardPass(HookScope):
     def _end(self, kind: type[BaseException] | None, *_exception: object) -> None:
         running = self.owner.running
         running.forward, running.in_block = self.outer, self._outer_in_block
-        for notes in (self._noted, self._noted_modules, self._owned):
-            notes.clear()
+        self._owned.clear()
         owner = self.owner
         try:
             with owner.lock:
@@ -131,52 +132,17 @@ class ForwardPass(HookScope):
         owner.book.say_what_is_wrong()
 
     def note_module(self, module: torch.nn.Module) -> None:
-        """Take in that `module` is about to run: whose its parameters and buffers are."""
+        """Take in that `module` is about to run."""
         if self.blocks.used is not None:
             self.blocks.used.note_module(module)
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                self._note_owned(buffer, "buffer")
-        if id(module) in self._noted_modules:
-            return
-        # With the whole tree, since a module may use its children's parameters without calling
-        # them. Held, so that no other tensor can take a noted one's id.
-        number = operator_number()
-        self._noted_modules.update(id(part) for part in module.modules())
-        for parameter in module.parameters():
-            self._note_owned(parameter, "parameter")
-            if self._recast:
-                self._noted.setdefault(id(parameter), (parameter, parameter._version, number))
-
-    def _note_owned(self, tensor: torch.Tensor, kind: str) -> None:
-        # Others may have no storage to ask for: lazy ones, sparse ones, wrappers.
-        if tensor.__class__ not in _PLAIN or tensor.layout is not torch.strided:
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._owned:
-            self._owned[key] = kind
-            self._weak.append(weak_storage(storage))  # no other storage takes the key
-
-    def _unchanged_since_cast(self, parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
-        """Say whether `parameter` is as it was when `tensor` was cast from it.
-
-        That is certain only of a cast made after the parameter's version was noted, while that
-        version stands: autocast hands out stale casts after an optimizer step inside its region.
-        """
-        noted = self._noted.get(id(parameter))
-        if noted is None or parameter._version != noted[1]:
-            return False
-        cast = root_of(tensor)
-        assert cast.grad_fn is not None
-        return cast.grad_fn._sequence_nr() >= noted[2]
+        self._owned.note_module(module)
 
     @uncompiled
     def _pack(self, tensor: torch.Tensor) -> Saved:
         reason = reason_to_pass(tensor, self._min_bytes)
         if reason is None and self._recast and tensor.is_cpu:
             parameter = parameter_of_cast(tensor)
-            if parameter is not None and self._unchanged_since_cast(parameter, tensor):
+            if parameter is not None and self._owned.unchanged_since_cast(parameter, tensor):
                 reason = "recast"
         if reason is None:
             return self._pack_large(tensor)
@@ -200,6 +166,11 @@ class ForwardPass(HookScope):
         nbytes = 0 if reason == "sparse" else tensor.nbytes
         passed = self.owner.counters.passed_through
         passed[reason] = passed.get(reason, 0) + nbytes
+        if self._small is not None and reason == "small":
+            key = tensor.untyped_storage()._cdata
+            if key not in self._small:  # it lives until the backward, so that no other has its key
+                self._small.add(key)
+                self.small_bytes += nbytes
         return Kept(tensor, tensor._version)
 
     def _pack_large(self, tensor: torch.Tensor) -> Saved:
@@ -207,8 +178,8 @@ class ForwardPass(HookScope):
         storage = tensor.untyped_storage()
         key = storage._cdata
         begin, end = span_of(tensor)
-        if key in self._owned:
-            return self._pass(tensor, self._owned[key])
+        if key in self._owned.kinds:
+            return self._pass(tensor, self._owned.kinds[key])
         if storage.nbytes() < end:
             return self._pass(tensor, "emptied")
         if self._stays_on_host and tensor.is_cpu:
@@ -236,6 +207,7 @@ class ForwardPass(HookScope):
                 # them back belong together.
                 if not region.handles:
                     self.live += 1
+                    self.left_bytes += region.nbytes
                 region.handles += 1
                 region.unread += 1
                 return SavedView(self._dropped, region, dtype, size, stride, begin, conj, neg)
@@ -260,7 +232,9 @@ class ForwardPass(HookScope):
                 self.owner.counters.deduplicated += end - begin
                 return region
             if region.may_grow(root_key, version, begin, end):
-                self.owner.counters.deduplicated += end - begin - region.extend(begin, end)
+                grown = region.extend(begin, end)
+                self.left_bytes += grown
+                self.owner.counters.deduplicated += end - begin - grown
                 return region
             region = region.older
         region = self._pieces.get((key, element_begin(begin), end))
@@ -278,7 +252,7 @@ class ForwardPass(HookScope):
         region.number = len(self.regions)
         self.regions.append(region)
         if self.recording is not None:
-            self.recording.save(region.storage)
+            self.recording.save(region.storage, region.alias.untyped_storage().nbytes())
         key = region.storage
         region.older = older = self._newest.get(key)
         if older is not None:
@@ -346,13 +320,15 @@ class ForwardPass(HookScope):
                 plans = [forward.plan for forward in self.owner.forwards]
                 windows = [other.schedule.window_bytes for other in plans if other is not None]
                 self.crossing.allow(max(windows, default=0))
-            if plan.confirmed and not book.record_next:
+            if plan.confirmed and not book.record_next and not self.blocks.to_learn:
                 self.recording = None
         tier = plan.tiers[number]
         if tier == "device":
             if book.probe_bytes > 0:
                 book.probe_bytes -= region.nbytes
                 return ""
+            if self.recording is not None and number in plan.held:
+                return ""  # to see whether somebody still holds it
             self.owner.transfers.stay(region)
         return tier
 
@@ -362,12 +338,12 @@ class ForwardPass(HookScope):
         """Predict the order of the backward: as last time for the same sizes, else reversed."""
         # What two forwards must share to be expected to run backward alike.
         self.signature = tuple([region.end - region.begin for region in self.regions])
-        self.depth = len(self.owner.forwards)
+        self.depth = self.owner.depth_of(self)
         if self.plan is not None and self.plan.sizes == self.signature:
             if self.backward.expect(self.plan, None, alone=self.depth == self.plan.depth == 1):
                 self.owner.transfers.begin(self)
             counters, schedule = self.owner.counters, self.plan.schedule
-            counters.predicted_peak = schedule.peak_bytes
+            counters.predicted_peak = schedule.peak_bytes + self.plan.small_bytes
             counters.predicted_slowdown = schedule.slowdown
         else:
             if self.plan is not None:  # it saves more than this forward did
@@ -384,13 +360,15 @@ class ForwardPass(HookScope):
 
     def all_freed(self) -> None:
         """Take leave of the last region; teach the owner the order that was used."""
-        self.depth = max(self.depth, len(self.owner.forwards))
+        self.depth = max(self.depth, self.owner.depth_of(self))
         self.owner.forwards.discard(self)
         self.owner.transfers.bound_memory()
         if not self.ended:
             return  # more may come
         if self.backward.used and self.owner.process == getpid():
             self.owner.learn(self)
+        elif self.asked_early:
+            self.owner.book.backward_inside = True
         if not self.owner.forwards:
             self.owner.transfers.finish()
         self.regions = []

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.activations.blocks import Running
 from offload.activations.crossing import Crossing
 from offload.activations.forward import ForwardPass
+from offload.activations.identity import inside_recomputing_checkpoint
 from offload.activations.ownership import foreign_process, lock_out_children
 from offload.activations.region import Region
 from offload.activations.saved import not_restorable, over_restored, over_storage
@@ -180,6 +181,8 @@ class ActivationOffload:
         forward = self.running.current()
         if forward is None or self.running.in_block or not torch.is_grad_enabled():
             return function(*args)
+        if inside_recomputing_checkpoint():  # the user's own, which runs it again as it pleases
+            return function(*args)
         return forward.blocks.run(forward, function, args)
 
     def stats(self) -> ActivationStats:
@@ -243,6 +246,11 @@ class ActivationOffload:
 
     # ---- for the passes; `lock` is held where not said otherwise -----------------------------
 
+    def depth_of(self, forward: ForwardPass) -> int:
+        """Return how many forwards wait for their backward, or are in it as `forward` is."""
+        others = self.forwards - {forward}
+        return 1 + sum(not other.backward.used for other in others)
+
     def check_open(self) -> None:
         """Raise RuntimeError in a closed instance or in a forked child. Without `lock`."""
         if self.process != os.getpid():
@@ -261,6 +269,7 @@ class ActivationOffload:
         try:
             with self.lock:
                 region: Region = view.region
+                region.forward.asked_early |= not region.forward.ended
                 if self.closed or region.alias._version != region.version:
                     raise not_restorable(view, self.closed)
                 storage = region.original()
@@ -278,6 +287,8 @@ class ActivationOffload:
                 if not view.read:
                     view.read = True
                     region.first_read()
+                elif region.forward.recording is not None:
+                    region.forward.recording.asked_again.add(region.number)
                 return tensor
         finally:
             if self.dropped:
@@ -293,7 +304,10 @@ class ActivationOffload:
         used = forward.backward.complete()
         try:
             waited = self.book.waited_since(forward.begun)
-            self.book.learn(forward.signature, used, recording, depth, forward.blocks, waited)
+            small_bytes = forward.small_bytes
+            self.book.learn(
+                forward.signature, used, recording, depth, forward.blocks, waited, small_bytes
+            )
         except Exception as error:  # whatever it is, training does not depend on it
             self.book.failed(error)
         if self.book.follow:
@@ -349,4 +363,5 @@ class ActivationOffload:
         if forward.live == 1:
             forward.all_freed()
         forward.live -= 1
+        forward.left_bytes -= region.nbytes
         del self._ending[-1]

@@ -70,14 +70,18 @@ class Recording:
         self.saved: list[Any] = []
         self.storages: list[int] = []
         """Of each region, as its forward calls it."""
+        self.storage_bytes: dict[int, int] = {}
         self.needed: dict[int, Any] = {}
         self.released: dict[int, Any] = {}
         self.held: set[int] = set()
+        self.asked_again: set[int] = set()
+        """Regions of which a view was wanted more than once."""
 
-    def save(self, storage: int) -> None:
-        """Take in that a region of `storage` has been saved now."""
+    def save(self, storage: int, storage_bytes: int) -> None:
+        """Take in that a region of `storage`, which is so large, has been saved now."""
         self.saved.append(self.mark())
         self.storages.append(storage)
+        self.storage_bytes[storage] = storage_bytes
 
     def duration_s(self, begin: Any, end: Any) -> float:
         """Return the seconds from one mark to another."""
@@ -98,6 +102,11 @@ class Recording:
         tensors = []
         saved_s = 0.0
         first = {storage: number for number, storage in reversed([*enumerate(self.storages)])}
+        rest = {storage: self.storage_bytes.get(storage, 0) for storage in self.storages}
+        for number, nbytes in enumerate(sizes):
+            rest[self.storages[number]] -= nbytes
+            if number in self.held:  # what it is a part of stays whoever moves
+                rest[self.storages[number]] = 0
         for number, nbytes in enumerate(sizes):
             # Stalls are known only as well as their clock: times must not run backwards.
             saved_s = max(saved_s, saved_at[number] - begin_s)
@@ -106,7 +115,10 @@ class Recording:
             needed_s = min(max(saved_s, needed_s), released_s)
             held = number in self.held
             storage = first[self.storages[number]]
-            tensors.append(SavedTensor(nbytes, saved_s, needed_s, released_s, held, storage))
+            rest_bytes = max(0, rest[self.storages[number]]) if storage == number else 0
+            tensors.append(
+                SavedTensor(nbytes, saved_s, needed_s, released_s, held, storage, rest_bytes)
+            )
         needs = sorted(tensor.needed_s for tensor in tensors)
         passing = []
         for number, nbytes in transients:

@@ -64,7 +64,7 @@ class Region:
         "root_key",
         "root_ref",
         "spoilt",
-        "stays",
+        "stay_bytes",
         "storage",
         "unread",
         "used",
@@ -92,7 +92,7 @@ class Region:
         self.in_memory = True
         self.pending = True  # saved, and not staged yet
         self.kept = False  # because the SSD had no space
-        self.stays = False  # because its schedule says so
+        self.stay_bytes = 0  # what it takes, with the rest of its storage, as its schedule says
         self.extent: Staged | None = None
         self.restored: Restored | None = None
         # Of regions on another device than the host: by which way they go; the queue they were made

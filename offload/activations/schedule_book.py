@@ -60,6 +60,10 @@ class Plan:
     """What the tiers' ways were taken to do."""
     confirmed: bool
     """Made from a step that was not the first of its kind, which is slower than the others."""
+    small_bytes: int
+    """What such a forward saves in tensors that are too small to leave."""
+    held: frozenset[int]
+    """Regions that somebody else kept in memory when they were last seen to leave."""
 
 
 @dataclass
@@ -72,6 +76,7 @@ class _Entry:
     stale: bool = False
     over_bytes: int = 0
     """What the plan needs, where that is more than `memory_bytes`."""
+    small_bytes: int = 0
     depth: int = 1
     recordings: int = 0
     unlike: int = 0
@@ -81,6 +86,10 @@ class _Entry:
     uses: int = 0
     """Of the plan. Planning takes time: each plan is followed at least `patience` times."""
     patience: int = 1
+
+    def is_held(self, number: int) -> bool:
+        """Say whether somebody else was seen to keep a region in memory."""
+        return self.trace is not None and self.trace.tensors[number].held
 
 
 @dataclass
@@ -120,6 +129,8 @@ class ScheduleBook:
     """What stays although `memory_bytes` is less, once that is certain."""
     unrepeatable: int = 0
     """How many blocks of a forward change what they use."""
+    backward_inside: bool = False
+    """A backward ran before its forward had ended, so that nothing could be learned from it."""
     several_devices: bool = False
     """A forward saved tensors of several devices, of which no schedule can be made."""
     _failure: str = ""
@@ -158,11 +169,12 @@ class ScheduleBook:
         depth: int,
         runs: BlockRuns | None = None,
         waited: float = 0.0,
+        small_bytes: int = 0,
     ) -> None:
         """Remember how a whole backward went, and the blocks of its forward.
 
         `order` is of its regions, `depth` how many forwards were under way with it, `waited` for
-        which part of the time training waited for I/O.
+        which part of the time training waited for I/O; `small_bytes` were saved beside.
         """
         entry = self._entries.get(sizes)
         if entry is None:
@@ -175,11 +187,9 @@ class ScheduleBook:
         confirmed = entry.plan is not None and entry.plan.confirmed
         if confirmed:
             self._check(entry, runs, depth, waited)
-        if recording is not None and recording.needed and not confirmed:
-            if entry.trace is not None:
-                # What stays cannot be seen to be held by others.
-                tensors = enumerate(entry.trace.tensors)
-                recording.held |= {number for number, tensor in tensors if tensor.held}
+        unknown = runs is not None and runs.to_learn
+        if recording is not None and recording.needed and (unknown or not confirmed):
+            entry.small_bytes = small_bytes
             transients = self.blocks.transients(runs) if runs is not None else ()
             entry.trace, entry.depth, entry.stale = recording.trace(sizes, transients), depth, True
             entry.recordings += 1
@@ -188,7 +198,7 @@ class ScheduleBook:
                 entry.key = runs.key
             elif runs is not None and entry.recordings > 1:
                 self.unrepeatable = sum(not noted.repeatable for noted in runs.noted)
-                self.blocks.learn(runs, entry.trace, depth, recording)
+                self.blocks.learn(runs, entry.trace, depth, recording, small_bytes)
 
     def _check(self, entry: _Entry, runs: BlockRuns | None, depth: int, waited: float) -> None:
         """Hold a plan that is in force against what it was to do."""
@@ -306,13 +316,16 @@ class ScheduleBook:
         """Plan for what the step may take longer, and for more where that does not fit."""
         channels, limits = self._machine(entry.depth)
         memory_bytes, slowdown = self.memory_bytes, self.blocks.slowdown_of(entry.key)
-        schedule = plan_activations(trace, channels, limits, memory_bytes, slowdown=slowdown)
-        if memory_bytes is None:
+        small_bytes = entry.small_bytes
+        left = max(0, memory_bytes - small_bytes) if memory_bytes is not None else None
+        schedule = plan_activations(trace, channels, limits, left, slowdown=slowdown)
+        if memory_bytes is None or left is None:
             return schedule
         if entry.key is not None:  # more blocks can be recomputed from the next forward on, maybe
-            self.blocks.missed(entry.key, schedule.peak_bytes)
-        schedule = slowed_to_fit(schedule, trace, channels, limits, memory_bytes)
-        entry.over_bytes = schedule.peak_bytes if schedule.peak_bytes > memory_bytes else 0
+            self.blocks.missed(entry.key, schedule.peak_bytes + small_bytes)
+        schedule = slowed_to_fit(schedule, trace, channels, limits, left)
+        needed_bytes = schedule.peak_bytes + small_bytes
+        entry.over_bytes = needed_bytes if needed_bytes > memory_bytes else 0
         return schedule
 
     def failed(self, error: Exception) -> None:
@@ -324,13 +337,18 @@ class ScheduleBook:
         if self.unmet_bytes:
             self._say(
                 f"memory_bytes={self.memory_bytes} cannot be met: at one moment {self.unmet_bytes} "
-                "bytes of saved tensors are in use, on their way, or held by others; give more, "
-                "or have smaller layers recomputed by act.block()"
+                "bytes of saved tensors are in use, on their way, held by others, or smaller than "
+                "min_tensor_bytes; give more, or have smaller layers recomputed by act.block()"
             )
         if self.unrepeatable and (self.memory_bytes is not None or self.tolerated_slowdown):
             self._say(
                 f"blocks of a forward ({self.unrepeatable} of them) change their arguments, or "
                 "buffers of their modules (running statistics, say): they are never recomputed"
+            )
+        if self.backward_inside and self.follow:
+            self._say(
+                "a backward ran inside of its `with act.forward():`, where nothing is planned and "
+                "memory_bytes does not hold; call backward() behind it"
             )
         if self.several_devices and self.follow:
             self._say(
@@ -368,4 +386,6 @@ class ScheduleBook:
             schedule=schedule,
             rates=known,
             confirmed=entry.recordings > 1,
+            small_bytes=entry.small_bytes,
+            held=frozenset(number for number in range(count) if entry.is_held(number)),
         )

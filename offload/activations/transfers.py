@@ -142,9 +142,13 @@ class Transfers:
 
     def stay(self, region: Region) -> None:
         """Note that a region stays where it is, as its schedule says."""
-        region.stays = True
         self._counters.planned_to_stay += region.nbytes
-        self._counters.staying_now += region.nbytes
+        # The first of a storage keeps all of it; the others are there with it.
+        if region.storage not in region.forward.staying:
+            region.forward.staying.add(region.storage)
+            storage = region.original()
+            region.stay_bytes = storage.nbytes() if storage is not None else region.nbytes
+            self._counters.staying_now += region.stay_bytes
         if self._memory_bytes is None:
             return
         self.bound_memory()
@@ -162,7 +166,14 @@ class Transfers:
         if self._memory_bytes is None:
             return
         stays = self._counters.staying_now + self._counters.kept_now
-        room = max(0, self._memory_bytes * max(1, len(self._forwards)) - stays)
+        # One whose backward is under way has no use for more than it has left.
+        limits = [
+            min(self._memory_bytes, forward.left_bytes)
+            if forward.backward.used
+            else self._memory_bytes
+            for forward in self._forwards
+        ]
+        room = max(0, (sum(limits) if limits else self._memory_bytes) - stays)
         for crossing in self.crossings.values():
             crossing.room_bytes = room
         if self._stores.ssd is not None and not self.crossings:
@@ -204,7 +215,7 @@ class Transfers:
     def forwarded(self, region: Region, again: bool) -> None:
         """Note that a region is wanted that never left, or not yet."""
         forward = region.forward
-        if not region.in_memory:
+        if not region.in_memory and not region.used:
             self._counters.forwarded += region.nbytes
         forward.backward.want(region, again, forward.recording)
         self.read_ahead(forward)
@@ -292,10 +303,10 @@ class Transfers:
     def forget(self, region: Region) -> None:
         """Take leave of a region that nobody wants any more."""
         self._not_ahead(region)
-        if region.kept or region.stays:
+        if region.kept or region.stay_bytes:
             self._counters.kept_now -= region.nbytes * region.kept
-            self._counters.staying_now -= region.nbytes * region.stays
-            region.kept = region.stays = False
+            self._counters.staying_now -= region.stay_bytes
+            region.kept, region.stay_bytes = False, 0
             self.bound_memory()
         region.free()
 

@@ -74,7 +74,6 @@ class SsdTier:
             ) from None
         self._spills: list[Spill] = []
         self._drives: list[int] = []  # the device number of each one's file system
-        self._next = 0
         self._verify = config.verify
         self.direct_way: DirectWay | None = None
         """Past host memory, once somebody has opened it."""
@@ -121,11 +120,11 @@ class SsdTier:
             warnings.warn(f"{said}; name a directory on an SSD", RuntimeWarning, stacklevel=6)
 
     def _in_turn(self) -> Iterator[Spill]:
-        """Yield every directory's spill, beginning with the one that is next."""
-        spills = self._spills
-        for _ in spills:
-            self._next += 1
-            yield spills[(self._next - 1) % len(spills)]
+        """Yield every directory's spill, those with the fewest bytes first: all are busy alike."""
+        if len(self._spills) == 1:
+            yield self._spills[0]
+            return
+        yield from sorted(self._spills, key=lambda spill: int(spill.stats()["used_bytes"]))
 
     def _write_in_turn(self, address: int, nbytes: int) -> Extent | None:
         return self._first_of(

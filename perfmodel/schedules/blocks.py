@@ -21,6 +21,7 @@ __all__ = [
     "cheapest_blocks",
     "choose_blocks",
     "freed_by",
+    "frees_anything",
     "leanest_blocks",
     "recomputed",
 ]
@@ -42,6 +43,8 @@ class Block:
     """The tensors of the trace that it saved."""
     enters: tuple[int, ...] = ()
     """Those that repeating it needs: they are saved either way."""
+    small_bytes: int = 0
+    """What it saved beside, too small to stand in a trace: gone where it is recomputed."""
 
     def __post_init__(self) -> None:
         """Check the duration."""
@@ -73,6 +76,14 @@ def _needed(blocks: Sequence[Block]) -> frozenset[int]:
 
 def _freed(block: Block, needed: Collection[int]) -> list[int]:
     return [index for index in block.saved if index not in needed]
+
+
+def frees_anything(blocks: Sequence[Block]) -> list[int]:
+    """Return the numbers of the blocks that save less where they are recomputed."""
+    needed = _needed(blocks)
+    return [
+        number for number, block in enumerate(blocks) if block.small_bytes or _freed(block, needed)
+    ]
 
 
 def recomputed(trace: Trace, blocks: Sequence[Block], chosen: Collection[int]) -> Trace:
@@ -108,7 +119,8 @@ def recomputed(trace: Trace, blocks: Sequence[Block], chosen: Collection[int]) -
         if index in inside:
             # All at once: when exactly each comes into being again is not worth a trace.
             saved_s = begun_s[inside[index]]
-            moved.append(SavedTensor(tensor.nbytes, saved_s, needed_s, released_s, held=True))
+            whole = tensor.nbytes + tensor.rest_bytes
+            moved.append(SavedTensor(whole, saved_s, needed_s, released_s, held=True))
             continue
         needed_s = max(tensor.saved_s, min(needed_s, wanted_s.get(index, needed_s)))
         moved.append(replace(tensor, needed_s=needed_s, released_s=max(needed_s, released_s)))
@@ -122,15 +134,17 @@ def cheapest_blocks(
     limits: Limits,
     memory_bytes: int,
     slowdown: float = 0.0,
+    small_bytes: int = 0,
 ) -> BlockChoice:
     """Return `choose_blocks`, or no block at all where waiting for transfers takes less time.
 
     `extra_s` of the latter is how long the step waits at most.
     """
-    plan = plan_activations(trace, channels, limits, memory_bytes, slowdown=slowdown)
-    if plan.peak_bytes <= memory_bytes:
-        return BlockChoice(frozenset(), 0.0, plan.peak_bytes)
-    chosen = choose_blocks(trace, blocks, channels, limits, memory_bytes, slowdown)
+    left = max(0, memory_bytes - small_bytes)
+    plan = plan_activations(trace, channels, limits, left, slowdown=slowdown)
+    if plan.peak_bytes + small_bytes <= memory_bytes:
+        return BlockChoice(frozenset(), 0.0, plan.peak_bytes + small_bytes)
+    chosen = choose_blocks(trace, blocks, channels, limits, memory_bytes, slowdown, small_bytes)
     if not chosen.recompute:
         return chosen
     # Is there a step that waits no longer than that and fits as well?
@@ -138,11 +152,11 @@ def cheapest_blocks(
     slower = slowdown + chosen.extra_s / step_s if step_s else math.inf
     if not slower < math.inf:
         return chosen
-    target = max(memory_bytes, chosen.peak_bytes)
+    target = max(0, max(memory_bytes, chosen.peak_bytes) - small_bytes)
     waiting = plan_activations(trace, channels, limits, target, slowdown=slower, thorough=False)
     if waiting.peak_bytes > target:
         return chosen
-    return BlockChoice(frozenset(), chosen.extra_s, waiting.peak_bytes)
+    return BlockChoice(frozenset(), chosen.extra_s, waiting.peak_bytes + small_bytes)
 
 
 def choose_blocks(
@@ -152,16 +166,17 @@ def choose_blocks(
     limits: Limits,
     memory_bytes: int,
     slowdown: float = 0.0,
+    small_bytes: int = 0,
 ) -> BlockChoice:
     """Choose the blocks that take the least time and let the peak fit into `memory_bytes`.
 
     What is not recomputed may leave by `channels`, in a step that may wait for `slowdown` of its
-    time. Where nothing fits: the least peak found.
+    time; `small_bytes` of the forward, those of blocks included, can only be recomputed. Where
+    nothing fits: the least peak found.
     """
-    trials = _Trials(trace, blocks, channels, limits, memory_bytes, slowdown)
+    trials = _Trials(trace, blocks, channels, limits, memory_bytes, slowdown, small_bytes)
     best = trials.of(())
-    needed = _needed(blocks)
-    worthwhile = [number for number, block in enumerate(blocks) if _freed(block, needed)]
+    worthwhile = frees_anything(blocks)
     if best.peak_bytes <= memory_bytes or not worthwhile:
         return best
     for order in _orders(trace, blocks, worthwhile):
@@ -180,6 +195,7 @@ def leanest_blocks(
     channels: Sequence[Channel],
     limits: Limits,
     slowdown: float,
+    small_bytes: int = 0,
 ) -> BlockChoice:
     """Choose the blocks with which the peak is least in a step that takes `slowdown` of it longer.
 
@@ -190,12 +206,11 @@ def leanest_blocks(
 
     def outcome(chosen: Sequence[int], extra_s: float) -> BlockChoice:
         left = max(0.0, allowed_s - extra_s) / (step_s + extra_s) if step_s else 0.0
-        trials = _Trials(trace, blocks, channels, limits, 0, left)
+        trials = _Trials(trace, blocks, channels, limits, 0, left, small_bytes)
         return replace(trials.of(chosen), slowdown=left)
 
     best = outcome((), 0.0)
-    needed = _needed(blocks)
-    worthwhile = [number for number, block in enumerate(blocks) if _freed(block, needed)]
+    worthwhile = frees_anything(blocks)
     for order in _orders(trace, blocks, worthwhile):
         spent = [0.0, *accumulate(blocks[number].duration_s for number in order)]
         most = bisect_right(spent, allowed_s) - 1
@@ -216,10 +231,12 @@ class _Trials:
         limits: Limits,
         memory_bytes: int,
         slowdown: float,
+        small_bytes: int,
     ) -> None:
         self._trace, self._blocks = trace, blocks
         self._channels, self._limits = channels, limits
         self._memory_bytes, self._slowdown = memory_bytes, slowdown
+        self._small_bytes = small_bytes
         self._tried: dict[frozenset[int], BlockChoice] = {}
 
     def of(self, chosen: Collection[int]) -> BlockChoice:
@@ -230,16 +247,19 @@ class _Trials:
         return self._tried[key]
 
     def _outcome(self, chosen: frozenset[int]) -> BlockChoice:
+        again = [self._blocks[number].small_bytes for number in chosen]
+        # Those of a block that is recomputed come into being for as long as its backward runs.
+        small_bytes = max(0, self._small_bytes - sum(again)) + max(again, default=0)
         schedule = plan_activations(
             recomputed(self._trace, self._blocks, chosen),
             self._channels,
             self._limits,
-            self._memory_bytes,
+            max(0, self._memory_bytes - small_bytes),
             slowdown=self._slowdown,
             thorough=False,
         )
         extra_s = sum(self._blocks[number].duration_s for number in chosen)
-        return BlockChoice(chosen, extra_s, schedule.peak_bytes)
+        return BlockChoice(chosen, extra_s, schedule.peak_bytes + small_bytes)
 
     def better(self, one: BlockChoice, other: BlockChoice) -> BlockChoice:
         """Return the one that fits in less time, or comes closer to fitting."""
@@ -268,8 +288,9 @@ def _orders(
     needed = _needed(blocks)
 
     def seconds_a_byte(number: int) -> float:
-        freed = sum(trace.tensors[index].nbytes for index in _freed(blocks[number], needed))
-        return blocks[number].duration_s / freed
+        block = blocks[number]
+        freed = sum(trace.tensors[index].nbytes for index in _freed(block, needed))
+        return block.duration_s / (freed + block.small_bytes)
 
     yield sorted(worthwhile, key=seconds_a_byte)
     yield list(reversed(worthwhile))

@@ -59,7 +59,11 @@ class Replay:
             for index in members:
                 self.movable[index] = movable
         self.window_bytes = max(limits.window_bytes, max(self.nbytes, default=0))
-        self._saves = list(zip(self.saved_s, self.nbytes, strict=True))
+        self._whole = [tensor.nbytes + tensor.rest_bytes for tensor in tensors]
+        self._ends_s = trace.ends_s()
+        # Whatever leaves, what comes back is released as it would have been.
+        self._plain = self._whole == self.nbytes and self._ends_s == self.released_s
+        self._saves = list(zip(self.saved_s, self._whole, strict=True))
         self._releases = sorted(zip(self.released_s, self.nbytes, strict=True))
         self._by_need = sorted(range(len(tensors)), key=lambda index: self.needed_s[index])
 
@@ -115,6 +119,11 @@ class Replay:
         freed_s = self._freed_s(written_s)
         peak = self._peak(moved, freed_s, read_s)
         saved = [self.nbytes[index] * (read_s[index] - freed_s[index]) for index in moved]
+        if not self._plain:
+            saved += [
+                (self._whole[index] - self.nbytes[index]) * (self._ends_s[index] - freed_s[index])
+                for index in moved
+            ]
         return Outcome(-1, peak, staging_peak, moved_bytes, -sum(saved), written_s, read_s)
 
     def _transfer(
@@ -260,7 +269,12 @@ class Replay:
         freed_s: Sequence[float],
         read_s: Sequence[float],
     ) -> int:
-        nbytes = self.nbytes
+        nbytes, whole = self.nbytes, self._whole
         gains = self._saves + [(read_s[index], nbytes[index]) for index in moved]
-        losses = self._releases + [(freed_s[index], nbytes[index]) for index in moved]
-        return peak_of(gains, losses)
+        if self._plain:
+            losses = self._releases + [(freed_s[index], nbytes[index]) for index in moved]
+            return peak_of(gains, losses)
+        ends = list(zip(self._ends_s, whole, strict=True))
+        for index in moved:
+            ends[index] = self.released_s[index], nbytes[index]
+        return peak_of(gains, ends + [(freed_s[index], whole[index]) for index in moved])

@@ -31,10 +31,17 @@ class SavedTensor:
     storage: int = -1
     """What it shares its memory with, which is free once all of them have left: those of the same
     number. -1: nothing."""
+    rest_bytes: int = 0
+    """What else its storage has, which nobody saved: in memory for as long as the storage is, and
+    not brought back. Of those that share a storage, one has it."""
 
     def __post_init__(self) -> None:
         """Check the order of times."""
-        if self.nbytes <= 0 or not 0 <= self.saved_s <= self.needed_s <= self.released_s < math.inf:
+        if (
+            self.nbytes <= 0
+            or self.rest_bytes < 0
+            or not 0 <= self.saved_s <= self.needed_s <= self.released_s < math.inf
+        ):
             raise ValueError(
                 f"{self} is impossible: nbytes > 0 and 0 <= saved <= needed <= released"
             )
@@ -64,13 +71,21 @@ class Trace:
                 storages.setdefault(tensor.storage, []).append(index)
         return [members for members in storages.values() if len(members) > 1]
 
+    def ends_s(self) -> list[float]:
+        """Return until when each is in memory when nothing leaves: until all of its storage is."""
+        ends_s = [tensor.released_s for tensor in self.tensors]
+        for members in self.shared():
+            last_s = max(ends_s[index] for index in members)
+            for index in members:
+                ends_s[index] = last_s
+        return ends_s
+
     @property
     def kept_peak_bytes(self) -> int:
         """The peak when nothing leaves."""
-        return peak_of(
-            ((tensor.saved_s, tensor.nbytes) for tensor in self.tensors),
-            ((tensor.released_s, tensor.nbytes) for tensor in self.tensors),
-        )
+        sizes = [tensor.nbytes + tensor.rest_bytes for tensor in self.tensors]
+        saved_s = (tensor.saved_s for tensor in self.tensors)
+        return peak_of(zip(saved_s, sizes, strict=True), zip(self.ends_s(), sizes, strict=True))
 
 
 def peak_of(gains: Iterable[tuple[float, int]], losses: Iterable[tuple[float, int]]) -> int:

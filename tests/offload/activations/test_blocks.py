@@ -317,7 +317,9 @@ def test_what_enters_a_block_in_a_container_is_known_and_leaves(
 ) -> None:
     layers = layers_of(depth=4)
     act = make(schedule="all")
+    act.book.blocks.wanted = True
     monkeypatch.setattr(act.book, "recompute_of", lambda _key: frozenset(range(4)))
+    monkeypatch.setattr(act.book.blocks, "is_like", lambda *_block: True)
     y = torch.randn(ROWS, WIDTH)
     forward = act.forward()
     with forward:

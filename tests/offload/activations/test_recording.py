@@ -80,7 +80,7 @@ def test_a_clock_that_runs_backwards_still_gives_a_trace() -> None:
 def test_regions_of_one_storage_are_known_as_such() -> None:
     recording = Recording(HostClock(lambda: 0.0))
     for storage in (70, 80, 70, 90, 80):
-        recording.save(storage)
+        recording.save(storage, 400)
     recording.needed = dict.fromkeys(range(5), 1e12)
     recording.released = dict.fromkeys(range(5), 1e12)
     assert [tensor.storage for tensor in recording.trace((1,) * 5).tensors] == [0, 1, 0, 3, 1]

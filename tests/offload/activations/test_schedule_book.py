@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 
+import pytest
+
 from offload.activations.recording import HostClock, Recording
 from offload.activations.schedule_book import Plan, ScheduleBook
 
@@ -81,17 +83,19 @@ def test_a_fast_drive_takes_nearly_all_and_a_slow_one_as_much_as_it_can() -> Non
     assert 1 <= stays[-1] <= 2, "what the backward wants at once need not leave"
 
 
-def test_a_second_step_confirms_the_first_and_knows_what_is_held() -> None:
+@pytest.mark.parametrize("still", [True, False])
+def test_a_second_step_confirms_the_first_and_what_is_held(still: bool) -> None:
     it = book()
-    first = recorded()
-    first.held.add(3)
-    it.learn(SIZES, list(reversed(range(REGIONS))), first, 1)
     it.observe(ssd=drive(TOTAL * 10))
-    for confirmed in (False, True, True):
+    for number, confirmed in enumerate((False, True, True)):
+        recording = recorded()
+        if number == 0 or still:
+            recording.held.add(3)
+        it.learn(SIZES, list(reversed(range(REGIONS))), recording, 1)
         plan = renewed(it, SIZES)
         assert plan.confirmed == confirmed
-        assert plan.tiers[3] == "device"
-        learn(it, SIZES)
+        assert plan.tiers[3] == ("device" if number == 0 or still else "ssd")
+        assert plan.held == ({3} if number == 0 or still else set())
     assert it.planned == 2, "once confirmed, a recording changes nothing"
 
 

@@ -277,3 +277,57 @@ def test_any_order_of_a_pipeline_gives_the_same_bits_and_leaves_nothing(
     assert act.forwards == set()
     assert act.transfers.ahead_bytes == 0
     act.close()
+
+
+def test_small_tensors_are_part_of_the_limit_and_blocks_free_them(make: Any) -> None:
+    small = NBYTES // 8
+    for memory_bytes, repeats in ((1 << 30, False), (10 * small, True)):
+        act = make(schedule="auto", memory_bytes=memory_bytes, min_tensor_bytes=NBYTES)
+        act.book.rates["ssd"] = Rates(Throughput(1e12, 1e12))
+        weights = weights_of(12)
+        for _ in range(10):
+            with act.forward():
+                large = torch.tanh(torch.ones(WIDTH, WIDTH, requires_grad=True) * 2)
+                x = large[: WIDTH // 8] * 1.0
+                for weight in weights:
+                    x = act.block(lambda y, w=weight: torch.tanh(torch.sin(y @ w)), x)
+                loss = x.square().mean() + large.square().mean()
+            loss.backward()
+        stats = act.stats()
+        assert (stats.recomputed_blocks > 0) == repeats
+        if not repeats:
+            assert stats.predicted_peak_bytes >= 2 * 12 * small
+
+
+def test_a_backward_inside_of_its_forward_is_told(make: Any) -> None:
+    act = make(schedule="auto")
+    weights = weights_of(2)
+
+    def steps() -> None:
+        for _ in range(2):
+            with act.forward():
+                block(torch.randn(WIDTH, WIDTH), weights).sum().backward()
+
+    with pytest.warns(RuntimeWarning, match=r"ran inside of its `with act.forward\(\):`"):
+        steps()
+
+
+def test_what_was_held_in_the_first_steps_only_leaves_later(make: Any) -> None:
+    act = make(schedule="auto", staging_bytes=64 * MIB, spill_bytes=256 * MIB)
+    act.book.rates["ssd"] = Rates(Throughput(1e12, 1e12))
+    weights, log, offloaded = weights_of(6), [], []
+    for step in range(6):
+        before = act.stats().offloaded_bytes
+        with act.forward():
+            x = torch.ones(WIDTH, WIDTH)
+            for weight in weights:
+                x = torch.tanh(x @ weight)
+                if step == 0:
+                    log.append(x)
+            loss = x.square().mean()
+        act.transfers.drain()
+        loss.backward()
+        log.clear()
+        del x
+        offloaded.append(act.stats().offloaded_bytes - before)
+    assert offloaded[-1] >= 4 * NBYTES

@@ -7,6 +7,7 @@ each tensor.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,6 +20,8 @@ def exact_peak(trace: Trace, channel: Channel, limits: Limits) -> int:
     count = len(tensors)
     chosen = (np.arange(2**count)[:, None] >> np.arange(count)) & 1 == 1
     chosen = chosen[~(chosen & [tensor.held for tensor in tensors]).any(axis=1)]
+    for members in trace.shared():  # of a storage all leave or none
+        chosen = chosen[chosen[:, members].all(axis=1) | ~chosen[:, members].any(axis=1)]
     by_need = sorted(range(count), key=lambda index: tensors[index].needed_s)
 
     read = np.full(chosen.shape, np.inf)
@@ -45,17 +48,24 @@ def exact_peak(trace: Trace, channel: Channel, limits: Limits) -> int:
 
     fits = (written <= read + 1e-12).all(axis=1)
     chosen, read, written = chosen[fits], read[fits], written[fits]
+    freed = written.copy()
+    for members in trace.shared():
+        freed[:, members] = written[:, members].max(axis=1)[:, None]
+    ends_s = trace.ends_s()
     peak = np.zeros(len(chosen))
     staged_peak = np.zeros(len(chosen))
     for moment in [*(tensor.saved_s for tensor in tensors), *read.T]:
         in_memory = np.zeros(len(chosen))
         staged = np.zeros(len(chosen))
         for index, tensor in enumerate(tensors):
-            lives = (tensor.saved_s <= moment) & (moment <= tensor.released_s)
-            away = (written[:, index] < moment) & (moment < read[:, index]) & chosen[:, index]
-            here = np.where(lives & ~away, tensor.nbytes, 0)
-            in_memory += here
-            staged += np.where(chosen[:, index], here, 0)
+            leaves, whole = chosen[:, index], tensor.nbytes + tensor.rest_bytes
+            there = tensor.saved_s <= moment
+            back = (read[:, index] <= moment) & (moment <= tensor.released_s)
+            kept = np.where(there & (moment <= ends_s[index]), whole, 0)
+            moved = np.where(there & (moment <= freed[:, index]), whole, 0)
+            in_memory += np.where(leaves, moved + np.where(back, tensor.nbytes, 0), kept)
+            going = there & (moment <= written[:, index])
+            staged += np.where(leaves & (going | back), tensor.nbytes, 0)
         real = np.isfinite(moment)
         peak = np.maximum(peak, np.where(real, in_memory, 0))
         staged_peak = np.maximum(staged_peak, np.where(real, staged, 0))
@@ -86,4 +96,17 @@ def random_case(rng: random.Random, most: int = 14) -> tuple[Trace, Channel, Lim
         latency_s=rng.choice([0, 0.005]),
     )
     limits = Limits(staging_bytes=rng.choice([float("inf"), rng.uniform(0.05, 1) * total]))
+    return Trace(tuple(tensors)), channel, limits
+
+
+def shared_case(rng: random.Random, most: int = 14) -> tuple[Trace, Channel, Limits]:
+    """Return the same where some tensors share storages, of which more may be in memory."""
+    trace, channel, limits = random_case(rng, most)
+    tensors, storages = list(trace.tensors), rng.randint(1, len(trace.tensors))
+    with_rest = set()
+    for index, tensor in enumerate(tensors):
+        storage = rng.randrange(storages)
+        rest_bytes = rng.choice([0, rng.randint(1, 2000)]) if storage not in with_rest else 0
+        with_rest.add(storage)
+        tensors[index] = replace(tensor, storage=storage, rest_bytes=rest_bytes)
     return Trace(tuple(tensors)), channel, limits
