@@ -19,6 +19,7 @@ install: .venv/.installed
 .venv/.tools: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 		f"{sys.executable} is Python {sys.version.split()[0]}; name a 3.10 or newer: make PYTHON=...")'
+	@echo "installing into .venv: torch and the tools, a few minutes and some hundred MB"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0 setuptools pybind11
 	@touch $@
@@ -36,7 +37,7 @@ train: install
 	$(BIN)/torchrun --nproc_per_node 1 examples/train_gpt.py --offload ssd --offload-path $(SPILL)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check

@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import difflib
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import torch.distributed as dist
 
-__all__ = ["Parser", "at_least", "byte_size", "one_of"]
+__all__ = ["Parser", "at_least", "byte_size", "in_flags", "one_of"]
 
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "TB": 10**12}
 
@@ -59,6 +60,17 @@ def byte_size(text: str) -> int:
             f"{text!r} is not a size; it must be a number of bytes such as 4096, 64MiB or 2GiB"
         )
     return int(number) * unit
+
+
+def in_flags(problem: str, args: argparse.Namespace) -> str:
+    """Return what the library says of its settings in the words of whoever gave flags."""
+    problem = re.sub(r"\btier=", "--offload=", re.sub(r"\bpath=", "--offload-path=", problem))
+
+    def flag(match: re.Match[str]) -> str:
+        name = match[0]
+        return f"--{name.replace('_', '-')}" if name in vars(args) else name
+
+    return re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", flag, problem)
 
 
 class Parser(argparse.ArgumentParser):

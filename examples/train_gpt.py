@@ -17,13 +17,14 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from data import Corpus, evenly_spaced, load_corpus
-from flags import Parser, at_least, byte_size, one_of
+from flags import Parser, at_least, byte_size, in_flags, one_of
 from heap import keep_freed_memory
 from loaders import LOADERS, Order, missing_package, open_loader
 from memory import StepMemory, resident_bytes
@@ -332,7 +333,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             if error.filename in ("io_uring", "posix"):
                 problem = f"--io-engine {args.io_engine}: {error.strerror}; use --io-engine auto"
         except (ValueError, MemoryError) as error:
-            problem = str(error)
+            problem = in_flags(str(error), args)
         if problem := first_problem(problem):
             if dist.get_node_local_rank(fallback_rank=0) == 0:
                 complain(problem)
@@ -355,11 +356,17 @@ def complain(problem: str) -> None:
     print(f"train_gpt.py: error: {problem}", file=sys.stderr, flush=True)
 
 
+def warn(message: Warning | str, *_where: object, **_line: object) -> None:
+    """Print a warning as one line, above the progress bar; stands for `warnings.showwarning`."""
+    tqdm.write(f"train_gpt.py: warning: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as `argv` says (None: the command line); returns the exit status."""
     args = parse_arguments(argv)
     command = ["python", *sys.argv] if argv is None else ["train_gpt.py", *argv]
-    with joined_ranks() as num_ranks:
+    with warnings.catch_warnings(), joined_ranks() as num_ranks:
+        warnings.showwarning = warn
         if num_ranks:
             command[:1] = ["torchrun", "--nproc_per_node", str(num_ranks)]
         try:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from offload.doctor import CHECKS, examine, system_line
+from offload.doctor import CHECKS, directory_problem, examine, system_line
 
 __all__ = ["main"]
 
@@ -19,7 +19,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="say what this machine can do, line by line, and why",
-        description="Say what this machine can do for offloading, line by line, and why.",
+        description="Say what this machine can do for offloading, line by line, and why. Exits "
+        "with 1 where something required is missing, or, with nothing required, where PATH cannot "
+        "be written to.",
     )
     doctor.add_argument(
         "path", nargs="?", default=".", help="the directory to spill to (default: this one)"
@@ -50,6 +52,10 @@ def _doctor(path: str, required: Sequence[str]) -> int:
         print(f"{finding.name:<11} {'yes' if finding.ok else 'no ':<3}  {finding.why}")
         if not finding.ok and finding.name in required:
             missing.append(finding.name)
+    problem = None if required else directory_problem(path)
+    if problem:
+        print(f"offload doctor: {problem}", file=sys.stderr)
+        return 1
     if missing:
         print(f"offload doctor: required but missing: {', '.join(missing)}", file=sys.stderr)
         return 1

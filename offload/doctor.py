@@ -13,7 +13,7 @@ import torch
 from offload.device import device_facts, direct_facts
 from offload.native import DirectoryFacts, crc32c_path, inspect_directory, probe_engines
 
-__all__ = ["CHECKS", "Finding", "examine"]
+__all__ = ["CHECKS", "Finding", "directory_problem", "examine"]
 
 GIB = float(1 << 30)
 # Reading back a micro-batch of a small model already moves more than this.
@@ -152,6 +152,15 @@ def examine(path: str, only: Sequence[str] = ()) -> list[Finding]:
     Raises nothing about the machine: what is missing is a finding with `ok` false.
     """
     return [check(os.fspath(path)) for name, check in CHECKS.items() if not only or name in only]
+
+
+def directory_problem(path: str) -> str | None:
+    """Return why nothing can be spilled to the directory `path`; None where something can."""
+    try:
+        inspect_directory(os.fspath(path))
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None
 
 
 def system_line() -> str:

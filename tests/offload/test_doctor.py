@@ -32,6 +32,17 @@ def test_require_exits_1_when_the_answer_is_no(
     assert main(["doctor", missing, "--require", "posix"]) == 0
 
 
+def test_a_directory_that_cannot_be_used_is_an_exit_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "missing"
+    assert main(["doctor", str(missing)]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("gds")  # all the rest is still said
+    assert err.startswith(f"offload doctor: {missing}: No such file or directory")
+    assert err.count("\n") == 1
+
+
 def test_require_of_a_typo_names_the_nearest_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", ".", "--require", "urring"]) == 2
     assert "did you mean uring?" in capsys.readouterr().err
