@@ -112,7 +112,7 @@ class Trainee:
         """Return the worst moment of one step: torch's above its start, and what is not torch's."""
         tokens = self._next_tokens()
         resting_bytes = live_tensor_bytes()
-        offloaded_bytes = self._offloaded_bytes()
+        offloaded_bytes, recomputed = self._offloaded_bytes(), self._recomputed_blocks()
         with StepMemory() as memory:
             self._backward(tokens)
             page_cache_bytes = self._page_cache_bytes()
@@ -127,6 +127,7 @@ class Trainee:
             "native_peak_bytes": native_bytes,
             "page_cache_bytes": page_cache_bytes,
             "offloaded_bytes": self._offloaded_bytes() - offloaded_bytes,
+            "recomputed_blocks": self._recomputed_blocks() - recomputed,
         }
 
     def close(self) -> None:
@@ -160,6 +161,9 @@ class Trainee:
 
     def _offloaded_bytes(self) -> int:
         return 0 if self._act is None else self._act.stats().offloaded_bytes
+
+    def _recomputed_blocks(self) -> int:
+        return 0 if self._act is None else self._act.stats().recomputed_blocks
 
     def _page_cache_bytes(self) -> int:
         return 0 if self._act is None else self._act.stats().page_cache_bytes
