@@ -5,6 +5,7 @@ Only this module imports `offload._C`. Tensors become addresses here and nowhere
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ __all__ = [
     "crc32c_path",
     "inspect_directory",
     "keep_in_children",
+    "memory_of",
     "probe_engines",
     "squared_norm",
     "tensor_at",
@@ -133,6 +135,15 @@ def tensor_at(
         tensor: torch.Tensor = _from_dlpack(buffer.dlpack(*kind, size, stride))
         return tensor
     return tensor_over(buffer, dtype).as_strided(size, stride, first_byte // dtype.itemsize)
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the host, to be read and written.
+
+    The caller keeps the tensor alive meanwhile. Raises ValueError for other tensors.
+    """
+    address = _array("tensor", tensor, tuple(_DLPACK_TYPES))
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(address)).cast("B")
 
 
 _ARITHMETIC_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

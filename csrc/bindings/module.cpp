@@ -278,8 +278,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("crc32c_path", &crc32c_path);
   module.def(
       "crc32c",
-      [](std::uintptr_t address, std::size_t nbytes) {
-        return crc32c(0, reinterpret_cast<const void*>(address), nbytes);
+      [](std::uintptr_t address, std::size_t nbytes, std::uint32_t before) {
+        return crc32c(before, reinterpret_cast<const void*>(address), nbytes);
       },
-      py::arg("address"), py::arg("nbytes"), NoGil());
+      py::arg("address"), py::arg("nbytes"), py::arg("before") = 0, NoGil());
 }

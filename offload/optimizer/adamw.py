@@ -6,14 +6,23 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from offload.config import OptimizerConfig
 from offload.native import AdamSettings, FaultPlan, ThreadPool, adam_update, squared_norm
-from offload.optimizer.checkpoint import assembled, require_fitting, spread
-from offload.optimizer.layout import Subgroup, flat_view, lay_out, needs_master
+from offload.optimizer.checkpoint import (
+    Fill,
+    Saved,
+    assembled,
+    from_memory,
+    require_fitting,
+    spread,
+)
+from offload.optimizer.checkpoint_file import CheckpointFile, save_states
+from offload.optimizer.layout import Piece, Subgroup, flat_view, lay_out, needs_master
 from offload.optimizer.placement import Placement
 from offload.optimizer.states import States
 from offload.optimizer.update import Update
@@ -238,13 +247,48 @@ class AdamW(torch.optim.Optimizer):
         Where it has no `master_param` for a parameter of lower precision, the parameter is taken.
         Raises ValueError for other groups, shapes or keys, before anything is changed.
         """
+        self._take_over(state_dict, from_memory)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all states to the file `path`, in safetensors, with only a subgroup in memory.
+
+        The last checkpoint there stays until the new one is whole and on the drive, also when the
+        process is killed. Tensors are called `0.exp_avg`, by the parameter's number in a
+        `state_dict()`. Raises RuntimeError while a step is half done, OSError with the path.
+        """
+        self._require_whole()
+        groups = super().state_dict()["param_groups"]
+        params = [param for group in self.param_groups for param in group["params"]]
+        numbers = {param: number for number, param in enumerate(params)}
+        depth = self._placement.depth
+        save_states(Path(path), groups, numbers, self._steps, self._subgroups, depth)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take over what `save()` wrote, at any placement, with only a subgroup in memory.
+
+        Raises ValueError where the file is something else or of other parameters, OSError with the
+        path where it cannot be read or its bytes have changed: before anything is changed.
+        """
+        with CheckpointFile(Path(path)) as file:
+            file.verify()
+            outline = file.outline()
+            params = [param for group in self.param_groups for param in group["params"]]
+            numbers = dict(zip(params, _numbers(outline["param_groups"]), strict=False))
+
+            def fill(piece: Piece, name: str, elements: torch.Tensor) -> None:
+                file.read_piece(f"{numbers[piece.param]}.{name}", piece, elements)
+
+            self._take_over(outline, lambda _saved: fill)
+
+    def _take_over(self, state_dict: Mapping[str, Any], source: Callable[[Saved], Fill]) -> None:
+        """Load a checkpoint whose elements `source` brings; those of `state_dict` are not used."""
         self._require_whole(loading=True)
         params = [param for group in self.param_groups for param in group["params"]]
         groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
         for group in groups:
             _require_settings(group)
         saved = require_fitting(state_dict, params)
-        numbers = [number for group in groups for number in group["params"]]
+        numbers = _numbers(groups)
         steps = {
             number: {"step": torch.tensor(float(saved[param]["step"]))}
             for number, param in zip(numbers, params, strict=True)
@@ -256,7 +300,7 @@ class AdamW(torch.optim.Optimizer):
         self._versions = {
             param: param._version for param, each in saved.items() if "master_param" in each
         }
-        spread(self._subgroups, saved)
+        spread(self._subgroups, saved, source(saved))
         self._half_loaded = False
 
     def memory_bytes(self) -> int:
@@ -283,6 +327,11 @@ class AdamW(torch.optim.Optimizer):
                 f"a step is half done ({len(self._unfinished.done)} of {len(self._subgroups)} "
                 "subgroups); call step() again to finish it first"
             )
+
+
+def _numbers(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return what a checkpoint calls its parameters."""
+    return [number for group in groups for number in group["params"]]
 
 
 def _settings_of(group: Mapping[str, Any]) -> AdamSettings:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from offload.optimizer.layout import ROWS, Subgroup, flat_view, needs_master
+from offload.optimizer.layout import ROWS, Piece, Subgroup, flat_view, needs_master
 from offload.optimizer.states import States
 
-__all__ = ["assembled", "require_fitting", "spread"]
+__all__ = ["Fill", "Saved", "assembled", "from_memory", "require_fitting", "spread"]
 
 Saved = dict[torch.Tensor, dict[str, torch.Tensor]]
 """Of each parameter its states by name, as `torch.optim.AdamW` calls them."""
+Fill = Callable[[Piece, str, torch.Tensor], None]
+"""Fills the last with the elements of one state of a piece of a parameter."""
 
 
 def assembled(
@@ -41,18 +43,27 @@ def assembled(
     return saved
 
 
-def spread(subgroups: Sequence[tuple[Subgroup, States]], saved: Saved) -> None:
-    """Take over the states of parameters; those of others become zero."""
+def spread(subgroups: Sequence[tuple[Subgroup, States]], saved: Saved, fill: Fill) -> None:
+    """Take over the states that `saved` has, as `fill` brings them; all others become zero."""
     for subgroup, states in subgroups:
         rows = states.begin()
         rows.zero_()
         for piece in subgroup.pieces:
             for name, row in zip(ROWS, rows, strict=False):
-                value = saved.get(piece.param, {}).get(name)
-                if value is not None:
-                    piece.inside(row).copy_(_like(piece.param, value)[piece.begin : piece.end])
+                if name in saved.get(piece.param, {}):
+                    fill(piece, name, piece.inside(row))
         states.commit()
         states.settle()
+
+
+def from_memory(saved: Saved) -> Fill:
+    """Return what brings states that are in memory."""
+
+    def fill(piece: Piece, name: str, elements: torch.Tensor) -> None:
+        value = _like(piece.param, saved[piece.param][name])
+        elements.copy_(value[piece.begin : piece.end])
+
+    return fill
 
 
 def _like(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -93,6 +104,6 @@ def require_fitting(state_dict: Mapping[str, Any], params: Sequence[torch.Tensor
             f"the checkpoint has no master_param for {missing} parameters of lower precision; "
             "they are taken as they are",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return saved

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# All of them are built once, by one process.
+pytestmark = pytest.mark.xdist_group("csrc")
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PROGRAMS = sorted(path.stem for path in HERE.glob("test_*.cpp"))
