@@ -1,0 +1,152 @@
+"""One update of states that lie on a device and on the host beside it, as a schedule says.
+
+All that the device does is queued at once, ordered by moments; then the calling thread updates what
+the host is to update, gradients coming ahead of it and parameters going back behind it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offload.device import Moment
+from offload.device.updates import Arrays, UpdateDevice
+from offload.native import AdamSettings, ThreadPool
+from offload.optimizer.layout import Piece, Subgroup
+
+__all__ = ["Interleaved", "Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A subgroup to be updated.
+
+    `rows` are its states where they lie: on the device where `place` is `resident`, else on the
+    host. `steps` counts from 1, by parameter; `grad_of` gives a piece's gradient on the device.
+    """
+
+    subgroup: Subgroup
+    place: str
+    rows: torch.Tensor
+    pieces: Sequence[Piece]
+    settings: AdamSettings
+    steps: Mapping[torch.Tensor, int]
+    grad_of: Callable[[Piece], torch.Tensor]
+
+
+class Interleaved:
+    """Owns the buffers on both sides.
+
+    On the device for `buffers` subgroups that move, on the host for gradients and parameters of
+    `slots` that do not.
+    """
+
+    def __init__(
+        self, device: UpdateDevice, pool: ThreadPool, most_params: int, *, buffers: int, slots: int
+    ) -> None:
+        self._device, self._pool = device, pool
+        rows = 3 * most_params
+        self._buffers = [torch.empty(rows, device=device.device) for _ in range(buffers)]
+        # As wide as the widest type; the memory is pinned as one.
+        self._slots = torch.empty(slots, 2, most_params)
+        device.pin(self._slots.data_ptr(), self._slots.nbytes)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._device.unpin(self._slots.data_ptr())
+
+    def run(self, jobs: Sequence[Job], clip: float) -> list[Moment]:
+        """Begin all of it and do the host's part; returns the moments at which the rest is done.
+
+        The caller's computation goes on only after parameters are up to date.
+        """
+        began = self._device.ready()
+        pending = self._queue_device(jobs, clip, began)
+        pending += self._update_host([job for job in jobs if job.place == "host"], clip, began)
+        for moment in pending:
+            self._device.hold(moment)
+        return pending
+
+    def _queue_device(self, jobs: Sequence[Job], clip: float, began: Moment) -> list[Moment]:
+        free: deque[tuple[torch.Tensor, tuple[Moment, ...]]] = deque(
+            (buffer, ()) for buffer in self._buffers
+        )
+        pending: list[Moment] = []
+        for job in jobs:
+            if job.place == "resident":
+                pending += self._update(job, job.rows, clip, (began,))
+            elif job.place == "moved":
+                buffer, after = free.popleft()
+                rows = buffer[: job.rows.numel()].view(job.rows.shape)
+                came = self._device.copy("states in", job.rows, rows, after)
+                updated = self._update(job, rows, clip, (began, came))
+                left = self._device.copy("states out", rows, job.rows, updated)
+                free.append((buffer, (left,)))
+                pending.append(left)
+        return pending
+
+    def _update(
+        self, job: Job, rows: torch.Tensor, clip: float, after: tuple[Moment, ...]
+    ) -> tuple[Moment, ...]:
+        """Queue the update of a subgroup whose states are on the device when `after` has come."""
+        for piece in job.pieces:
+            arrays = _arrays(job, piece, rows, job.grad_of(piece), piece.of(piece.param.detach()))
+            step = job.steps[piece.param]
+            done = self._device.update(job.settings, step, arrays, clip=clip, after=after)
+            after = (done,)
+        return after
+
+    def _update_host(self, jobs: Sequence[Job], clip: float, began: Moment) -> list[Moment]:
+        free: deque[tuple[torch.Tensor, list[Moment]]] = deque((slot, []) for slot in self._slots)
+        coming: deque[tuple[Job, torch.Tensor, list[Moment]]] = deque()
+        pending: list[Moment] = []
+        waiting = deque(jobs)
+        while waiting or coming:
+            while waiting and free:
+                slot, gone = free.popleft()
+                job = waiting.popleft()
+                coming.append((job, slot, self._fetch_grads(job, slot, [began, *gone])))
+            job, slot, came = coming.popleft()
+            for moment in came:
+                moment.synchronize()
+            gone = self._update_here(job, slot, clip)
+            pending += gone
+            free.append((slot, gone))
+        return pending
+
+    def _fetch_grads(self, job: Job, slot: torch.Tensor, after: list[Moment]) -> list[Moment]:
+        moments = []
+        for piece in job.pieces:
+            grad = job.grad_of(piece)
+            target = _within(slot[0], piece, grad.dtype)
+            moments.append(self._device.copy("gradients", grad, target, after))
+        return moments
+
+    def _update_here(self, job: Job, slot: torch.Tensor, clip: float) -> list[Moment]:
+        gone = []
+        for piece in job.pieces:
+            on_device = piece.of(piece.param.detach())
+            grad = _within(slot[0], piece, job.grad_of(piece).dtype)
+            param = _within(slot[1], piece, on_device.dtype)
+            arrays = _arrays(job, piece, job.rows, grad, param)
+            step = job.steps[piece.param]
+            self._device.update_on_host(self._pool, job.settings, step, arrays, clip=clip)
+            gone.append(self._device.copy("parameters", param, on_device, ()))
+        return gone
+
+
+def _within(half: torch.Tensor, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
+    """Return a piece's place in half a slot, as elements of `dtype`."""
+    return half.view(dtype)[piece.at : piece.at + piece.end - piece.begin]
+
+
+def _arrays(
+    job: Job, piece: Piece, rows: torch.Tensor, grad: torch.Tensor, param: torch.Tensor
+) -> Arrays:
+    state = [piece.inside(row) for row in rows]
+    if len(state) < 3:  # the parameter is its own master
+        return Arrays(grad, param, state[0], state[1], None)
+    return Arrays(grad, state[2], state[0], state[1], param)
