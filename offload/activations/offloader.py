@@ -33,6 +33,11 @@ from offload.tiers import Stores
 
 __all__ = ["ActivationOffload"]
 
+# What a defect of ours would raise; what a signal's handler raises is not to be lost.
+_MISTAKES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 SETTINGS = frozenset(field.name for field in fields(ActivationsConfig))
 
 
@@ -308,7 +313,7 @@ class ActivationOffload:
             self.book.learn(
                 forward.signature, used, recording, depth, forward.blocks, waited, small_bytes
             )
-        except Exception as error:  # whatever it is, training does not depend on it
+        except _MISTAKES as error:  # training does not depend on it
             self.book.failed(error)
         if self.book.follow:
             self.book.observe(**self.transfers.totals(forward.crossing))

@@ -177,7 +177,7 @@ def test_nine_cases_notice_a_mode_whose_gradients_differ_in_a_bit(
 def test_what_fits_decides_which_micro_batches_are_compared() -> None:
     def point(micro_batch: int, peaks: dict[str, float], step_s: dict[str, float]) -> rok.Point:
         samples = {mode: {"step_s": [seconds] * 24} for mode, seconds in step_s.items()}
-        return rok.Point(micro_batch, 100 * micro_batch, samples, peaks)
+        return rok.Point(micro_batch, 100 * micro_batch, samples, peaks, 0.0)
 
     step_s = {"none": 1.0, "recompute": 1.3, "ssd": 1.0, "auto": 1.04}
     small = point(1, {"none": 90, "recompute": 30, "ssd": 40, "auto": 40}, step_s)
