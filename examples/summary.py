@@ -112,8 +112,8 @@ def conclusion(
         needed = stats.predicted_peak_bytes
         verdict = "no schedule yet" if not needed else "met" if needed <= memory_bytes else "missed"
         yield (
-            f"saved tensors and what of staging is in use need {needed / MIB:,.0f} MiB at once by "
-            f"the last schedule, of {memory_bytes / MIB:,.0f} MiB (--memory-bytes): {verdict}; "
+            f"saved tensors and what of staging is in use need {needed / MIB:,.4g} MiB at once by "
+            f"the last schedule, of {memory_bytes / MIB:,.4g} MiB (--memory-bytes): {verdict}; "
             f"layers ran again {stats.recomputed_blocks} times. Staging has "
             f"{measured.native_bytes / MIB:,.0f} MiB in all"
         )

@@ -44,7 +44,11 @@ def reached_modules(function: object, args: Iterable[object]) -> tuple[list[Modu
             own += [arg for arg in (one.func, *one.args) if isinstance(arg, Module)]
             todo.append(one.func)
         elif isinstance(one, MethodType):
-            todo += [one.__self__, one.__func__]
+            holder = one.__self__
+            if isinstance(holder, Module) and one.__name__ == "forward":
+                own.append(holder)
+            else:
+                todo += [holder, one.__func__]
         elif isinstance(one, FunctionType):
             todo += [cell.cell_contents for cell in one.__closure__ or () if _is_filled(cell)]
     return own, near

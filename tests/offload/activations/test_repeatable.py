@@ -106,10 +106,14 @@ def test_a_block_that_changes_what_it_uses_is_not_run_again(limited: Any, kind: 
 
 @pytest.mark.filterwarnings("ignore:memory_bytes=0 cannot be met")
 @pytest.mark.parametrize("what", ["weight", "scale"])
+@pytest.mark.parametrize("method", [False, True])
 def test_a_tensor_changed_before_a_repeated_blocks_backward_is_an_error(
-    limited: Any, what: str
+    limited: Any, what: str, method: bool
 ) -> None:
     act, layers = limited(), layers_of(Plain)
+    if method:
+        run = act.block
+        act.block = lambda layer, x: run(layer.forward, x)
     for seed in range(STEPS):
         step(act, layers, seed)
     assert act.stats().recomputed_blocks > 0
