@@ -29,20 +29,20 @@ def nearest(name: str, allowed: Sequence[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def canonical_tier(name: str) -> str:
+def canonical_tier(name: str, key: str = "tier") -> str:
     """Return the tier that `name` stands for (`cpu` is `host`, `nvme` is `ssd`).
 
-    Raises ValueError for any other name.
+    Raises ValueError for any other name, which `key` was given as.
     """
     if not isinstance(name, str):
-        raise ValueError(f"tier={name!r} is not a name; allowed: {', '.join(TIERS)}")
+        raise ValueError(f"{key}={name!r} is not a name; allowed: {', '.join(TIERS)}")
     tier = TIER_ALIASES.get(name, name)
     if tier not in TIERS:
         is_path = "/" in name
         hint = (
             "; a directory is given as path=" if is_path else nearest(name, [*TIERS, *TIER_ALIASES])
         )
-        raise ValueError(f"tier={name!r} is not a tier; allowed: {', '.join(TIERS)}{hint}")
+        raise ValueError(f"{key}={name!r} is not a tier; allowed: {', '.join(TIERS)}{hint}")
     return tier
 
 
@@ -216,11 +216,11 @@ def shares_of(placement: str) -> dict[str, float]:
     Raises ValueError for an unknown tier, a share that is no number, or shares that do not add up.
     """
     if "=" not in placement:
-        return {canonical_tier(placement): 1.0}
+        return {canonical_tier(placement, "placement"): 1.0}
     shares: dict[str, float] = {}
     for part in placement.split(","):
         name, _, share = part.partition("=")
-        tier = canonical_tier(name.strip())
+        tier = canonical_tier(name.strip(), "placement")
         try:
             value = float(share)
         except ValueError:
@@ -237,6 +237,27 @@ def shares_of(placement: str) -> dict[str, float]:
     return {tier: share for tier, share in shares.items() if share}
 
 
+def update_schedule_of(name: str) -> tuple[str, float]:
+    """Return the kind of schedule that `name` asks for (`auto`, `share`, `stride`), and its number.
+
+    Raises ValueError for anything else.
+    """
+    if name in ("auto", "host", "device"):
+        return ("auto", 0.0) if name == "auto" else ("share", float(name == "device"))
+    kind, _, text = name.partition("=")
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    fits = 0 <= number <= 1 if kind == "share" else kind == "stride" and number in range(1 << 20)
+    if not fits:
+        raise ValueError(
+            f"update_schedule={name!r} is not known; allowed: auto, host, device, share=S with a "
+            "part from 0 to 1, stride=N with a whole number"
+        )
+    return kind, number
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Where the optimizer's fp32 states lie, and the bounds that hold while they move.
@@ -250,6 +271,10 @@ class OptimizerConfig:
     where `path` names one, else the host. Without a GPU, device and host are the same memory."""
     path: tuple[str, ...] = ()
     """Directories on SSDs; subgroups are spread over them."""
+    update_schedule: str = "auto"
+    """Which of the subgroups that lie on the host are updated on the device, where there is one:
+    `auto`, as is measured to take the least time; `host`, none; `device`, all; `share=0.59`, evenly
+    spread; `stride=2`, each second one."""
     subgroup_params: int = 4 << 20
     """How many parameters are updated, moved and stored as one."""
     staging_bytes: int = 512 << 20
@@ -275,6 +300,7 @@ class OptimizerConfig:
         """Check every value."""
         object.__setattr__(self, "path", path_names(self.path))
         require_choice("io_engine", self.io_engine, IO_ENGINES)
+        update_schedule_of(self.update_schedule)
         require_whole("subgroup_params", self.subgroup_params, 1, 1 << 40)
         require_whole("queue_depth", self.queue_depth, 1, 4096)
         if self.threads is not None:

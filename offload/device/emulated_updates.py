@@ -20,7 +20,7 @@ import torch
 
 from offload.device.link import Moment
 from offload.device.updates import QUEUES, Arrays, UpdateDevice
-from offload.native import AdamSettings, ThreadPool, adam_update
+from offload.native import AdamSettings, ThreadPool, adam_update, squared_norm
 
 __all__ = ["EmulatedRates", "EmulatedUpdates"]
 
@@ -226,6 +226,10 @@ class EmulatedUpdates(UpdateDevice):
         _sleep_until(begin_s + self._factor() * count / self._rates.host_params_per_s)
         params, seconds = self._host
         self._host = params + count, seconds + time.perf_counter() - begin_s
+
+    def squared_norm(self, pool: ThreadPool, values: torch.Tensor) -> float:
+        """Return the host's, which has the device's bits."""
+        return squared_norm(pool, values)
 
     def hold(self, moment: Moment) -> None:
         """Wait, as the computation would."""

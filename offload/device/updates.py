@@ -70,6 +70,10 @@ class UpdateDevice(ABC):
         adam_update(pool, settings, step, clip=clip, **vars(arrays))
 
     @abstractmethod
+    def squared_norm(self, pool: ThreadPool, values: torch.Tensor) -> float:
+        """Return `offload.native.squared_norm` of an array on the device, in the same order."""
+
+    @abstractmethod
     def hold(self, moment: Moment) -> None:
         """Have what the calling thread computes from now on go on only after `moment`."""
 

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 
 from offload.config import OptimizerConfig
-from offload.native import AdamSettings, FaultPlan, ThreadPool, adam_update, squared_norm
+from offload.device.updates import UpdateDevice
+from offload.native import FaultPlan, ThreadPool, adam_update, squared_norm
+from offload.optimizer.accepted import (
+    TORCHS,
+    flat_grad,
+    require_settings,
+    require_trainable,
+    settings_of,
+    without_torchs,
+)
 from offload.optimizer.checkpoint import (
     Fill,
     Saved,
@@ -22,14 +31,13 @@ from offload.optimizer.checkpoint import (
     spread,
 )
 from offload.optimizer.checkpoint_file import CheckpointFile, save_states
-from offload.optimizer.layout import Piece, Subgroup, flat_view, lay_out, needs_master
+from offload.optimizer.device_side import DeviceSide
+from offload.optimizer.layout import Piece, Subgroup, lay_out, needs_master
 from offload.optimizer.placement import Placement
-from offload.optimizer.states import States
+from offload.optimizer.states import States, renew_master
 from offload.optimizer.update import Update
 
 __all__ = ["AdamW"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -40,6 +48,8 @@ class AdamW(torch.optim.Optimizer):
     else has changed of a parameter is taken over into its copy at the next step. `placement` and
     the settings after it are those of `OptimizerConfig`. `max_norm` clips the norm of all gradients
     together. A step whose gradients are not all finite is skipped and counted in `skipped_steps`.
+    `fused` and `foreach` are taken and mean nothing. `emulated_device` has parameters of the CPU
+    treated as if they lay on a device; it stays its owner's.
 
     Raises ValueError for a wrong setting or a parameter that cannot be trained so, OSError with
     errno and path for a directory that cannot be used or has too little space.
@@ -58,10 +68,11 @@ class AdamW(torch.optim.Optimizer):
         placement: str = "auto",
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         io_engine: str | FaultPlan = "auto",
+        emulated_device: UpdateDevice | None = None,
         **settings: Any,
     ) -> None:
         faults = io_engine if isinstance(io_engine, FaultPlan) else None
-        settings |= {"placement": placement, "path": path}
+        settings = without_torchs(settings) | {"placement": placement, "path": path}
         settings["io_engine"] = "auto" if faults is not None else io_engine
         self.config = OptimizerConfig.from_mapping(settings)
         if max_norm is not None and not 0 < max_norm < math.inf:
@@ -76,22 +87,17 @@ class AdamW(torch.optim.Optimizer):
         self._versions: dict[torch.Tensor, int] = {}  # of parameters that have a master copy
         self._unfinished: Update | None = None
         self._half_loaded = False
-        self._placement = Placement(self.config, faults)
+        self.device_side = (  # None without a device
+            DeviceSide(emulated_device, self._pool, self.config)
+            if emulated_device is not None
+            else None
+        )
+        self._placement = Placement(self.config, faults, self.device_side)
         self._finalizer = weakref.finalize(self, self._placement.close)
-        # As torch.optim.AdamW has them, so that its checkpoints and ours are alike.
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": False,
-            "maximize": maximize,
-            **dict.fromkeys(("foreach", "fused")),
-            **dict.fromkeys(("capturable", "differentiable"), False),
-            "decoupled_weight_decay": True,
-        }
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"maximize": maximize}
         try:
-            super().__init__(params, defaults)
+            super().__init__(params, TORCHS | defaults)
         except BaseException:
             self.close()
             raise
@@ -105,11 +111,13 @@ class AdamW(torch.optim.Optimizer):
         number = len(self.param_groups) - 1
         group = self.param_groups[number]
         try:
-            _require_settings(group)
+            require_settings(group)
             for param in group["params"]:
-                _require_trainable(param)
+                require_trainable(param)
             size = self.config.subgroup_params
-            laid_out = lay_out(number, group["params"], size)
+            laid_out = lay_out(
+                number, group["params"], size, all_masters=self.device_side is not None
+            )
             self._subgroups += zip(laid_out, self._placement.states_of(laid_out), strict=True)
         except BaseException:
             self.param_groups.pop()
@@ -142,9 +150,9 @@ class AdamW(torch.optim.Optimizer):
         self._require_whole()
         params = [param for group in self.param_groups for param in group["params"]]
         grads = {param: param.grad for param in params if param.grad is not None}
-        flat = {param: _flat_grad(param, grad) for param, grad in grads.items()}
+        flat = {param: flat_grad(param, grad) for param, grad in grads.items()}
         # One sum in one order: the same wherever the states are.
-        square = sum(squared_norm(self._pool, grad) for grad in flat.values())
+        square = sum(map(self._squared_norm, flat.values()))
         self.total_norm = math.sqrt(square) if math.isfinite(square) else square
         if not math.isfinite(square):
             self.skipped_steps += 1
@@ -156,9 +164,14 @@ class AdamW(torch.optim.Optimizer):
         for param in flat:
             self._steps[param] = self._steps.get(param, 0) + 1
             self.state[param]["step"] = torch.tensor(float(self._steps[param]))
-        settings = [_settings_of(group) for group in self.param_groups]
-        stale = {param for param in flat if needs_master(param) and self._is_foreign(param)}
+        settings = [settings_of(group) for group in self.param_groups]
+        stale = {param for param in flat if self._has_master(param) and self._is_foreign(param)}
         return Update(flat, grads, dict(self._steps), settings, clip, stale)
+
+    def _squared_norm(self, grad: torch.Tensor) -> float:
+        if self.device_side is not None:
+            return self.device_side.squared_norm(grad)
+        return squared_norm(self._pool, grad)
 
     def _is_foreign(self, param: torch.Tensor) -> bool:
         """Say whether somebody else has written the parameter since its master copy was made."""
@@ -166,17 +179,11 @@ class AdamW(torch.optim.Optimizer):
 
     def _finish(self, update: Update) -> None:
         update.require_unchanged()
-        todo = [
-            (number, subgroup, states)
-            for number, (subgroup, states) in enumerate(self._subgroups)
-            if number not in update.done
-        ]
         try:
-            for place, (number, subgroup, states) in enumerate(todo):
-                for _, _, near in todo[place : place + 1 + self._placement.depth]:
-                    near.prefetch()
-                self._update(number, subgroup, states, update)
-                update.settle(self._placement.depth)
+            if self.device_side is not None:
+                self.device_side.finish(update, self._subgroups)
+            else:
+                self._update_all(update)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -188,8 +195,24 @@ class AdamW(torch.optim.Optimizer):
         finally:
             update.settle(0)
         self._versions.update(
-            (param, param._version) for param in update.grads if needs_master(param)
+            (param, param._version) for param in update.grads if self._has_master(param)
         )
+
+    def _update_all(self, update: Update) -> None:
+        todo = [
+            (number, subgroup, states)
+            for number, (subgroup, states) in enumerate(self._subgroups)
+            if number not in update.done
+        ]
+        for place, (number, subgroup, states) in enumerate(todo):
+            for _, _, near in todo[place : place + 1 + self._placement.depth]:
+                near.prefetch()
+            self._update(number, subgroup, states, update)
+            update.settle(self._placement.depth)
+
+    def _has_master(self, param: torch.Tensor) -> bool:
+        """Say whether a parameter has a copy that is trained in its stead."""
+        return needs_master(param) or self.device_side is not None
 
     def _update(self, number: int, subgroup: Subgroup, states: States, update: Update) -> None:
         pieces = [piece for piece in subgroup.pieces if piece.param in update.flat]
@@ -204,10 +227,7 @@ class AdamW(torch.optim.Optimizer):
             param = piece.of(piece.param.detach())
             state = [piece.inside(row) for row in rows]
             if subgroup.has_master and piece.param in update.stale:
-                # Where the parameter is still the copy rounded, it says less than the copy does: a
-                # checkpoint's parameters may be loaded after its optimizer's states.
-                same = state[2].to(param.dtype) == param
-                state[2].copy_(torch.where(same, state[2], param.float()))
+                renew_master(state[2], param)
             adam_update(
                 self._pool,
                 settings,
@@ -278,7 +298,10 @@ class AdamW(torch.optim.Optimizer):
             def fill(piece: Piece, name: str, elements: torch.Tensor) -> None:
                 file.read_piece(f"{numbers[piece.param]}.{name}", piece, elements)
 
-            self._take_over(outline, lambda _saved: fill)
+            try:
+                self._take_over(outline, lambda _saved: fill)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(path)}: {error}") from None
 
     def _take_over(self, state_dict: Mapping[str, Any], source: Callable[[Saved], Fill]) -> None:
         """Load a checkpoint whose elements `source` brings; those of `state_dict` are not used."""
@@ -286,7 +309,7 @@ class AdamW(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
         for group in groups:
-            _require_settings(group)
+            require_settings(group)
         saved = require_fitting(state_dict, params)
         numbers = _numbers(groups)
         steps = {
@@ -332,61 +355,3 @@ class AdamW(torch.optim.Optimizer):
 def _numbers(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return what a checkpoint calls its parameters."""
     return [number for group in groups for number in group["params"]]
-
-
-def _settings_of(group: Mapping[str, Any]) -> AdamSettings:
-    beta1, beta2 = group["betas"]
-    return AdamSettings(
-        lr=float(group["lr"]),
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        maximize=group["maximize"],
-    )
-
-
-def _require_settings(group: Mapping[str, Any]) -> None:
-    for key in ("amsgrad", "capturable", "differentiable"):
-        if group[key]:
-            raise ValueError(f"{key}=True is not offered; leave it out, or use torch.optim.AdamW")
-    if not group["decoupled_weight_decay"]:
-        raise ValueError("decoupled_weight_decay=False is Adam's, not AdamW's; it is not offered")
-    beta1, beta2 = group["betas"]
-    for key, value, most in (
-        ("lr", float(group["lr"]), math.inf),
-        ("eps", group["eps"], math.inf),
-        ("weight_decay", group["weight_decay"], math.inf),
-        ("betas[0]", beta1, 1.0),
-        ("betas[1]", beta2, 1.0),
-    ):
-        if not 0 <= value < most:
-            raise ValueError(f"{key}={value!r} is not at least 0 and less than {most}")
-
-
-def _require_trainable(param: torch.Tensor) -> None:
-    if param.dtype not in _DTYPES:
-        raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} is {param.dtype}; "
-            "it can be float32, bfloat16 or float16"
-        )
-    if not param.is_cpu:
-        raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} is on {param.device}; "
-            "only those of the CPU can be trained so far"
-        )
-    flat_view(param.detach())
-
-
-def _flat_grad(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Return a gradient's elements in the order of its parameter's."""
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"a parameter of shape {tuple(param.shape)} has a {grad.layout} gradient; "
-            "sparse ones are not offered: use torch.optim.SparseAdam for it"
-        )
-    if grad.dtype not in _DTYPES:
-        raise RuntimeError(f"a gradient is {grad.dtype}; it can be float32, bfloat16 or float16")
-    if grad.stride() != param.stride():
-        grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-    return flat_view(grad.detach())

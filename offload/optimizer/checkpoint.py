@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from offload.optimizer.layout import ROWS, Piece, Subgroup, flat_view, needs_master
+from offload.optimizer.layout import ROWS, Piece, Subgroup, flat_view, needs_master, rows_of
 from offload.optimizer.states import States
 
 __all__ = ["Fill", "Saved", "assembled", "from_memory", "require_fitting", "spread"]
@@ -32,14 +32,15 @@ def assembled(
             if rows is None:
                 rows = states.read()
             own = saved.setdefault(piece.param, {})
-            for name, row in zip(ROWS, rows, strict=False):
+            for name, row in zip(rows_of(piece.param), rows, strict=False):
                 if name not in own:
                     own[name] = torch.empty_like(piece.param, dtype=torch.float32)
                 piece.of(own[name]).copy_(piece.inside(row))
     for param in steps:  # one without elements is in no subgroup
         if param not in saved:
-            rows_of = ROWS if needs_master(param) else ROWS[:2]
-            saved[param] = {name: torch.empty_like(param, dtype=torch.float32) for name in rows_of}
+            saved[param] = {
+                name: torch.empty_like(param, dtype=torch.float32) for name in rows_of(param)
+            }
     return saved
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from offload.native import crc32c, memory_of
-from offload.optimizer.layout import ROWS, Piece, Subgroup, flat_view, needs_master
+from offload.optimizer.layout import Piece, Subgroup, flat_view, rows_of
 from offload.optimizer.states import States
 
 __all__ = ["CheckpointFile", "save_states"]
@@ -39,8 +39,14 @@ def replacing(path: Path) -> Iterator[int]:
     Until then `path` is as it was, whatever happens. A process that is killed leaves `path.part`,
     which the next one writes over. Raises OSError with the path, also where another one saves.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a directory; name a file in it", str(path))
     part = path.with_name(f"{path.name}.part")
-    file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        where = f"{error.strerror}; name a file in a folder that exists and can be written to"
+        raise OSError(error.errno, where, str(path)) from error
     try:
         _own(file, part, path)
         try:
@@ -148,7 +154,7 @@ def save_states(
                 if piece.param not in steps:
                     continue
                 rows = states.read() if rows is None else rows
-                for name, row in zip(ROWS, rows, strict=False):
+                for name, row in zip(rows_of(piece.param), rows, strict=False):
                     _put(writer, gathered, f"{numbers[piece.param]}.{name}", piece, row)
         writer.finish()
 
@@ -173,7 +179,7 @@ def _entries(
     entries: dict[str, Any] = {}
     at = 0
     for param in steps:
-        for name in ROWS if needs_master(param) else ROWS[:2]:
+        for name in rows_of(param):
             end = at + 4 * param.numel()
             entries[f"{numbers[param]}.{name}"] = {
                 "dtype": "F32",
@@ -207,6 +213,8 @@ class CheckpointFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a directory; name a file in it", str(path))
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._read_header()

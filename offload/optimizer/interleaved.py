@@ -15,7 +15,8 @@ import torch
 from offload.device import Moment
 from offload.device.updates import Arrays, UpdateDevice
 from offload.native import AdamSettings, ThreadPool
-from offload.optimizer.layout import Piece, Subgroup
+from offload.optimizer.layout import Piece
+from offload.optimizer.states import States
 
 __all__ = ["Interleaved", "Job"]
 
@@ -24,13 +25,12 @@ __all__ = ["Interleaved", "Job"]
 class Job:
     """A subgroup to be updated.
 
-    `rows` are its states where they lie: on the device where `place` is `resident`, else on the
-    host. `steps` counts from 1, by parameter; `grad_of` gives a piece's gradient on the device.
+    Its `states` are on the device where `place` is `resident`, in host memory where it is `moved`.
+    `steps` counts from 1, by parameter; `grad_of` gives a piece's gradient on the device.
     """
 
-    subgroup: Subgroup
     place: str
-    rows: torch.Tensor
+    states: States
     pieces: Sequence[Piece]
     settings: AdamSettings
     steps: Mapping[torch.Tensor, int]
@@ -53,22 +53,28 @@ class Interleaved:
         # As wide as the widest type; the memory is pinned as one.
         self._slots = torch.empty(slots, 2, most_params)
         device.pin(self._slots.data_ptr(), self._slots.nbytes)
+        self._written: deque[States] = deque()
 
     def close(self) -> None:
         """Give the memory back."""
         self._device.unpin(self._slots.data_ptr())
 
-    def run(self, jobs: Sequence[Job], clip: float) -> list[Moment]:
-        """Begin all of it and do the host's part; returns the moments at which the rest is done.
+    def run(self, jobs: Mapping[int, Job], clip: float, done: set[int]) -> None:
+        """Update all of them, in their order; the numbers of those updated are added to `done`.
 
-        The caller's computation goes on only after parameters are up to date.
+        The caller's computation goes on only once that has been done. Raises OSError where states
+        on the SSD cannot be read or have no room; those on the device are updated all the same.
         """
         began = self._device.ready()
-        pending = self._queue_device(jobs, clip, began)
-        pending += self._update_host([job for job in jobs if job.place == "host"], clip, began)
-        for moment in pending:
-            self._device.hold(moment)
-        return pending
+        pending = self._queue_device([*jobs.values()], clip, began)
+        done.update(number for number, job in jobs.items() if job.place != "host")
+        here = {number: job for number, job in jobs.items() if job.place == "host"}
+        try:
+            self._update_host(here, clip, began, pending, done)
+        finally:
+            for moment in pending:
+                self._device.hold(moment)
+            self._settle(0)
 
     def _queue_device(self, jobs: Sequence[Job], clip: float, began: Moment) -> list[Moment]:
         free: deque[tuple[torch.Tensor, tuple[Moment, ...]]] = deque(
@@ -77,13 +83,14 @@ class Interleaved:
         pending: list[Moment] = []
         for job in jobs:
             if job.place == "resident":
-                pending += self._update(job, job.rows, clip, (began,))
+                pending += self._update(job, job.states.begin(), clip, (began,))
             elif job.place == "moved":
                 buffer, after = free.popleft()
-                rows = buffer[: job.rows.numel()].view(job.rows.shape)
-                came = self._device.copy("states in", job.rows, rows, after)
-                updated = self._update(job, rows, clip, (began, came))
-                left = self._device.copy("states out", rows, job.rows, updated)
+                far = job.states.begin()
+                near = buffer[: far.numel()].view(far.shape)
+                came = self._device.copy("states in", far, near, after)
+                updated = self._update(job, near, clip, (began, came))
+                left = self._device.copy("states out", near, far, updated)
                 free.append((buffer, (left,)))
                 pending.append(left)
         return pending
@@ -93,29 +100,45 @@ class Interleaved:
     ) -> tuple[Moment, ...]:
         """Queue the update of a subgroup whose states are on the device when `after` has come."""
         for piece in job.pieces:
-            arrays = _arrays(job, piece, rows, job.grad_of(piece), piece.of(piece.param.detach()))
+            arrays = _arrays(piece, rows, job.grad_of(piece), piece.of(piece.param.detach()))
             step = job.steps[piece.param]
             done = self._device.update(job.settings, step, arrays, clip=clip, after=after)
             after = (done,)
         return after
 
-    def _update_host(self, jobs: Sequence[Job], clip: float, began: Moment) -> list[Moment]:
+    def _update_host(
+        self,
+        jobs: Mapping[int, Job],
+        clip: float,
+        began: Moment,
+        pending: list[Moment],
+        done: set[int],
+    ) -> None:
         free: deque[tuple[torch.Tensor, list[Moment]]] = deque((slot, []) for slot in self._slots)
-        coming: deque[tuple[Job, torch.Tensor, list[Moment]]] = deque()
-        pending: list[Moment] = []
+        coming: deque[tuple[int, torch.Tensor, list[Moment]]] = deque()
         waiting = deque(jobs)
         while waiting or coming:
             while waiting and free:
                 slot, gone = free.popleft()
-                job = waiting.popleft()
-                coming.append((job, slot, self._fetch_grads(job, slot, [began, *gone])))
-            job, slot, came = coming.popleft()
+                number = waiting.popleft()
+                came = self._fetch_grads(jobs[number], slot, [began, *gone])
+                coming.append((number, slot, came))
+            number, slot, came = coming.popleft()
+            for near in [number, *(each for each, _, _ in coming)][:2]:
+                jobs[near].states.prefetch()
             for moment in came:
                 moment.synchronize()
-            gone = self._update_here(job, slot, clip)
+            gone = self._update_here(jobs[number], slot, clip)
+            done.add(number)
             pending += gone
             free.append((slot, gone))
-        return pending
+            self._settle(1)
+
+    def _settle(self, most: int) -> None:
+        """Wait until no more than `most` of those written are on their way to the SSD."""
+        while len(self._written) > most:
+            self._written[0].settle()
+            self._written.popleft()
 
     def _fetch_grads(self, job: Job, slot: torch.Tensor, after: list[Moment]) -> list[Moment]:
         moments = []
@@ -127,14 +150,17 @@ class Interleaved:
 
     def _update_here(self, job: Job, slot: torch.Tensor, clip: float) -> list[Moment]:
         gone = []
+        rows = job.states.begin()
         for piece in job.pieces:
             on_device = piece.of(piece.param.detach())
             grad = _within(slot[0], piece, job.grad_of(piece).dtype)
             param = _within(slot[1], piece, on_device.dtype)
-            arrays = _arrays(job, piece, job.rows, grad, param)
+            arrays = _arrays(piece, rows, grad, param)
             step = job.steps[piece.param]
             self._device.update_on_host(self._pool, job.settings, step, arrays, clip=clip)
             gone.append(self._device.copy("parameters", param, on_device, ()))
+        job.states.commit()
+        self._written.append(job.states)
         return gone
 
 
@@ -143,9 +169,7 @@ def _within(half: torch.Tensor, piece: Piece, dtype: torch.dtype) -> torch.Tenso
     return half.view(dtype)[piece.at : piece.at + piece.end - piece.begin]
 
 
-def _arrays(
-    job: Job, piece: Piece, rows: torch.Tensor, grad: torch.Tensor, param: torch.Tensor
-) -> Arrays:
+def _arrays(piece: Piece, rows: torch.Tensor, grad: torch.Tensor, param: torch.Tensor) -> Arrays:
     state = [piece.inside(row) for row in rows]
     if len(state) < 3:  # the parameter is its own master
         return Arrays(grad, param, state[0], state[1], None)

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ROWS", "Piece", "Subgroup", "flat_view", "lay_out", "needs_master"]
+__all__ = ["ROWS", "Piece", "Subgroup", "flat_view", "lay_out", "needs_master", "rows_of"]
 
-ROWS = ("exp_avg", "exp_avg_sq", "master_param")
+STATE_NAMES = ("exp_avg", "exp_avg_sq")
+ROWS = (*STATE_NAMES, "master_param")
 """The fp32 states of a subgroup, each as long as it has parameters; the last one only where these
 are not fp32 themselves."""
+
+
+def rows_of(param: torch.Tensor) -> tuple[str, ...]:
+    """Return the names of a parameter's states in a checkpoint."""
+    return ROWS if needs_master(param) else STATE_NAMES
 
 
 def needs_master(param: torch.Tensor) -> bool:
@@ -90,15 +96,24 @@ class Subgroup:
 
 
 def lay_out(
-    group: int, params: Sequence[torch.nn.Parameter], subgroup_params: int
+    group: int,
+    params: Sequence[torch.nn.Parameter],
+    subgroup_params: int,
+    *,
+    all_masters: bool = False,
 ) -> list[Subgroup]:
     """Cut the parameters of a group into subgroups of `subgroup_params`, in their order.
 
-    Only the last one of each kind, with a master copy and without, may be smaller.
+    Only the last one of each kind, with a master copy and without, may be smaller. `all_masters`:
+    those of fp32 have one as well, where they and their states may lie apart.
     """
     found = []
     for has_master in (False, True):
-        alike = [param for param in params if needs_master(param) is has_master and param.numel()]
+        alike = [
+            param
+            for param in params
+            if (needs_master(param) or all_masters) is has_master and param.numel()
+        ]
         found += [
             Subgroup(group, tuple(pieces), has_master) for pieces in _cut(alike, subgroup_params)
         ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from offload.config import OptimizerConfig
 from offload.native import FaultPlan
+from offload.optimizer.device_side import DeviceSide
 from offload.optimizer.layout import Subgroup
 from offload.optimizer.states import HostStates, SsdStates, States
 from offload.tiers import SsdTier
@@ -24,8 +25,13 @@ class Placement:
     Raises OSError with errno and path for a directory that cannot be used.
     """
 
-    def __init__(self, config: OptimizerConfig, faults: FaultPlan | None = None) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        faults: FaultPlan | None = None,
+        side: DeviceSide | None = None,
+    ) -> None:
+        self._config, self._side = config, side
         self._shares = config.shares
         self._tier = SsdTier(config, faults) if "ssd" in self._shares else None
         self._needed_bytes = 0  # on the SSD
@@ -37,17 +43,25 @@ class Placement:
         total = sum(subgroup.nbytes for subgroup in subgroups)
         # The first part on the SSD: what is in memory is updated while the last of it is written.
         on_ssd = self._shares.get("ssd", 0.0) * total
+        # And the last part on the device: what has moved comes back while that is updated.
+        on_device = (1 - self._shares.get("device", 0.0)) * total
         out: list[Subgroup] = []
-        taken = 0.0
+        taken, resident = 0.0, []
         for subgroup in subgroups:
             if taken + subgroup.nbytes / 2 <= on_ssd:
                 out.append(subgroup)
+            resident.append(taken + subgroup.nbytes / 2 > on_device)
             taken += subgroup.nbytes
-        if self._tier is None or not out:
-            return [HostStates(subgroup) for subgroup in subgroups]
-        self._take_room(self._tier, [subgroup.nbytes for subgroup in out])
-        states: list[States] = [SsdStates(subgroup, self._tier) for subgroup in out]
-        return states + [HostStates(subgroup) for subgroup in subgroups[len(out) :]]
+        states: list[States] = []
+        if self._tier is not None and out:
+            self._take_room(self._tier, [subgroup.nbytes for subgroup in out])
+            states += [SsdStates(subgroup, self._tier) for subgroup in out]
+        for subgroup, stays in zip(subgroups[len(states) :], resident[len(states) :], strict=True):
+            if self._side is not None:
+                states.append(self._side.states_of(subgroup, resident=stays))
+            else:
+                states.append(HostStates(subgroup))
+        return states
 
     def _take_room(self, tier: SsdTier, sizes: Sequence[int]) -> None:
         staging, largest = tier.arena.nbytes, max(sizes)
@@ -76,5 +90,7 @@ class Placement:
 
     def close(self) -> None:
         """Wait for the I/O and free the space."""
+        if self._side is not None:
+            self._side.close()
         if self._tier is not None:
             self._tier.close()

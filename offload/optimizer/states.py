@@ -16,7 +16,18 @@ from offload.native import Extent, tensor_over
 from offload.optimizer.layout import Subgroup
 from offload.tiers import SsdTier
 
-__all__ = ["HostStates", "SsdStates", "States"]
+__all__ = ["HostStates", "SsdStates", "States", "renew_master"]
+
+
+def renew_master(master_param: torch.Tensor, param: torch.Tensor) -> None:
+    """Take over into master copies what somebody else has changed of their parameters.
+
+    Where the parameter is still the copy rounded, it says less than the copy does: a checkpoint's
+    parameters may be loaded after its optimizer's states.
+    """
+    now = param.to(master_param.device)
+    same = master_param.to(param.dtype) == now
+    master_param.copy_(torch.where(same, master_param, now.float()))
 
 
 class States(Protocol):
@@ -45,10 +56,16 @@ class States(Protocol):
 
 
 class HostStates:
-    """States in memory, updated where they are."""
+    """States in memory, of the host or of a device, updated where they are."""
 
-    def __init__(self, subgroup: Subgroup) -> None:
-        self._rows = torch.zeros(subgroup.num_rows, subgroup.count)
+    def __init__(
+        self,
+        subgroup: Subgroup,
+        device: torch.device | None = None,
+        num_rows: int | None = None,
+    ) -> None:
+        count = subgroup.num_rows if num_rows is None else num_rows
+        self._rows = torch.zeros(count, subgroup.count, device=device)
 
     def prefetch(self) -> None:
         """Do nothing: they are here."""

@@ -11,11 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from perfmodel.plan import update_schedule_of
 from perfmodel.timeline import Task, Timeline, simulate
 
 __all__ = [
     "UpdateRates",
     "UpdateSchedule",
+    "named_schedule",
     "plan_updates",
     "ratio_schedule",
     "share_schedule",
@@ -147,6 +149,16 @@ def ratio_schedule(sizes: Sequence[int], ratio: float) -> UpdateSchedule:
     first = int(ratio * len(sizes))
     places = ("host",) * first + ("resident",) * (len(sizes) - first)
     return UpdateSchedule(tuple(sizes), places)
+
+
+def named_schedule(name: str, sizes: Sequence[int], *, resident: float = 0.0) -> UpdateSchedule:
+    """Return the schedule that `OptimizerConfig.update_schedule` names, other than `auto`."""
+    kind, number = update_schedule_of(name)
+    if kind == "share":
+        return share_schedule(sizes, number, resident=resident)
+    if kind == "stride":
+        return stride_schedule(sizes, int(number), resident=resident)
+    raise ValueError(f"update_schedule={name!r} is to be planned, which takes rates")
 
 
 def tasks_of(schedule: UpdateSchedule, rates: UpdateRates) -> list[Task]:

@@ -226,7 +226,8 @@ def test_a_parameter_that_somebody_else_changed_is_trained_from_what_it_is(
         ({"eps": -1e-8}, "eps=-1e-08"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"max_norm": 0.0}, "max_norm=0.0"),
-        ({"placement": "disk"}, "not a tier"),
+        ({"placement": "disk"}, "placement='disk' is not a tier"),
+        ({"amsgrad": True}, "amsgrad=True is not offered"),
         ({"placement": "host=0.4,ssd=0.5"}, "add up to 0.9, not to 1"),
         ({"placement": "host=0.4,host=0.6"}, "stands there once"),
         ({"placement": "host=x,ssd=1"}, "'host=x'"),
@@ -249,7 +250,7 @@ def test_what_cannot_be_trained_so_is_refused_by_name(adamw: Make, parameters: M
         offload.AdamW(parameters(), placement="ssd")
     with pytest.raises(ValueError, match="float64"):
         adamw([torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))])
-    optimizer = adamw(parameters())
+    optimizer = adamw(parameters(), fused=True, foreach=None, capturable=False)
     with pytest.raises(ValueError, match="amsgrad=True"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "amsgrad": True})
     assert len(optimizer.param_groups) == 1

@@ -164,12 +164,20 @@ def test_a_spoiled_file_is_refused_before_anything_changes(
 def test_a_file_of_other_parameters_or_none_is_refused(
     saved: Path, adamw: Make, parameters: Make
 ) -> None:
-    with pytest.raises(ValueError, match="9 parameters, but there are 8"):
+    with pytest.raises(ValueError, match=r"states: .* 9 parameters, but there are 8"):
         adamw(parameters()[:-1]).load(saved)
     with pytest.raises(ValueError, match="shape"):
         adamw(parameters()[::-1]).load(saved)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         adamw(parameters()).load(saved.with_name("nowhere"))
+    missing = saved.parent / "nowhere" / "states"
+    with pytest.raises(FileNotFoundError, match="name a file in a folder that exists") as raised:
+        adamw(parameters()).save(missing)
+    assert raised.value.filename == str(missing)
+    for method in ("save", "load"):
+        with pytest.raises(IsADirectoryError, match="name a file in it") as raised:
+            getattr(adamw(parameters()), method)(saved.parent)
+        assert raised.value.filename == str(saved.parent)
 
 
 def test_too_little_space_is_said_before_a_byte_is_written(

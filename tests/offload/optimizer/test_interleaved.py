@@ -13,6 +13,7 @@ from offload.device.emulated_updates import EmulatedRates, EmulatedUpdates
 from offload.native import AdamSettings, ThreadPool
 from offload.optimizer.interleaved import Interleaved, Job
 from offload.optimizer.layout import Piece, lay_out
+from offload.optimizer.states import HostStates
 from perfmodel.schedules.updates import UpdateSchedule, share_schedule, stride_schedule
 
 Make = Callable[..., Any]
@@ -45,10 +46,10 @@ def trained(
     """Return parameters and states after some steps."""
     subgroups = lay_out(0, params, size)
     schedule = schedule_of([subgroup.count for subgroup in subgroups])
-    rows = [torch.zeros(3, subgroup.count) for subgroup in subgroups]
+    rows = [HostStates(subgroup, num_rows=3) for subgroup in subgroups]
     for subgroup, states in zip(subgroups, rows, strict=True):
         for piece in subgroup.pieces:
-            piece.inside(states[2]).copy_(piece.of(piece.param.detach()))
+            piece.inside(states.begin()[2]).copy_(piece.of(piece.param.detach()))
     engine = Interleaved(device, ThreadPool(2), size, buffers=schedule.buffers, slots=2)
 
     def grad_of(piece: Piece) -> torch.Tensor:
@@ -59,12 +60,14 @@ def trained(
         give_grads(params, step)
         number = dict.fromkeys(params, step + 1)
         jobs = [
-            Job(subgroup, place, states, subgroup.pieces, SETTINGS, number, grad_of)
+            Job(place, states, subgroup.pieces, SETTINGS, number, grad_of)
             for subgroup, place, states in zip(subgroups, schedule.places, rows, strict=True)
         ]
-        engine.run(jobs, clip=0.5)
+        done: set[int] = set()
+        engine.run(dict(enumerate(jobs)), 0.5, done)
+        assert done == set(range(len(jobs)))
     engine.close()
-    return [*(param.detach() for param in params), *rows]
+    return [*(param.detach() for param in params), *(states.read() for states in rows)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -1,0 +1,108 @@
+"""What of `torch.optim.AdamW` is offered, and which parameters and gradients can be taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from offload.native import AdamSettings
+from offload.optimizer.layout import flat_view
+
+__all__ = [
+    "TORCHS",
+    "flat_grad",
+    "require_settings",
+    "require_trainable",
+    "settings_of",
+    "without_torchs",
+]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# How to compute: no question here.
+_HINTS = ("foreach", "fused")
+_NOT_OFFERED = ("amsgrad", "capturable", "differentiable")
+TORCHS: dict[str, Any] = {
+    **dict.fromkeys(_HINTS),
+    **dict.fromkeys(_NOT_OFFERED, False),
+    "decoupled_weight_decay": True,
+}
+"""What else a parameter group of `torch.optim.AdamW` has, so that its checkpoints and ours are
+alike."""
+
+
+def without_torchs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `settings` without those of `torch.optim.AdamW` that mean nothing here.
+
+    Raises ValueError where one asks for what is not offered.
+    """
+    for key in _NOT_OFFERED:
+        _require_none(key, settings.get(key, False))
+    return {key: value for key, value in settings.items() if key not in _HINTS + _NOT_OFFERED}
+
+
+def settings_of(group: Mapping[str, Any]) -> AdamSettings:
+    """Return what the arithmetic needs of a parameter group."""
+    beta1, beta2 = group["betas"]
+    return AdamSettings(
+        lr=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        maximize=group["maximize"],
+    )
+
+
+def _require_none(key: str, value: object) -> None:
+    if value:
+        raise ValueError(f"{key}={value} is not offered; leave it out, or use torch.optim.AdamW")
+
+
+def require_settings(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a parameter group that cannot be trained so."""
+    for key in _NOT_OFFERED:
+        _require_none(key, group[key])
+    if not group["decoupled_weight_decay"]:
+        raise ValueError("decoupled_weight_decay=False is Adam's, not AdamW's; it is not offered")
+    beta1, beta2 = group["betas"]
+    for key, value, most in (
+        ("lr", float(group["lr"]), math.inf),
+        ("eps", group["eps"], math.inf),
+        ("weight_decay", group["weight_decay"], math.inf),
+        ("betas[0]", beta1, 1.0),
+        ("betas[1]", beta2, 1.0),
+    ):
+        if not 0 <= value < most:
+            raise ValueError(f"{key}={value!r} is not at least 0 and less than {most}")
+
+
+def require_trainable(param: torch.Tensor) -> None:
+    """Raise ValueError for a parameter that cannot be trained so."""
+    if param.dtype not in _DTYPES:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is {param.dtype}; "
+            "it can be float32, bfloat16 or float16"
+        )
+    if not param.is_cpu:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is on {param.device}; "
+            "only those of the CPU can be trained so far"
+        )
+    flat_view(param.detach())
+
+
+def flat_grad(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Return a gradient's elements in the order of its parameter's."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} has a {grad.layout} gradient; "
+            "sparse ones are not offered: use torch.optim.SparseAdam for it"
+        )
+    if grad.dtype not in _DTYPES:
+        raise RuntimeError(f"a gradient is {grad.dtype}; it can be float32, bfloat16 or float16")
+    if grad.stride() != param.stride():
+        grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+    return flat_view(grad.detach())

@@ -1,0 +1,131 @@
+"""The optimizer beside a device: which states lie there, and where each subgroup is updated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from offload.config import OptimizerConfig
+from offload.device.updates import UpdateDevice
+from offload.native import ThreadPool
+from offload.optimizer.calibration import measure_rates
+from offload.optimizer.interleaved import Interleaved, Job
+from offload.optimizer.layout import Subgroup
+from offload.optimizer.states import HostStates, SsdStates, States, renew_master
+from offload.optimizer.update import Update
+from perfmodel.schedules.updates import UpdateRates, UpdateSchedule, named_schedule, plan_updates
+
+__all__ = ["DeviceSide"]
+
+# How many subgroups that the host updates have their gradients and parameters in host memory.
+_SLOTS = 3
+
+
+class DeviceSide:
+    """What an optimizer has on one device, and its schedule, which is planned at the first step."""
+
+    def __init__(self, device: UpdateDevice, pool: ThreadPool, config: OptimizerConfig) -> None:
+        self._device, self._pool = device, pool
+        self._wanted = config.update_schedule
+        self._resident: set[States] = set()
+        self._pinned: list[int] = []
+        self._engine: Interleaved | None = None
+        self._places: dict[States, str] = {}
+        self.rates: UpdateRates | None = None
+        """As they were measured; None where the schedule was not asked to be planned."""
+        self.schedule: UpdateSchedule | None = None
+
+    def states_of(self, subgroup: Subgroup, *, resident: bool) -> States:
+        """Return the states of a subgroup on the device, or in host memory that is pinned."""
+        if self._engine is not None:  # its schedule was for fewer
+            self._engine.close()
+            self._engine = None
+        if resident:
+            states = HostStates(subgroup, self._device.device)
+            self._resident.add(states)
+            return states
+        states = HostStates(subgroup)
+        rows = states.read()
+        self._device.pin(rows.data_ptr(), rows.nbytes)
+        self._pinned.append(rows.data_ptr())
+        return states
+
+    def squared_norm(self, values: torch.Tensor) -> float:
+        """Return what `offload.native.squared_norm` does, of an array on the device."""
+        return self._device.squared_norm(self._pool, values)
+
+    def finish(self, update: Update, subgroups: Sequence[tuple[Subgroup, States]]) -> None:
+        """Do what is left of an update. Raises OSError where states cannot be read."""
+        if not subgroups:
+            return
+        order = sorted(
+            range(len(subgroups)), key=lambda number: subgroups[number][1] in self._resident
+        )
+        if self._engine is None:
+            self._plan([subgroups[number] for number in order])
+        assert self._engine is not None
+        jobs: dict[int, Job] = {}
+        for number in order:
+            if number not in update.done:
+                job = self._job(*subgroups[number], update)
+                if job is None:
+                    update.done.add(number)
+                else:
+                    jobs[number] = job
+        self._engine.run(jobs, update.clip, update.done)
+
+    def _job(self, subgroup: Subgroup, states: States, update: Update) -> Job | None:
+        pieces = [piece for piece in subgroup.pieces if piece.param in update.flat]
+        if not pieces:
+            return None
+        for piece in pieces if subgroup.has_master else ():
+            if piece.param in update.stale:
+                renew_master(piece.inside(states.begin()[2]), piece.of(piece.param.detach()))
+        return Job(
+            self._places[states],
+            states,
+            pieces,
+            update.settings[subgroup.group],
+            update.steps,
+            lambda piece: update.flat[piece.param][piece.begin : piece.end],
+        )
+
+    def _plan(self, subgroups: Sequence[tuple[Subgroup, States]]) -> None:
+        sizes = [subgroup.count for subgroup, _ in subgroups]
+        held = sum(subgroup.count for subgroup, states in subgroups if states in self._resident)
+        resident = held / sum(sizes)
+        if self._wanted == "auto":
+            dtype = _most_common_dtype(subgroups)
+            self.rates = measure_rates(self._device, self._pool, max(sizes), dtype)
+            self.schedule = plan_updates(sizes, self.rates, resident=resident)
+        else:
+            self.schedule = named_schedule(self._wanted, sizes, resident=resident)
+        self._places = {
+            states: "host" if isinstance(states, SsdStates) else place
+            for (_, states), place in zip(subgroups, self.schedule.places, strict=True)
+        }
+        self._engine = Interleaved(
+            self._device, self._pool, max(sizes), buffers=self.schedule.buffers, slots=_SLOTS
+        )
+
+    def done(self) -> Mapping[str, tuple[float, float]]:
+        """Return what each queue of the device has done: see `UpdateDevice.done`."""
+        return self._device.done()
+
+    def close(self) -> None:
+        """Give the pinned memory back."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        while self._pinned:
+            self._device.unpin(self._pinned.pop())
+
+
+def _most_common_dtype(subgroups: Sequence[tuple[Subgroup, States]]) -> torch.dtype:
+    counts: dict[torch.dtype, int] = {}
+    for subgroup, _ in subgroups:
+        for piece in subgroup.pieces:
+            count = counts.get(piece.param.dtype, 0) + piece.end - piece.begin
+            counts[piece.param.dtype] = count
+    return max(counts, key=lambda dtype: counts[dtype])
