@@ -9,7 +9,7 @@ JOBS := $(shell nproc)
 SPILL := build/spill
 NATIVE := $(wildcard csrc/core/* csrc/bindings/*)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.h tests/csrc/*.cpp)
-BENCHMARKS := io hooks activations bandwidth rok planning adam published_sweeps
+BENCHMARKS := io hooks activations bandwidth rok planning adam states interleaved published_sweeps
 
 .PHONY: install train test lint format bench sanitize soak gpu clean
 

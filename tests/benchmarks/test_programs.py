@@ -20,6 +20,7 @@ CONTRACT = {
     *("claim", "goal", "value", "met", "peers", "floor", "machine", "versions", "commit"),
     *("command", "samples"),
 }
+PATH_FLAGS = {"io": "--path", "hooks": "--path", "states": "--path", "interleaved": ""}
 ROUNDS = ["--pairs", "6", "--warm-up", "1"]
 TINY_IO = ["--bytes", "2097152", "--tensor-bytes", "524288", "--block-bytes", "65536"]
 TINY_GPT = [
@@ -30,9 +31,9 @@ TINY_GPT = [
 
 def record_of(name: str, directory: Path, out: Path, *flags: str) -> dict[str, Any]:
     """Run a benchmark and check what every record has to have."""
-    where = "--offload-path" if name not in {"io", "hooks"} else "--path"
+    where = [PATH_FLAGS.get(name, "--offload-path"), str(directory)]
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *ROUNDS]
-    command += ["--json", str(out), where, str(directory), *flags]
+    command += ["--json", str(out), *(where if where[0] else []), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"), parse_constant=pytest.fail)
@@ -172,6 +173,30 @@ def test_nine_cases_notice_a_mode_whose_gradients_differ_in_a_bit(
         monkeypatch.setattr("benchmarks.case_modes.recompute", nearly)
         with pytest.raises(RuntimeError, match="recompute"):
             nine_cases.require_same_bits(turns, ["keep", "recompute"])
+
+
+def test_states_are_held_against_their_bytes_and_decide_nothing_without_peers(
+    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # no fio
+    out = tmp_path_factory.mktemp("record") / "states.json"
+    sizes = ("--params", "400000", "--tensor-params", "100000", "--subgroup-params", "100000")
+    found = record_of("states", spill_dir, out, *sizes, "--staging-bytes", "16777216")
+    assert found["absent"]["fio"] == "fio is not installed"
+    assert {len(seconds) for name, seconds in found["samples"].items() if "ours" in name} == {6}
+    assert found["facts"]["ours"]["memory_bytes"] <= 16777216
+
+
+def test_interleaved_updates_are_held_against_their_prediction(
+    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("record") / "interleaved.json"
+    sizes = ("--subgroups", "6", "--subgroup-params", "10000", "--slower", "2000")
+    found = record_of("interleaved", spill_dir, out, *sizes)
+    planned = found["facts"]["planned"]
+    assert planned["predicted_s"] > 0
+    assert 0 <= planned["moved"] <= 1
+    assert {len(seconds) for seconds in found["samples"].values()} == {6}
 
 
 def test_what_fits_decides_which_micro_batches_are_compared() -> None:
