@@ -37,7 +37,7 @@ train: install
 	$(BIN)/torchrun --nproc_per_node 1 examples/train_gpt.py --offload ssd --offload-path $(SPILL)
 
 test: install
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check
