@@ -75,9 +75,23 @@ def plan_activations(
     """
     if not 0 <= slowdown < math.inf:
         raise ValueError(f"slowdown={slowdown!r} is not a part of a step: 0, or 0.05 say")
+    limits = limits or Limits()
+    if limits.window_bytes < math.inf:
+        # A window that is wide enough for the plan without one costs nothing.
+        free = plan_activations(
+            trace,
+            channels,
+            replace(limits, window_bytes=math.inf),
+            memory_bytes,
+            slowdown=slowdown,
+            thorough=thorough,
+        )
+        largest = max((tensor.nbytes for tensor in trace.tensors), default=0)
+        if free.window_bytes <= max(limits.window_bytes, largest):
+            return free
     # A step that waits, evenly spread, is to its transfers what faster channels are.
     channels = [_faster(channel, 1 + slowdown) for channel in channels]
-    search = _Search(Replay(trace, channels, limits or Limits()), memory_bytes or 0)
+    search = _Search(Replay(trace, channels, limits), memory_bytes or 0)
     choice, outcome = search.best() if thorough else search.first()
     found = _schedule_of(search.replay, search.replay.tied(choice), outcome)
     return replace(found, slowdown=slowdown)

@@ -8,7 +8,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from perfmodel.schedules import activations
@@ -238,6 +238,7 @@ def test_an_impossible_tensor_or_channel_is_refused() -> None:
 
 
 @given(SEEDS)
+@example(989)
 def test_copies_hold_no_more_of_the_device_than_the_window(seed: int) -> None:
     rng = random.Random(seed)
     trace, channel, limits = random_case(rng)
@@ -247,8 +248,7 @@ def test_copies_hold_no_more_of_the_device_than_the_window(seed: int) -> None:
     plan = plan_activations(trace, [channel], replace(limits, window_bytes=window_bytes))
     assert plan.window_bytes <= max(window_bytes, largest)
     same = plan_activations(trace, [channel], replace(limits, window_bytes=free.window_bytes))
-    # Where not all choices are tried, the search goes another way.
-    assert same.peak_bytes <= free.peak_bytes * (1.1 if len(trace.tensors) > 10 else 1)
+    assert same.peak_bytes <= free.peak_bytes
 
 
 def test_what_is_not_staged_takes_no_staging() -> None:
