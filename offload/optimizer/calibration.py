@@ -33,15 +33,17 @@ def measure_rates(
     nothing else may use the device meanwhile.
     """
     probe = _Probe(device, pool, params, param_dtype)
-    in_s, out_s = probe.seconds(probe.copy_in), probe.seconds(probe.copy_out)
-    both_s = probe.seconds(lambda: [*probe.copy_in(), *probe.copy_out()])
-    # Two sizes tell what an update costs beside its parameters.
-    whole_s = probe.seconds(lambda: probe.update(params))
-    quarter_s = probe.seconds(lambda: probe.update(max(1, params // 4)))
-    fixed_s = min(max(0.0, (4 * quarter_s - whole_s) / 3), whole_s / 2)
-    host_s = probe.seconds(probe.update_on_host)
-    held_s = probe.seconds_beside_copies(host_s, in_s, out_s)
-    probe.close()
+    try:
+        in_s, out_s = probe.seconds(probe.copy_in), probe.seconds(probe.copy_out)
+        both_s = probe.seconds(lambda: [*probe.copy_in(), *probe.copy_out()])
+        # Two sizes tell what an update costs beside its parameters.
+        whole_s = probe.seconds(lambda: probe.update(params))
+        quarter_s = probe.seconds(lambda: probe.update(max(1, params // 4)))
+        fixed_s = min(max(0.0, (4 * quarter_s - whole_s) / 3), whole_s / 2)
+        host_s = probe.seconds(probe.update_on_host)
+        held_s = probe.seconds_beside_copies(host_s, in_s, out_s)
+    finally:
+        probe.close()
     states_bytes, param_bytes = STATE_BYTES * params, param_dtype.itemsize
     memory_per_s = math.inf
     if held_s > _HELD_UP * host_s:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -108,10 +108,6 @@ class DeviceSide:
         self._engine = Interleaved(
             self._device, self._pool, max(sizes), buffers=self.schedule.buffers, slots=_SLOTS
         )
-
-    def done(self) -> Mapping[str, tuple[float, float]]:
-        """Return what each queue of the device has done: see `UpdateDevice.done`."""
-        return self._device.done()
 
     def close(self) -> None:
         """Give the pinned memory back."""

@@ -58,14 +58,8 @@ class States(Protocol):
 class HostStates:
     """States in memory, of the host or of a device, updated where they are."""
 
-    def __init__(
-        self,
-        subgroup: Subgroup,
-        device: torch.device | None = None,
-        num_rows: int | None = None,
-    ) -> None:
-        count = subgroup.num_rows if num_rows is None else num_rows
-        self._rows = torch.zeros(count, subgroup.count, device=device)
+    def __init__(self, subgroup: Subgroup, device: torch.device | None = None) -> None:
+        self._rows = torch.zeros(subgroup.num_rows, subgroup.count, device=device)
 
     def prefetch(self) -> None:
         """Do nothing: they are here."""

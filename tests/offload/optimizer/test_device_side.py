@@ -10,6 +10,7 @@ import torch
 
 from offload.device.emulated_updates import EmulatedRates, EmulatedUpdates
 from offload.native import FaultPlan, FaultRule
+from perfmodel.schedules.updates import plan_updates
 from tests.offload.optimizer.test_adamw import require_equal, run, states_of
 
 Make = Callable[..., Any]
@@ -149,9 +150,8 @@ def test_the_planned_schedule_is_by_measured_rates(
     side = optimizer.device_side
     assert side is not None
     assert side.rates is not None
-    assert 0.5e7 < side.rates.host_params_per_s < 1.5e7
-    assert 2e8 < side.rates.to_device_bytes_per_s < 6e8
-    assert 0 < side.schedule.share("moved") < 1
+    assert side.schedule == plan_updates([20_000] * 12, side.rates)
+    assert side.rates.param_bytes == 2
 
 
 @pytest.mark.parametrize("name", ["shar=0.5", "share=2", "stride=0.5", "share=", "all"])

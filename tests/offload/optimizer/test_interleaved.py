@@ -44,9 +44,9 @@ def trained(
     size: int = 1000,
 ) -> list[torch.Tensor]:
     """Return parameters and states after some steps."""
-    subgroups = lay_out(0, params, size)
+    subgroups = lay_out(0, params, size, all_masters=True)
     schedule = schedule_of([subgroup.count for subgroup in subgroups])
-    rows = [HostStates(subgroup, num_rows=3) for subgroup in subgroups]
+    rows = [HostStates(subgroup) for subgroup in subgroups]
     for subgroup, states in zip(subgroups, rows, strict=True):
         for piece in subgroup.pieces:
             piece.inside(states.begin()[2]).copy_(piece.of(piece.param.detach()))
