@@ -66,6 +66,15 @@ class BackwardOrder:
         elif again:
             self.read_at = self.bring_at = position + 1
 
+    def come_back_to(self, region: Region) -> None:
+        """Note that `region`, passed over because it was still in memory, has left it by now.
+
+        It is to come back before what comes later takes the room that it needs.
+        """
+        if region.position >= 0 and not region.used:
+            self.read_at = min(self.read_at, region.position)
+            self.bring_at = min(self.bring_at, region.position)
+
     def next_to_read(self, room: float = math.inf) -> Region | None:
         """Return the region that the backward should want next of those that must be read.
 

@@ -47,6 +47,7 @@ class _Departure:
     def let_go(self) -> None:
         """Take leave of the storage."""
         self.region.leaving = False
+        self.region.forward.backward.come_back_to(self.region)
         self.look()
 
     def look(self) -> None:
