@@ -139,6 +139,10 @@ class BlockRuns:
     ) -> Mark:
         """Return the block's mark; recompute no more where it is another one than was chosen."""
         book = forward.owner.book
+        movable = [tensor for tensor in tensors if not self.noted and can_offload(tensor)]
+        if movable:  # a mask may be on the host, whatever the device
+            with forward.owner.lock:
+                forward.meet(min(movable, key=lambda tensor: tensor.is_cpu))
         if not book.blocks.wanted:
             return ()
         with forward.owner.lock:
@@ -146,9 +150,6 @@ class BlockRuns:
             if self.key is None:
                 sizes = tuple(region.nbytes for region in forward.regions)
                 self.key = sizes, tuple(tuple(tensor.shape) for tensor in tensors), mark
-                movable = [tensor for tensor in tensors if can_offload(tensor)]
-                if movable:  # a mask may be on the host, whatever the device
-                    forward.meet(min(movable, key=lambda tensor: tensor.is_cpu))
                 self.recompute = book.recompute_of(self.key)
                 self.to_learn = book.blocks.unknown(self.key)
                 if self.to_learn and forward.recording is None:  # too late for this one

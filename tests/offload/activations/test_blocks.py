@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from offload.activations import blocks
 from offload.activations.rates import Rates, Throughput
 from offload.device import EmulatedLink
 
@@ -380,3 +382,17 @@ def test_a_choice_made_anew_for_another_drive_fits_again(
             step(act, layers, seed)
         assert act.stats().predicted_peak_bytes <= limit * NBYTES
     assert not act.book.unmet_bytes
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 1 << 30])
+def test_a_mask_on_the_host_does_not_say_where_a_forward_computes(
+    make: Any, memory_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act = make(memory_bytes=memory_bytes, schedule="auto")
+    mask, there = torch.ones(4), SimpleNamespace(is_cpu=False, shape=(4,))
+    monkeypatch.setattr(blocks, "can_offload", lambda tensor: True)
+    met: list[Any] = []
+    with act.forward() as forward:
+        monkeypatch.setattr(forward, "meet", met.append)
+        forward.blocks._mark(forward, torch.sin, (), [mask, there])
+    assert met == [there]
