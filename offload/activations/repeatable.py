@@ -19,6 +19,7 @@ __all__ = ["Mark", "Marks", "Used", "reached_modules"]
 # Of a block's graph; one that reaches far outside of its arguments is not followed to its end.
 _MOST_NODES = 4096
 _PLAIN = (torch.Tensor, Parameter)
+_FEW_MODULES = 1024
 
 Mark = tuple[object, ...]
 """What a block is, as far as can be told before it runs: its modules and their modes."""
@@ -68,6 +69,7 @@ class Marks:
     def __init__(self) -> None:
         self._numbers: dict[int, tuple[weakref.ref[Module], int]] = {}
         self._count = 0
+        self._alive = _FEW_MODULES  # when it was last looked at
 
     def of(self, function: object, args: Sequence[object]) -> Mark:
         """Return the mark of a block that is about to run."""
@@ -84,6 +86,9 @@ class Marks:
             return known[1]
         self._count += 1
         self._numbers[id(module)] = weakref.ref(module), self._count
+        if len(self._numbers) > 2 * self._alive:  # of modules that are gone, say
+            self._numbers = {key: it for key, it in self._numbers.items() if it[0]() is not None}
+            self._alive = max(_FEW_MODULES, len(self._numbers))
         return self._count
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from offload.activations.rates import Rates, Throughput
+from offload.activations.repeatable import Marks
 
 WIDTH, DEPTH, STEPS = 64, 4, 8
 
@@ -366,3 +367,12 @@ def test_a_checkpoint_around_blocks_runs_them_as_it_pleases(limited: Any) -> Non
         loss.backward()
         assert torch.equal(first.grad, step(None, plain, seed)[-1])
     assert act.stats().recomputed_blocks > 0
+
+
+def test_modules_that_are_gone_leave_no_number_behind() -> None:
+    marks, kept = Marks(), nn.Identity()
+    number = marks.of(kept, ())
+    for _ in range(3000):
+        assert marks.of(nn.Identity(), ()) != number
+    assert len(marks._numbers) <= 2049
+    assert marks.of(kept, ()) == number
