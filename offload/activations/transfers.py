@@ -236,12 +236,18 @@ class Transfers:
             self._not_ahead(region)
         elif region.arrival is None or region.arrival.copied is None:
             extent.prefetch()  # before everything that is only expected
-        self.read_ahead(forward)
+        # By the plan nothing else is late: what is waited for has the drive for itself.
+        alone = forward.backward.plan is not None and not extent.ready
+        if not alone:
+            self.read_ahead(forward)
         if region.crossing is None:
             assert not isinstance(extent, DirectExtent)  # which takes a device
             restored: Restored = extent.fetch()
         else:
             restored = region.crossing.bring(region)
+        if alone:
+            self.read_ahead(forward)
+        if region.crossing is not None:
             self._bring_ahead(forward)
         # Kept until every saved view has asked once. No longer: a second backward over a retained
         # graph would hold everything.
@@ -254,7 +260,10 @@ class Transfers:
         self._bring_ahead(forward)
 
     def read_ahead(self, forward: ForwardPass) -> None:
-        """Start a batch of reads that the backward should want soon: one at least, if any."""
+        """Start a batch of reads that the backward should want soon: one at least, if any.
+
+        By a plan either those that are due, or where none is, some before their time.
+        """
         backward = forward.backward
         planned = backward.plan is not None
         limit = self._planned_ahead_bytes if planned else self._read_ahead_bytes
@@ -264,6 +273,8 @@ class Transfers:
             region = backward.next_to_read(self._room(backward))
             if region is None or region.extent is None:
                 break
+            if began and planned and backward.read_at > backward.due:
+                break  # or they would share the drive
             ahead = self.ahead_bytes + region.nbytes
             if (ahead > limit and self.ahead_bytes) or not region.extent.prefetch():
                 break
