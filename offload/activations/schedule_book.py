@@ -362,7 +362,7 @@ class ScheduleBook:
         kind = what.split(maxsplit=1)[0] + what.split()[1]
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(what, RuntimeWarning, stacklevel=5)
+            warnings.warn(what, RuntimeWarning, stacklevel=4)
 
     def _planned(self, sizes: tuple[int, ...], entry: _Entry, schedule: ActivationSchedule) -> Plan:
         known = self._known()

@@ -204,7 +204,7 @@ class Transfers:
         if not self._said_full and self._stores.kept_total_bytes() + self._counters.kept:
             self._said_full = True
             unstaged = max((way.unstaged_bytes for way in self.crossings.values()), default=0)
-            warnings.warn(self._stores.why_full(unstaged), RuntimeWarning, stacklevel=4)
+            warnings.warn(self._stores.why_full(unstaged), RuntimeWarning, stacklevel=3)
 
     def flush(self) -> None:
         """Start the small writes that still wait for company."""

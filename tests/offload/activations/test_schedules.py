@@ -310,8 +310,9 @@ def test_a_backward_inside_of_its_forward_is_told(make: Any) -> None:
             with act.forward():
                 block(torch.randn(WIDTH, WIDTH), weights).sum().backward()
 
-    with pytest.warns(RuntimeWarning, match=r"ran inside of its `with act.forward\(\):`"):
+    with pytest.warns(RuntimeWarning, match=r"ran inside of its `with act.forward\(\):`") as said:
         steps()
+    assert [warning.filename for warning in said] == [__file__]
 
 
 def test_what_was_held_in_the_first_steps_only_leaves_later(make: Any) -> None:
