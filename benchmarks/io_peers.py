@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from types import TracebackType
@@ -12,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.fio import cpu_s, fio_program, run_fio
 from benchmarks.io_workload import (
     TensorPasses,
     Workload,
@@ -19,7 +17,7 @@ from benchmarks.io_workload import (
     preallocated_file,
     timed,
 )
-from benchmarks.worker import Answer, WorkerError
+from benchmarks.worker import Answer
 
 __all__ = ["Aio", "Fio", "Kvikio"]
 
@@ -33,10 +31,7 @@ class Fio:
     """
 
     def __init__(self, workload: Workload, *, fixed_buffers: bool) -> None:
-        program = shutil.which("fio")
-        if program is None:
-            raise WorkerError("fio is not installed")
-        self._program = program
+        program = fio_program()
         self._workload = workload
         self._fixed_buffers = fixed_buffers
         shown = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
@@ -49,35 +44,19 @@ class Fio:
 
     def ask(self, request: str) -> Answer:
         """Run one pass, "write" or "read", and return the seconds that fio reports for it."""
-        command = [
-            self._program,
+        flags = [
             f"--name={request}",
             f"--rw={request}",
             f"--filename={self._path}",
             f"--size={self._workload.total_bytes}",
             f"--bs={self._workload.block_bytes}",
             f"--iodepth={self._workload.queue_depth}",
-            "--ioengine=io_uring",
-            "--direct=1",
             f"--fixedbufs={int(self._fixed_buffers)}",
-            # Its own work on the buffers is not what is compared.
-            "--scramble_buffers=0",
-            "--output-format=json",
         ]
-        # In scattered pages a block of 1 MiB has more segments than the drive takes at once and is
-        # split: half the speed. Ours and long-lived peers have better pages; so shall the floor.
-        env = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-        if done.returncode != 0:
-            words = (done.stderr or done.stdout).strip().splitlines()
-            raise WorkerError(f"fio: code {done.returncode}: {words[-1] if words else ''}")
-        # Notes may stand before the object.
-        job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-        if job["error"] or job[request]["io_bytes"] != self._workload.total_bytes:
-            raise WorkerError(f"fio: error {job['error']}, {job[request]['io_bytes']} bytes moved")
+        job = run_fio(flags, {request: self._workload.total_bytes})
         return {
             "wall_s": max(job[request]["runtime"], 1) / 1e3,
-            "cpu_s": (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3,
+            "cpu_s": cpu_s(job),
         }
 
     def close(self) -> None:

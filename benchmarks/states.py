@@ -7,11 +7,8 @@ nothing, take turns in the same directory. Everyone's parameters are compared fi
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,6 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.fio import cpu_s, fio_program, run_fio
 from benchmarks.record import (
     Claim,
     Record,
@@ -55,10 +53,7 @@ class MixedFio:
     """
 
     def __init__(self, sizes: Sizes) -> None:
-        program = shutil.which("fio")
-        if program is None:
-            raise WorkerError("fio is not installed")
-        self._program = program
+        fio_program()
         self._nbytes = STATE_BYTES * sizes.params // MIB * MIB
         handle, path = tempfile.mkstemp(prefix="fio-", dir=sizes.directory)
         self._path = Path(path)
@@ -68,28 +63,14 @@ class MixedFio:
 
     def ask(self, _request: str) -> Answer:
         """Return the seconds that fio reports for all bytes in and out."""
-        command = [
-            *(self._program, "--name=mixed", "--rw=rw", "--rwmixread=50"),
-            *(
-                f"--filename={self._path}",
-                f"--size={self._nbytes}",
-                f"--io_size={2 * self._nbytes}",
-            ),
-            *("--bs=1M", "--iodepth=32", "--ioengine=io_uring", "--direct=1"),
-            *("--scramble_buffers=0", "--output-format=json"),
+        flags = [
+            *("--name=mixed", "--rw=rw", "--rwmixread=50", "--bs=1M", "--iodepth=32"),
+            *(f"--filename={self._path}", f"--size={self._nbytes}"),
+            f"--io_size={2 * self._nbytes}",
         ]
-        env = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-        if done.returncode != 0:
-            words = (done.stderr or done.stdout).strip().splitlines()
-            raise WorkerError(f"fio: code {done.returncode}: {words[-1] if words else ''}")
-        job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-        moved = job["read"]["io_bytes"] + job["write"]["io_bytes"]
-        if job["error"] or moved != 2 * self._nbytes:
-            raise WorkerError(f"fio: error {job['error']}, {moved} bytes moved")
+        job = run_fio(flags, {"read": self._nbytes, "write": self._nbytes})
         wall_s = max(job["read"]["runtime"], job["write"]["runtime"], 1) / 1e3
-        cpu_s = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3
-        return {"wall_s": wall_s, "cpu_s": cpu_s}
+        return {"wall_s": wall_s, "cpu_s": cpu_s(job)}
 
     def close(self) -> None:
         """Delete the file."""
