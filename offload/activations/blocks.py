@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from offload.activations.recording import Recording
-from offload.activations.repeatable import Mark, Marks, Used, reached_modules
+from offload.activations.repeatable import Mark, Marks, Used, reached_by
 from offload.device import can_offload
 from perfmodel.schedules.blocks import (
     Block,
@@ -103,7 +103,7 @@ class BlockRuns:
         begin = recording.mark() if recording is not None else None
         used = None
         if again or recording is not None:
-            used = self.used = Used(tensors, *reached_modules(function, leaves))
+            used = self.used = Used(tensors, reached_by(function, leaves), learning=not again)
             again = again and not used.unrepeatable
         try:
             if again and used is not None:
@@ -116,9 +116,9 @@ class BlockRuns:
         repeatable = used is None or used.ended(tree_leaves(out))
         if again and not repeatable:
             raise RuntimeError(
-                f"block {len(self.noted)} of a forward changes its arguments, or buffers of its "
-                "modules, which it did not do before: it is not to be recomputed. Run it without "
-                "act.block()"
+                f"block {len(self.noted)} of a forward changes its arguments, buffers of its "
+                "modules or a random generator of its own, which it did not do before: it is not "
+                "to be recomputed. Run it without act.block()"
             )
         if recording is not forward.recording:
             # The first tensor told on which device to look at the clock.

@@ -7,52 +7,64 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import Module, Parameter
 
 from offload.activations.saved import changed_in_place
+from offload.activations.unversioned import Unversioned
 
-__all__ = ["Mark", "Marks", "Used", "reached_modules"]
+__all__ = ["Mark", "Marks", "Reached", "Used", "reached_by"]
 
 # Of a block's graph; one that reaches far outside of its arguments is not followed to its end.
 _MOST_NODES = 4096
 _PLAIN = (torch.Tensor, Parameter)
 _FEW_MODULES = 1024
+# Attributes of modules that are a value. None is none, but a cache that is not filled yet, say.
+_VALUES = (int, float, complex, str, bytes)
 
 Mark = tuple[object, ...]
 """What a block is, as far as can be told before it runs: its modules and their modes."""
 
 
-def reached_modules(function: object, args: Iterable[object]) -> tuple[list[Module], list[Module]]:
-    """Return the modules that a block consists of, and those that it can merely reach.
+class Reached(NamedTuple):
+    """What a block consists of, and what it can merely reach."""
 
-    The former are itself and its arguments; the latter what a method is bound to, or a function
-    closes over, which may be the whole model that the block is a part of.
-    """
-    own: list[Module] = [arg for arg in args if isinstance(arg, Module)]
-    near: list[Module] = []
-    todo, seen = [function], set[int]()
+    own: list[Module]
+    """Itself, and its arguments."""
+    near: list[Module]
+    """What a method is bound to, or a function closes over or has for a default: maybe the whole
+    model that the block is a part of."""
+    generators: list[torch.Generator]
+    """Of either, but for those that modules have."""
+
+
+def reached_by(function: object, args: Iterable[object]) -> Reached:
+    """Return what a block that is about to run can be seen to use."""
+    found = Reached([], [], [])
+    todo, seen, own = [*args, function], set[int](), {id(arg) for arg in (*args, function)}
     while todo:
         one = todo.pop()
         if id(one) in seen:
             continue
         seen.add(id(one))
         if isinstance(one, Module):
-            (own if one is function else near).append(one)
+            (found.own if id(one) in own else found.near).append(one)
+        elif isinstance(one, torch.Generator):
+            found.generators.append(one)
         elif isinstance(one, functools.partial):
-            own += [arg for arg in (one.func, *one.args) if isinstance(arg, Module)]
-            todo.append(one.func)
+            given = one.func, *one.args, *one.keywords.values()
+            own |= {id(part) for part in given}
+            todo += given
         elif isinstance(one, MethodType):
-            holder = one.__self__
-            if isinstance(holder, Module) and one.__name__ == "forward":
-                own.append(holder)
-            else:
-                todo += [holder, one.__func__]
+            if one.__name__ == "forward":
+                own.add(id(one.__self__))
+            todo += [one.__self__, one.__func__]
         elif isinstance(one, FunctionType):
             todo += [cell.cell_contents for cell in one.__closure__ or () if _is_filled(cell)]
-    return own, near
+            todo += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
+    return found
 
 
 def _is_filled(cell: Any) -> bool:
@@ -73,7 +85,7 @@ class Marks:
 
     def of(self, function: object, args: Sequence[object]) -> Mark:
         """Return the mark of a block that is about to run."""
-        own, near = reached_modules(function, args)
+        own, near, _ = reached_by(function, args)
         if not own and not near:
             return (getattr(function, "__qualname__", type(function).__name__),)
         modes = tuple(part.training for module in own for part in module.modules())
@@ -96,19 +108,23 @@ class Used:
     """The tensors that one run of a block uses and that outlive it, with their versions.
 
     Its arguments, the parameters and buffers of the modules that it calls, and other leaves of its
-    graph. What else a function reaches (constants, Python's own state) is not seen.
+    graph. What of them no version tells is looked at before and after. What else a function reaches
+    (global names, Python's own objects) is not seen.
     """
 
     def __init__(
-        self, args: Iterable[torch.Tensor], own: Iterable[Module] = (), near: Iterable[Module] = ()
+        self, args: Iterable[torch.Tensor], reached: Reached, *, learning: bool = True
     ) -> None:
+        own, near, generators = reached
         self._versions: dict[int, tuple[torch.Tensor, int]] = {}
         # Parameters and buffers where their modules have them.
         self._named: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         # The same of buffers that the run may reach, with their versions, until it has ended.
         self._reachable: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
-        self._modes: dict[int, tuple[Module, bool]] = {}
+        # Of modules before they ran: whether they are training, how often they were called, say.
+        self._attributes: dict[int, tuple[Module, dict[str, Any]]] = {}
         self._args = list(args)
+        self._unversioned: Unversioned | None = Unversioned(generators, learning=learning)
         self.unrepeatable = False
         """What is known already is enough to say so."""
         for tensor in self._args:
@@ -124,22 +140,26 @@ class Used:
 
     def _note_reachable(self, module: Module) -> None:
         for part in module.modules():
+            if self._unversioned is not None:
+                self._unversioned.note_module(part, merely_reached=True)
             for name, buffer in part._buffers.items():
                 if buffer is not None and not buffer.is_inference():
                     self._reachable.append((part._buffers, name, buffer, buffer._version))
 
     def note_module(self, module: Module) -> None:
         """Take in that `module` is about to run."""
-        for part in module.modules() if id(module) not in self._modes else ():
-            if id(part) in self._modes:
+        for part in module.modules() if id(module) not in self._attributes else ():
+            if id(part) in self._attributes:
                 continue
-            self._modes[id(part)] = part, part.training
+            self._attributes[id(part)] = part, _attributes_of(part)
+            if self._unversioned is not None:
+                self._unversioned.note_module(part)
             for held in (part._parameters, part._buffers):
                 for name, tensor in held.items():
                     if tensor is not None:
                         self._note(tensor)
                         self._named.append((held, name, tensor))
-            # Their kernel writes to buffers behind the version counter.
+            # Their buffers may be on a device, where bytes are not compared in every step.
             norm = part.training and getattr(part, "track_running_stats", False)
             # `torch.func.functional_call` lends parameters for the time of a call.
             lent = any(
@@ -151,6 +171,8 @@ class Used:
     def ended(self, out: Iterable[object]) -> bool:
         """Take in that the run has ended; say whether it left all that it used as it was."""
         same = not self.unrepeatable
+        same &= self._unversioned is None or self._unversioned.same()
+        self._unversioned = None
         same &= all(tensor._version == seen for tensor, seen in self._versions.values())
         same &= all(held.get(name) is tensor for held, name, tensor in self._named)
         same &= all(
@@ -182,7 +204,7 @@ class Used:
             todo += [following for following, _ in node.next_functions]
 
     def run_again(self, function: Callable[[], Any]) -> Any:
-        """Return `function()`, in the modes that modules had.
+        """Return `function()`, with the attributes that modules had before the block first ran.
 
         Raises RuntimeError where a tensor is another one than the block was run with.
         """
@@ -199,20 +221,23 @@ class Used:
                     "replaced by another tensor before its backward; keep it until then, or do "
                     "not run that layer by act.block()"
                 )
-        with self._modes_as_they_were():
+        with self._attributes_as_they_were():
             return function()
 
     @contextmanager
-    def _modes_as_they_were(self) -> Iterator[None]:
-        changed = [
-            (part, part.training)
-            for part, mode in self._modes.values()
-            if part.training is not mode
-        ]
-        for part, now in changed:
-            part.training = not now
+    def _attributes_as_they_were(self) -> Iterator[None]:
+        changed = []
+        for part, before in self._attributes.values():
+            now = vars(part)
+            if any(now.get(name) is not value for name, value in before.items()):
+                changed.append((now, {name: now[name] for name in before if name in now}))
+                now.update(before)
         try:
             yield
         finally:
-            for part, now in changed:
-                part.training = now
+            for now, after in changed:
+                now.update(after)
+
+
+def _attributes_of(module: Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, _VALUES)}

@@ -342,8 +342,9 @@ class ScheduleBook:
             )
         if self.unrepeatable and (self.memory_bytes is not None or self.tolerated_slowdown):
             self._say(
-                f"blocks of a forward ({self.unrepeatable} of them) change their arguments, or "
-                "buffers of their modules (running statistics, say): they are never recomputed"
+                f"blocks of a forward ({self.unrepeatable} of them) change their arguments or "
+                "buffers of their modules (running statistics, say), or draw from a random "
+                "generator that is not PyTorch's default one: they are never recomputed"
             )
         if self.backward_inside and self.follow:
             self._say(

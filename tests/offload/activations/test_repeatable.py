@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +44,27 @@ class InPlaceFirst(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(torch.sin(self.linear(self.relu(x))))
+
+
+class HandMade(Plain):
+    """A batch norm whose kernel writes to buffers that nobody calls running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("var", torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(super().forward(x), self.mean, self.var, training=True)
+
+
+class Drawing(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = torch.Generator().manual_seed(7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (torch.rand(x.shape, generator=self.own) > 0.1)
 
 
 class Counting(nn.Module):
@@ -92,7 +114,7 @@ def step(act: Any, layers: list[Any], seed: int, between: Any = None) -> list[to
 
 
 @pytest.mark.filterwarnings("ignore:memory_bytes=0 cannot be met")
-@pytest.mark.parametrize("kind", [Normed, InPlaceFirst, Counting])
+@pytest.mark.parametrize("kind", [Normed, InPlaceFirst, Counting, HandMade, Drawing])
 def test_a_block_that_changes_what_it_uses_is_not_run_again(limited: Any, kind: Any) -> None:
     act, layers, plain = limited(), layers_of(kind), layers_of(kind)
 
