@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ class BackwardOrder:
         self.used: list[int] = []  # the same, as it really did
         self.read_at = 0  # the next place to read from the SSD
         self.bring_at = 0  # the next place to bring back to a device
+        # Places before those two, whose regions left memory only after they had been passed over.
+        self._late_to_read: list[int] = []
+        self._late_to_bring: list[int] = []
         self.due = math.inf  # the last place that may be back in the computation's memory by now
         self.plan: Plan | None = None
 
@@ -71,9 +75,12 @@ class BackwardOrder:
 
         It is to come back before what comes later takes the room that it needs.
         """
-        if region.position >= 0 and not region.used:
-            self.read_at = min(self.read_at, region.position)
-            self.bring_at = min(self.bring_at, region.position)
+        if region.position < 0 or region.used:
+            return
+        if region.position < self.read_at:
+            heappush(self._late_to_read, region.position)
+        if region.position < self.bring_at:
+            heappush(self._late_to_bring, region.position)
 
     def next_to_read(self, room: float = math.inf) -> Region | None:
         """Return the region that the backward should want next of those that must be read.
@@ -81,10 +88,15 @@ class BackwardOrder:
         Before its time only where it fits into `room`. What is read for another device's memory
         waits in staging, so no schedule holds it back.
         """
-        order, regions = self.order, self._regions
+        order, regions, late = self.order, self._regions, self._late_to_read
+        while late:
+            region = regions[order[late[0]]]
+            if not region.used and region.may_be_read():
+                return region
+            heappop(late)
         while self.read_at < len(order):
             region = regions[order[self.read_at]]
-            if not region.ahead and region.is_away():
+            if region.may_be_read():
                 early = region.crossing is None and self.read_at > self.due
                 return None if early and region.nbytes > room else region
             self.read_at += 1
@@ -92,7 +104,12 @@ class BackwardOrder:
 
     def next_to_bring(self) -> Region | None:
         """Return the region that should come back to its device next, if it is time for any."""
-        order, regions = self.order, self._regions
+        order, regions, late = self.order, self._regions, self._late_to_bring
+        while late:
+            region = regions[order[late[0]]]
+            if not region.used and region.arrival is None and region.is_away():
+                return region
+            heappop(late)
         while self.bring_at < len(order) and self.bring_at <= self.due:
             region = regions[order[self.bring_at]]
             if region.crossing is not None and region.arrival is None and region.is_away():

@@ -163,6 +163,10 @@ class Region:
             and storage_alive(self.storage) is None
         )
 
+    def may_be_read(self) -> bool:
+        """Say whether the bytes are in a tier only, and not on their way back."""
+        return not self.ahead and self.arrival is None and self.is_away()
+
     def leave_memory(self) -> None:
         """Let go of the storage; the version counter stays to be checked."""
         drop_memory(self.alias)

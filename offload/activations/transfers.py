@@ -273,14 +273,13 @@ class Transfers:
             region = backward.next_to_read(self._room(backward))
             if region is None or region.extent is None:
                 break
-            if began and planned and backward.read_at > backward.due:
+            if began and planned and region.position > backward.due:
                 break  # or they would share the drive
             ahead = self.ahead_bytes + region.nbytes
             if (ahead > limit and self.ahead_bytes) or not region.extent.prefetch():
                 break
             region.ahead = began = True
             self.ahead_bytes = ahead
-            backward.read_at += 1
         if began:
             self._stores.flush()
 
@@ -301,7 +300,6 @@ class Transfers:
             assert region.crossing is not None
             if not region.crossing.expect(region):
                 break
-            forward.backward.bring_at += 1
         for crossing in self.crossings.values():
             for launched in crossing.go_on():
                 self._not_ahead(launched)

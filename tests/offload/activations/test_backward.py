@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import offload
+from offload.activations.backward import BackwardOrder
 from offload.activations.crossing import Crossing
 from offload.device import EmulatedLink
 
@@ -20,6 +21,67 @@ TIERS: dict[str, dict[str, Any]] = {
     "host": {"tier": "host", "path": (), "host_bytes": 64 * MIB},
     "gds": {"tier": "ssd", "gds": True},
 }
+
+
+class Fake:
+    """A region that is in memory at first, and is asked again and again whether it still is."""
+
+    asked = 0
+
+    def __init__(self, number: int) -> None:
+        self.number, self.position, self.nbytes, self.last_save = number, -1, 1, number
+        self.used = self.ahead = self.away = False
+        self.arrival: object = None
+        self.crossing = object()
+
+    def is_away(self) -> bool:
+        Fake.asked += 1
+        return self.away
+
+    def may_be_read(self) -> bool:
+        return not self.ahead and self.arrival is None and self.is_away()
+
+
+def expected(count: int) -> tuple[BackwardOrder, list[Any]]:
+    regions: list[Any] = [Fake(number) for number in range(count)]
+    order = BackwardOrder(regions)
+    order.expect(None, None, alone=True)
+    return order, sorted(regions, key=lambda region: region.position)
+
+
+def test_what_has_landed_is_not_read_again_when_others_leave_late() -> None:
+    order, regions = expected(6)
+    for region in regions[2:]:
+        region.away = True
+    for region in regions[2:]:
+        assert order.next_to_read() is region
+        region.ahead = True
+        assert order.next_to_bring() is region
+        region.arrival, region.ahead = object(), False
+    assert order.next_to_read() is order.next_to_bring() is None
+    regions[1].away = True
+    order.come_back_to(regions[1])
+    assert order.next_to_read() is order.next_to_bring() is regions[1]
+    regions[1].arrival = object()
+    regions[0].used = True
+    order.come_back_to(regions[0])
+    assert order.next_to_read() is order.next_to_bring() is None
+
+
+def test_regions_that_leave_one_by_one_are_looked_at_a_few_times_each() -> None:
+    count = 2000
+    order, regions = expected(count)
+    assert order.next_to_read() is order.next_to_bring() is None
+    Fake.asked = 0
+    for region in reversed(regions):
+        region.away = True
+        order.come_back_to(region)
+        assert order.next_to_read() is region
+        region.ahead = True
+        assert order.next_to_bring() is region
+        region.arrival = object()
+    assert order.next_to_read() is order.next_to_bring() is None
+    assert Fake.asked <= 8 * count
 
 
 @pytest.mark.parametrize("tier", TIERS)
