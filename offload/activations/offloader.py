@@ -210,10 +210,13 @@ class ActivationOffload:
         """Say whose backward runs next, as a pipeline's scheduler knows.
 
         Of a forward still under way nothing leaves from now on; of one that has ended, reading
-        begins.
+        begins. Raises ValueError for one of another instance, RuntimeError when closed.
         """
         if not isinstance(next_backward, ForwardPass):
             raise TypeError(f"next_backward={next_backward!r} is not what act.forward() returned")
+        if next_backward.owner is not self:
+            raise ValueError("next_backward is a forward of another ActivationOffload; hint that")
+        self.check_open()
         with self.lock:
             if next_backward.ended:
                 next_backward.backward.due = math.inf

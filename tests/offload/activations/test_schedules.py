@@ -301,6 +301,16 @@ def test_small_tensors_are_part_of_the_limit_and_blocks_free_them(make: Any) -> 
             assert stats.predicted_peak_bytes >= 2 * 12 * small
 
 
+def test_another_instances_forward_is_no_hint(make: Any) -> None:
+    act, other = make(), make()
+    with other.forward() as forward:
+        loss = block(torch.randn(WIDTH, WIDTH), weights_of(2)).sum()
+    with pytest.raises(ValueError, match="of another ActivationOffload"):
+        act.hint(next_backward=forward)
+    loss.backward()
+    assert act.transfers.ahead_bytes == other.transfers.ahead_bytes == 0
+
+
 def test_a_backward_inside_of_its_forward_is_told(make: Any) -> None:
     act = make(schedule="auto")
     weights = weights_of(2)
