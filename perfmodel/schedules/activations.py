@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 
+from perfmodel.schedules.prefix_cut import prefix_cut
 from perfmodel.schedules.replay import KEPT, Outcome, Replay
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
-__all__ = ["ActivationSchedule", "plan_activations", "prefix_cut"]
+__all__ = ["ActivationSchedule", "plan_activations"]
 
 # How much work the search may do: choices tried times tensors in each.
 _SEARCH_TENSORS = 150_000
@@ -76,25 +77,13 @@ def plan_activations(
     if not 0 <= slowdown < math.inf:
         raise ValueError(f"slowdown={slowdown!r} is not a part of a step: 0, or 0.05 say")
     limits = limits or Limits()
-    if limits.window_bytes < math.inf:
-        # A window that is wide enough for the plan without one costs nothing.
-        free = plan_activations(
-            trace,
-            channels,
-            replace(limits, window_bytes=math.inf),
-            memory_bytes,
-            slowdown=slowdown,
-            thorough=thorough,
-        )
-        largest = max((tensor.nbytes for tensor in trace.tensors), default=0)
-        if free.window_bytes <= max(limits.window_bytes, largest):
-            return free
     # A step that waits, evenly spread, is to its transfers what faster channels are.
     channels = [_faster(channel, 1 + slowdown) for channel in channels]
     search = _Search(Replay(trace, channels, limits), memory_bytes or 0)
-    choice, outcome = search.best() if thorough else search.first()
-    found = _schedule_of(search.replay, search.replay.tied(choice), outcome)
-    return replace(found, slowdown=slowdown)
+    found = search.without_window(thorough) or (search.best() if thorough else search.first())
+    choice, outcome = found
+    schedule = _schedule_of(search.replay, search.replay.tied(choice), outcome)
+    return replace(schedule, slowdown=slowdown)
 
 
 def _faster(channel: Channel, factor: float) -> Channel:
@@ -112,8 +101,9 @@ def _faster(channel: Channel, factor: float) -> Channel:
 class _Nested:
     """Room of tensors that are offered longest lifetime first, each inside the one before."""
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, *, alone: bool = False) -> None:
         self._limit = limit
+        self._alone = alone  # one that nothing else is there with may be larger
         self._out: deque[tuple[float, int]] = deque()  # until when, bytes
         self._out_bytes = 0
         self._in: deque[tuple[float, int]] = deque()  # since when, bytes of those before
@@ -129,7 +119,8 @@ class _Nested:
         while self._in and self._in[0][0] > back[1]:
             self._in.popleft()
         before = self._in[0][1] if self._in else self._in_bytes
-        return max(self._out_bytes, self._in_bytes - before) + nbytes <= self._limit
+        taken = max(self._out_bytes, self._in_bytes - before)
+        return taken + nbytes <= self._limit or (self._alone and not taken)
 
     def add(self, nbytes: int, away: tuple[float, float], back: tuple[float, float]) -> None:
         """Take one that fits."""
@@ -151,6 +142,22 @@ class _Search:
         self.target = target
         self._tries = 0
         self.movable = [index for index, yes in enumerate(replay.movable) if yes]
+
+    def without_window(self, thorough: bool) -> _Found | None:
+        """Return what is best without the window, if its copies fit: a wide one costs nothing."""
+        replay = self.replay
+        if replay.limits.window_bytes == math.inf:
+            return None
+        limits = replace(replay.limits, window_bytes=math.inf)
+        free = _Search(Replay(replay.trace, replay.channels, limits), self.target)
+        many = len(self.movable) > _MANY
+        if many or not thorough:
+            found = free.first()
+            # Of very many, a first choice that does not fit is not worth looking for a better one.
+            if not thorough or not replay.fits_window(*found):
+                return found if replay.fits_window(*found) else None
+        found = free.best()
+        return found if replay.fits_window(*found) else None
 
     def key(self, outcome: Outcome) -> tuple[int, float]:
         # Of equal peaks, the emptier memory is closer to a lower peak.
@@ -238,7 +245,7 @@ class _Search:
         free_s = [0.0] * len(replay.channels)
         begin_s = [math.inf] * len(replay.channels)
         staging = _Nested(replay.limits.staging_bytes)
-        window = _Nested(replay.window_bytes)
+        window = _Nested(replay.limits.window_bytes, alone=True)
         for index in order:
             nbytes = replay.nbytes[index]
             options = []
@@ -372,28 +379,3 @@ def _schedule_of(replay: Replay, choice: Sequence[int], outcome: Outcome) -> Act
         window_bytes=window_bytes,
         moved_bytes=outcome.moved_bytes,
     )
-
-
-def prefix_cut(trace: Trace, channel: Channel) -> list[int]:
-    """Return the choice of SSDTrain's adaptive offloading: a prefix of the step leaves.
-
-    Its rule (`solve_num_adaptive_keep_layers` in the authors' code): walk the nodes in the order of
-    the forward and keep the first, with everything after it, for which offloading all before it and
-    reloading it takes more than the write bandwidth until it is needed, the backward being taken to
-    last twice the forward. Times are of the trace's forward: until the last tensor is saved.
-    """
-    tensors = trace.tensors
-    choice = [KEPT] * len(tensors)
-    if not tensors:
-        return choice
-    forward_s = tensors[-1].saved_s
-    before_bytes, before_s = 0, 0.0
-    for index, tensor in enumerate(tensors):
-        volume = before_bytes + 2 * tensor.nbytes
-        time_s = 3 * forward_s - 2 * before_s
-        if volume > channel.write_bytes_per_s * time_s:
-            break
-        choice[index] = KEPT if tensor.held else 0
-        before_bytes += tensor.nbytes
-        before_s = tensor.saved_s
-    return choice

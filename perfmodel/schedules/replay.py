@@ -58,7 +58,6 @@ class Replay:
             movable = all(self.movable[index] for index in members)
             for index in members:
                 self.movable[index] = movable
-        self.window_bytes = max(limits.window_bytes, max(self.nbytes, default=0))
         self._whole = [tensor.nbytes + tensor.rest_bytes for tensor in tensors]
         self._ends_s = trace.ends_s()
         # Whatever leaves, what comes back is released as it would have been.
@@ -112,8 +111,8 @@ class Replay:
         moved = [index for index in range(count) if choice[index] != KEPT]
         staged = [index for index in moved if self.channels[choice[index]].staged]
         broken, staging_peak = self._staging(staged, written_s, read_s)
-        if broken < 0 and self.window_bytes < math.inf:
-            broken, _ = self.window(moved, written_s, read_s, self.window_bytes)
+        if broken < 0 and self.limits.window_bytes < math.inf:
+            broken, _ = self.window(moved, written_s, read_s, self.limits.window_bytes)
         if broken >= 0:
             return Outcome(broken)
         freed_s = self._freed_s(written_s)
@@ -236,16 +235,30 @@ class Replay:
         for begin_s, end_s in ((self.saved_s, written_s), (read_s, self.needed_s)):
             gains = [(begin_s[index], index) for index in moved]
             losses = [(end_s[index], self.nbytes[index]) for index in moved]
-            broken, peak = self._first_over(gains, losses, limit)
+            broken, peak = self._first_over(gains, losses, limit, alone=True)
             most = max(most, peak)
             if broken >= 0:
                 return broken, most
         return -1, most
 
+    def fits_window(self, choice: Sequence[int], outcome: Outcome) -> bool:
+        """Say whether the copies of a choice, made without regard to it, hold to the window."""
+        moved = [index for index, option in enumerate(self.tied(choice)) if option != KEPT]
+        limit = self.limits.window_bytes
+        return self.window(moved, outcome.written_s, outcome.read_s, limit)[0] < 0
+
     def _first_over(
-        self, gains: list[tuple[float, int]], losses: list[tuple[float, int]], limit: float
+        self,
+        gains: list[tuple[float, int]],
+        losses: list[tuple[float, int]],
+        limit: float,
+        *,
+        alone: bool = False,
     ) -> tuple[int, int]:
-        """Return the tensor whose gain exceeds `limit` first (or -1), and the peak until then."""
+        """Return the tensor whose gain exceeds `limit` first (or -1), and the peak until then.
+
+        `alone`: one that nothing else is there with may be larger.
+        """
         gains.sort()
         losses.sort()
         losses.append((math.inf, 0))
@@ -259,8 +272,8 @@ class Replay:
             now += self.nbytes[index]
             if now > peak:
                 peak = now
-                if now > limit:
-                    return index, peak
+            if now > limit and not (alone and now == self.nbytes[index]):
+                return index, peak
         return -1, peak
 
     def _peak(

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from perfmodel.schedules import activations
-from perfmodel.schedules.activations import plan_activations, prefix_cut
+from perfmodel.schedules.activations import plan_activations
+from perfmodel.schedules.prefix_cut import prefix_cut
 from perfmodel.schedules.replay import KEPT, Replay
 from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
 from tests.perfmodel.schedules.exact import exact_peak, random_case, shared_case
@@ -249,6 +250,16 @@ def test_copies_hold_no_more_of_the_device_than_the_window(seed: int) -> None:
     assert plan.window_bytes <= max(window_bytes, largest)
     same = plan_activations(trace, [channel], replace(limits, window_bytes=free.window_bytes))
     assert same.peak_bytes <= free.peak_bytes
+
+
+def test_a_large_tensor_that_stays_makes_the_window_no_wider() -> None:
+    large = SavedTensor(10_000, 0.0, 3.0, 3.1, held=True)
+    small = [SavedTensor(100, 0.01 * at, 2.9 - 0.02 * at, 2.91 - 0.02 * at) for at in range(1, 64)]
+    channel = ssd(6000.0, staged=False)
+    plan = plan_activations(Trace((large, *small)), [channel], Limits(window_bytes=200))
+    assert 100 <= plan.window_bytes <= 200
+    alone = plan_activations(Trace((*small,)), [channel], Limits(window_bytes=50))
+    assert alone.window_bytes == 100
 
 
 def test_what_is_not_staged_takes_no_staging() -> None:
