@@ -106,7 +106,8 @@ def conclusion(
     yield (
         f"{stats.offloaded_bytes / MIB:,.0f} MiB were offloaded; "
         f"{kept if stats.kept_bytes else ''}"
-        f"stalled for {stats.stall_s:.1f} s of {sum(measured.step_s):.1f} s"
+        f"stalled for {stats.stall_s:.1f} s and planned for {stats.planning_s:.1f} s of "
+        f"{sum(measured.step_s):.1f} s"
     )
     if memory_bytes is not None:
         needed = stats.predicted_peak_bytes

@@ -101,8 +101,8 @@ def require_known(section: str, given: Iterable[str], known: Sequence[str]) -> N
 
 
 def path_names(value: object) -> tuple[str, ...]:
-    """Return one or several directories as strings; raises ValueError for anything else."""
-    several = value if isinstance(value, (list, tuple)) else (value,)
+    """Return one or several directories, or none, as strings; ValueError for anything else."""
+    several = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
     names = tuple(os.fspath(path) for path in several if isinstance(path, (str, os.PathLike)))
     if len(names) != len(several) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"path={value!r} is not a directory's name, or a list of such names")
@@ -215,6 +215,8 @@ def shares_of(placement: str) -> dict[str, float]:
 
     Raises ValueError for an unknown tier, a share that is no number, or shares that do not add up.
     """
+    if not isinstance(placement, str):
+        raise ValueError(f"placement={placement!r} is no tier's name, nor shares of tiers")
     if "=" not in placement:
         return {canonical_tier(placement, "placement"): 1.0}
     shares: dict[str, float] = {}

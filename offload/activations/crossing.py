@@ -268,8 +268,7 @@ class Crossing:
     def finish(self) -> None:
         """Let go of all that is still leaving: nobody waits for its backward any more."""
         while self._departing:
-            # The next who sends or wants something hears of an error: nobody here can.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # the next who sends or wants something hears of it
                 self._wait_for_oldest()
 
     # ---- back ---------------------------------------------------------------------------------
@@ -389,7 +388,7 @@ class Crossing:
         self._writes.drain()
 
     def settle(self) -> None:
-        """Let go of what has left by now; raises the error of a copy or of beginning a write."""
+        """Let go of what has left; raises the error of a copy or of a write's beginning."""
         self._let_go()
         self._raise_error()
 

@@ -245,6 +245,7 @@ class ForwardPass(HookScope):
 
     def _register(self, region: Region) -> None:
         if not self.live:
+            self.owner.counters.any_large = True
             self.owner.forwards.add(self)
             self.owner.transfers.bound_memory()
         if not self._met_any:

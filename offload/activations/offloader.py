@@ -202,9 +202,9 @@ class ActivationOffload:
             crossings = list(self.transfers.crossings.values())
             self.counters.held_s = sum(crossing.held_s() for crossing in crossings)
         links = tuple(crossing.facts for crossing in crossings)
-        return snapshot(
-            self.counters, self._stores.counters(), self._stores.facts(), self.config, links
-        )
+        native, facts = self._stores.counters(), self._stores.facts()
+        planning_s = self.book.planning_s
+        return snapshot(self.counters, native, facts, self.config, links, planning_s)
 
     def hint(self, *, next_backward: ForwardPass) -> None:
         """Say whose backward runs next, as a pipeline's scheduler knows.
@@ -248,9 +248,18 @@ class ActivationOffload:
 
     def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
         self.close()
-        if kind is None and not self.book.forwards:
-            said = "nothing was offloaded: no `with act.forward():` stood around any forward"
-            warnings.warn(said, RuntimeWarning, stacklevel=2)
+        if kind is None and (why := self._why_nothing()):
+            warnings.warn(f"nothing was offloaded: {why}", RuntimeWarning, stacklevel=2)
+
+    def _why_nothing(self) -> str:
+        if not self.book.forwards:
+            return "no `with act.forward():` stood around any forward"
+        passed = self.counters.passed_through
+        if self.counters.any_large or passed.keys() - {"small"}:
+            return ""
+        if not passed:
+            return "no forward saved any tensor (torch.no_grad(), or another one's hooks inside)"
+        return f"every saved tensor is smaller than min_tensor_bytes={self.config.min_tensor_bytes}"
 
     # ---- for the passes; `lock` is held where not said otherwise -----------------------------
 

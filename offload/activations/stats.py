@@ -45,7 +45,11 @@ class ActivationStats:
     predicted_peak_bytes: int
     """Of the last forward that followed a schedule: saved tensors at the worst moment; or 0."""
     predicted_slowdown: float
-    """The most that its step may become longer by waiting, as a part of it, or 0."""
+    """How much longer, as a part of it, its step would be if every moment of it waited as long as
+    the worst one must; or 0. A bound, far above what `stall_s` then counts."""
+    planning_s: float
+    """Seconds the training thread has chosen schedules: in a few of the first steps of each kind of
+    forward, and where a drive has become another."""
     deduplicated_bytes: int
     """Saved again by another operator or view, and not written again."""
     recast_bytes: int
@@ -98,6 +102,7 @@ class ActivationStats:
 class Counters:
     """The counts that Python keeps while training; native code keeps the others."""
 
+    any_large: bool = False
     offloaded: int = 0
     forwarded: int = 0
     kept: int = 0
@@ -124,6 +129,7 @@ def snapshot(
     facts: TierFacts,
     config: ActivationsConfig,
     links: tuple[LinkFacts, ...] = (),
+    planning_s: float = 0.0,
 ) -> ActivationStats:
     """Return what both sides have counted, and the path that transfers take."""
 
@@ -144,6 +150,7 @@ def snapshot(
         recomputed_blocks=counts.recomputed_blocks,
         predicted_peak_bytes=counts.predicted_peak,
         predicted_slowdown=counts.predicted_slowdown,
+        planning_s=planning_s,
         deduplicated_bytes=counts.deduplicated,
         recast_bytes=counts.recast,
         still_held_bytes=counts.still_held,

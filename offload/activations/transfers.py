@@ -194,8 +194,8 @@ class Transfers:
         if kept > limit:
             raise OSError(
                 errno.ENOSPC,
-                f"the spill is full, and keeping {kept} bytes in memory would exceed "
-                f"keep_bytes={limit}; free space, raise spill_bytes or keep_bytes",
+                f"keeping {kept} bytes in memory would exceed keep_bytes={limit}, and they find no "
+                f"other place: {self._stores.in_the_way()}; free space, or allow more",
                 self._stores.path,
             )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from offload.device import default_generators
 from offload.native import crc32c
 
 __all__ = ["Unversioned"]
@@ -39,7 +40,7 @@ class Unversioned:
         self._before.append((look, look()))
 
     def _note_generator(self, generator: torch.Generator) -> None:
-        defaults = torch.default_generator, *torch.cuda.default_generators
+        defaults = default_generators()
         # A checkpoint has those go on from where they were.
         if id(generator) not in self._seen and not any(generator is one for one in defaults):
             self._seen.add(id(generator))

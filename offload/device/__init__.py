@@ -27,6 +27,7 @@ __all__ = [
     "Restored",
     "bytes_of",
     "can_offload",
+    "default_generators",
     "device_facts",
     "direct_facts",
     "has_gpu",
@@ -59,6 +60,11 @@ def num_devices() -> int:
 def has_gpu() -> bool:
     """Say whether there is a GPU to compute on."""
     return torch.cuda.is_available()
+
+
+def default_generators() -> tuple[torch.Generator, ...]:
+    """Return the generators that draw where nobody names one: the host's, and each GPU's in use."""
+    return torch.default_generator, *torch.cuda.default_generators
 
 
 def view_over(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+from offload.config import OptimizerConfig
 from offload.native import AdamSettings
 from offload.optimizer.layout import flat_view
+from perfmodel.plan import require_known
 
 __all__ = [
     "TORCHS",
     "flat_grad",
+    "require_number",
     "require_settings",
     "require_trainable",
     "settings_of",
@@ -36,8 +40,11 @@ alike."""
 def without_torchs(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return `settings` without those of `torch.optim.AdamW` that mean nothing here.
 
-    Raises ValueError where one asks for what is not offered.
+    Raises ValueError where one asks for what is not offered, or is not known.
     """
+    known = {"lr", "betas", "eps", "weight_decay", "maximize", "max_norm", "emulated_device"}
+    known |= {field.name for field in fields(OptimizerConfig)}
+    require_known("AdamW", settings.keys() - {*_HINTS, *_NOT_OFFERED}, sorted(known))
     for key in _NOT_OFFERED:
         _require_none(key, settings.get(key, False))
     return {key: value for key, value in settings.items() if key not in _HINTS + _NOT_OFFERED}
@@ -69,14 +76,22 @@ def require_settings(group: Mapping[str, Any]) -> None:
         raise ValueError("decoupled_weight_decay=False is Adam's, not AdamW's; it is not offered")
     beta1, beta2 = group["betas"]
     for key, value, most in (
-        ("lr", float(group["lr"]), math.inf),
+        ("lr", group["lr"], math.inf),
         ("eps", group["eps"], math.inf),
         ("weight_decay", group["weight_decay"], math.inf),
         ("betas[0]", beta1, 1.0),
         ("betas[1]", beta2, 1.0),
     ):
+        require_number(key, value)
         if not 0 <= value < most:
             raise ValueError(f"{key}={value!r} is not at least 0 and less than {most}")
+
+
+def require_number(key: str, value: object) -> None:
+    """Raise ValueError where `value` is no number, nor a tensor of one."""
+    one = isinstance(value, torch.Tensor) and value.numel() == 1
+    if not one and not isinstance(value, (int, float)):
+        raise ValueError(f"{key}={value!r} is no number")
 
 
 def require_trainable(param: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from offload.native import FaultPlan, ThreadPool, adam_update, squared_norm
 from offload.optimizer.accepted import (
     TORCHS,
     flat_grad,
+    require_number,
     require_settings,
     require_trainable,
     settings_of,
@@ -75,6 +76,8 @@ class AdamW(torch.optim.Optimizer):
         settings = without_torchs(settings) | {"placement": placement, "path": path}
         settings["io_engine"] = "auto" if faults is not None else io_engine
         self.config = OptimizerConfig.from_mapping(settings)
+        if max_norm is not None:
+            require_number("max_norm", max_norm)
         if max_norm is not None and not 0 < max_norm < math.inf:
             raise ValueError(f"max_norm={max_norm!r} is not a norm to clip to; give more than 0")
         self.max_norm = max_norm

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from offload.native import Arena, Buffer
+from offload.native import Buffer
+from offload.tiers.memory import arena_of
 
 __all__ = ["HostExtent", "HostTier"]
 
@@ -41,16 +42,13 @@ class HostExtent:
 class HostTier:
     """Holds up to `nbytes`; every byte counts as resident once the memory is pinned.
 
-    Raises MemoryError where the machine has not so much address space.
+    Raises MemoryError where the machine has not so much memory.
     """
 
     direct_way = None  # there is none past host memory
 
     def __init__(self, nbytes: int) -> None:
-        try:
-            self.arena = Arena(nbytes)
-        except MemoryError:
-            raise MemoryError(f"host_bytes={nbytes} is more memory than there is") from None
+        self.arena = arena_of(nbytes, "host_bytes")
 
     def stage(self, nbytes: int, lead: int) -> HostExtent | None:
         """Return room for `nbytes`, at an address equal to `lead` modulo 64; None when full."""

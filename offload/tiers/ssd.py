@@ -17,8 +17,9 @@ from typing import TypeVar
 
 from offload.config import ActivationsConfig, OptimizerConfig
 from offload.device import KERNEL_ALIGN, DeviceLink
-from offload.native import Arena, Extent, FaultPlan, Spill
+from offload.native import Extent, FaultPlan, Spill
 from offload.tiers.gds import DirectExtent, DirectWay
+from offload.tiers.memory import arena_of
 from perfmodel.endurance import WriteBudget
 
 __all__ = ["SsdTier", "TierFacts"]
@@ -66,12 +67,7 @@ class SsdTier:
         self._process = os.getpid()
         self._opened_s = monotonic()
         self._closed_s: float | None = None
-        try:
-            self.arena = Arena(config.staging_bytes)
-        except MemoryError:
-            raise MemoryError(
-                f"staging_bytes={config.staging_bytes} is more memory than there is; ask for less"
-            ) from None
+        self.arena = arena_of(config.staging_bytes, "staging_bytes")
         self._spills: list[Spill] = []
         self._drives: list[int] = []  # the device number of each one's file system
         self._verify = config.verify

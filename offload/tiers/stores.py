@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 
 from offload.config import ActivationsConfig
 from offload.device import num_devices
 from offload.native import Extent, FaultPlan
 from offload.tiers.gds import DirectExtent
 from offload.tiers.host import HostExtent, HostTier
+from offload.tiers.memory import available_bytes
 from offload.tiers.ssd import SsdTier, TierFacts
 
 __all__ = ["Staged", "Store", "Stores"]
@@ -33,17 +32,6 @@ _NO_SSD = TierFacts(
     backing="none",
     verify=False,
 )
-
-
-def available_bytes() -> int:
-    """Return how much memory the kernel could give without swapping."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except (OSError, ValueError, IndexError):
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Stores:
@@ -82,6 +70,16 @@ class Stores:
     def why_full(self, unstaged_bytes: int = 0) -> str:
         """Say what stands in the way of more bytes, and that they stay where they are.
 
+        `unstaged_bytes`: as for `in_the_way`.
+        """
+        return (
+            f"{self.in_the_way(unstaged_bytes)}. From here on saved tensors that find no space "
+            "stay in memory (stats().kept_bytes counts them); free space, or allow more"
+        )
+
+    def in_the_way(self, unstaged_bytes: int = 0) -> str:
+        """Say what stands in the way of more bytes.
+
         `unstaged_bytes`: of the largest tensor that found no room in staging, if any.
         """
         reasons = []
@@ -96,10 +94,7 @@ class Stores:
             reasons.append(f"host: {used} bytes are in use of at most {limit} (host_bytes)")
         if self.ssd is not None:
             reasons += self.ssd.why_full()
-        return (
-            f"{'; '.join(reasons)}. From here on saved tensors that find no space stay in memory "
-            "(stats().kept_bytes counts them); free space, or allow more"
-        )
+        return "; ".join(reasons)
 
     def flush(self) -> None:
         """Start the small writes that still wait for company."""

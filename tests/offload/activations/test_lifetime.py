@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,27 @@ def test_forgetting_the_forward_is_told(spill_dir: Path) -> None:
         offload.ActivationOffload(path=spill_dir, staging_bytes=1 << 20) as act,
     ):
         act.forward()  # without `with`
+
+
+@pytest.mark.parametrize(
+    ("settings", "grad", "why"),
+    [
+        ({}, True, "is smaller than min_tensor_bytes=1048576"),
+        ({"min_tensor_bytes": 0}, False, "no forward saved any tensor"),
+        ({"min_tensor_bytes": 0}, True, ""),
+    ],
+)
+def test_forwards_that_had_nothing_to_offload_are_told(
+    spill_dir: Path, settings: dict[str, int], grad: bool, why: str
+) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with offload.ActivationOffload(path=spill_dir, staging_bytes=1 << 20, **settings) as act:
+            with act.forward(), torch.set_grad_enabled(grad):
+                loss = torch.randn(64, requires_grad=True).exp().sum()
+            del loss
+    assert len(said) == bool(why)
+    assert all(why in str(warning.message) for warning in said)
 
 
 def test_a_directory_in_ram_is_told() -> None:

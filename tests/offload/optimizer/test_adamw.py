@@ -225,7 +225,9 @@ def test_a_parameter_that_somebody_else_changed_is_trained_from_what_it_is(
         ({"betas": (0.9, 1.0)}, r"betas\[1\]=1.0"),
         ({"eps": -1e-8}, "eps=-1e-08"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"lr": "1e-3"}, "lr='1e-3' is no number"),
         ({"max_norm": 0.0}, "max_norm=0.0"),
+        ({"max_norm": "1"}, "max_norm='1' is no number"),
         ({"placement": "disk"}, "placement='disk' is not a tier"),
         ({"amsgrad": True}, "amsgrad=True is not offered"),
         ({"placement": "host=0.4,ssd=0.5"}, "add up to 0.9, not to 1"),
@@ -234,6 +236,7 @@ def test_a_parameter_that_somebody_else_changed_is_trained_from_what_it_is(
         ({"placement": "ssd=1.0", "staging_bytes": 1 << 14}, "staging_bytes=16384 cannot hold"),
         ({"threads": 0}, "threads=0"),
         ({"staging_byte": 1}, "did you mean 'staging_bytes'"),
+        ({"learning_rate": 1}, r"AdamW.learning_rate is not a setting .* lr, "),
         ({"subgroup_params": 0}, "subgroup_params=0"),
         ({"io_engine": "urin"}, "did you mean 'uring'"),
     ],
@@ -248,6 +251,8 @@ def test_a_wrong_setting_is_refused_at_once(
 def test_what_cannot_be_trained_so_is_refused_by_name(adamw: Make, parameters: Make) -> None:
     with pytest.raises(ValueError, match="names no directory"):
         offload.AdamW(parameters(), placement="ssd")
+    with pytest.raises(ValueError, match="placement=None is no tier's name"):
+        offload.AdamW(parameters(), placement=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="float64"):
         adamw([torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))])
     optimizer = adamw(parameters(), fused=True, foreach=None, capturable=False)
