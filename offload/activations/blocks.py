@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from offload.activations.recording import Recording
 from offload.activations.repeatable import Mark, Marks, Used, reached_by
 from offload.device import can_offload
+from perfmodel.schedules.activations import effort_for
 from perfmodel.schedules.blocks import (
     Block,
     cheapest_blocks,
@@ -330,6 +331,7 @@ class BlockBook:
             choice.slowdown = found.slowdown
         else:
             aim = int(self._memory_bytes * choice.aim)
-            found = cheapest_blocks(*step, aim, self._slowdown, choice.small_bytes)
+            effort = effort_for(choice.trace)
+            found = cheapest_blocks(*step, aim, self._slowdown, choice.small_bytes, effort)
             choice.slowdown = self._slowdown
         choice.recompute, choice.stale = found.recompute, False

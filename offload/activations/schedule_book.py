@@ -19,7 +19,7 @@ from offload.activations.blocks import BlockBook, BlockKey, BlockRuns
 from offload.activations.rates import CHANGED, LEAST_BYTES, Rates, Throughput
 from offload.activations.recording import Recording
 from offload.activations.ways import LINK, ways_to_tiers
-from perfmodel.schedules.activations import ActivationSchedule, plan_activations
+from perfmodel.schedules.activations import ActivationSchedule, effort_for, plan_activations
 from perfmodel.schedules.slowdown import slowed_to_fit
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
@@ -318,12 +318,13 @@ class ScheduleBook:
         memory_bytes, slowdown = self.memory_bytes, self.blocks.slowdown_of(entry.key)
         small_bytes = entry.small_bytes
         left = max(0, memory_bytes - small_bytes) if memory_bytes is not None else None
-        schedule = plan_activations(trace, channels, limits, left, slowdown=slowdown)
+        effort = effort_for(trace)
+        schedule = plan_activations(trace, channels, limits, left, slowdown=slowdown, effort=effort)
         if memory_bytes is None or left is None:
             return schedule
         if entry.key is not None:  # more blocks can be recomputed from the next forward on, maybe
             self.blocks.missed(entry.key, schedule.peak_bytes + small_bytes)
-        schedule = slowed_to_fit(schedule, trace, channels, limits, left)
+        schedule = slowed_to_fit(schedule, trace, channels, limits, left, effort)
         needed_bytes = schedule.peak_bytes + small_bytes
         entry.over_bytes = needed_bytes if needed_bytes > memory_bytes else 0
         return schedule

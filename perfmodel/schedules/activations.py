@@ -18,10 +18,12 @@ from perfmodel.schedules.prefix_cut import prefix_cut
 from perfmodel.schedules.replay import KEPT, Outcome, Replay
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
-__all__ = ["ActivationSchedule", "plan_activations"]
+__all__ = ["ActivationSchedule", "effort_for", "plan_activations"]
 
 # How much work the search may do: choices tried times tensors in each.
 _SEARCH_TENSORS = 150_000
+# A step of so many seconds is worth all of that work, which takes about a fifth of it.
+_WORTH_ALL_S = 2.0
 # So few choices are all tried.
 _FEW_CHOICES = 1024
 # Beginnings at random, besides the ones that are thought to be good.
@@ -62,28 +64,36 @@ def plan_activations(
     memory_bytes: int | None = None,
     *,
     slowdown: float = 0.0,
-    thorough: bool = True,
+    effort: float = 1.0,
 ) -> ActivationSchedule:
     """Choose a tier for every tensor of `trace`.
 
     No write may hold up the forward, no read the backward, in a step that takes `slowdown` of
     itself longer. Without `memory_bytes`: the least peak that is possible so. With it: the fewest
     bytes moved with a peak within `memory_bytes`; where that is out of reach, the least peak. The
-    result is the same for the same arguments, however fast the machine. Not `thorough`: a good
-    choice and no search for a better one.
+    result is the same for the same arguments, however fast the machine. `effort`: how
+    much of the search is made, from 1 down to 0: a good choice, and none for a better one.
 
-    Raises ValueError for a negative slowdown.
+    Raises ValueError for a negative slowdown, or an effort that is none.
     """
+    if not 0 <= effort <= 1:
+        raise ValueError(f"effort={effort!r} is not a part of the search: 0 to 1")
     if not 0 <= slowdown < math.inf:
         raise ValueError(f"slowdown={slowdown!r} is not a part of a step: 0, or 0.05 say")
     limits = limits or Limits()
     # A step that waits, evenly spread, is to its transfers what faster channels are.
     channels = [_faster(channel, 1 + slowdown) for channel in channels]
-    search = _Search(Replay(trace, channels, limits), memory_bytes or 0)
-    found = search.without_window(thorough) or (search.best() if thorough else search.first())
+    search = _Search(Replay(trace, channels, limits), memory_bytes or 0, effort)
+    found = search.without_window() or search.best()
     choice, outcome = found
     schedule = _schedule_of(search.replay, search.replay.tied(choice), outcome)
     return replace(schedule, slowdown=slowdown)
+
+
+def effort_for(trace: Trace) -> float:
+    """Return how much of the search a trace is worth: a short step is soon better taken."""
+    duration_s = max((tensor.released_s for tensor in trace.tensors), default=0.0)
+    return min(1.0, duration_s / _WORTH_ALL_S)
 
 
 def _faster(channel: Channel, factor: float) -> Channel:
@@ -137,25 +147,24 @@ _Found = tuple[list[int], Outcome]
 class _Search:
     """Tries choices on a replay; peaks below `target` are as good as `target`."""
 
-    def __init__(self, replay: Replay, target: int) -> None:
+    def __init__(self, replay: Replay, target: int, effort: float) -> None:
         self.replay = replay
         self.target = target
+        self._effort = effort
+        self._trials = int(_SEARCH_TENSORS * effort) // max(1, len(replay.nbytes))
         self._tries = 0
         self.movable = [index for index, yes in enumerate(replay.movable) if yes]
 
-    def without_window(self, thorough: bool) -> _Found | None:
+    def without_window(self) -> _Found | None:
         """Return what is best without the window, if its copies fit: a wide one costs nothing."""
         replay = self.replay
         if replay.limits.window_bytes == math.inf:
             return None
         limits = replace(replay.limits, window_bytes=math.inf)
-        free = _Search(Replay(replay.trace, replay.channels, limits), self.target)
-        many = len(self.movable) > _MANY
-        if many or not thorough:
-            found = free.first()
-            # Of very many, a first choice that does not fit is not worth looking for a better one.
-            if not thorough or not replay.fits_window(*found):
-                return found if replay.fits_window(*found) else None
+        free = _Search(Replay(replay.trace, replay.channels, limits), self.target, self._effort)
+        # Of very many, a first choice that does not fit is not worth looking for a better one.
+        if len(self.movable) > _MANY and not replay.fits_window(*free.first()):
+            return None
         found = free.best()
         return found if replay.fits_window(*found) else None
 
@@ -178,6 +187,8 @@ class _Search:
 
     def best(self) -> _Found:
         """Return the best choice found."""
+        if not self._effort:
+            return self.first()
         replay = self.replay
         nothing = self._nothing()
         if not replay.channels or not self.movable:
@@ -187,7 +198,7 @@ class _Search:
             return self._best_of_all(nothing, options)
         # Of very many, the few that could be moved one by one would find nothing.
         many = len(self.movable) > _MANY
-        self._tries = 0 if many else _SEARCH_TENSORS // len(replay.nbytes)
+        self._tries = 0 if many else self._trials
         found = self._improve(*self.first(), pairs=True)
         rng = random.Random(0)  # the same plan for the same trace
         for restart in range(_RESTARTS):
@@ -298,7 +309,7 @@ class _Search:
         moved = [index for index in self.movable if choice[index] != KEPT]
         moved.sort(key=lambda index: replay.needed_s[index] - replay.saved_s[index])
         found = choice, outcome
-        step, tries = len(moved), _SEARCH_TENSORS // max(1, len(choice))
+        step, tries = len(moved), self._trials
         while step and moved and tries > 0:
             at, before = 0, len(moved)
             while at < len(moved) and tries > 0:

@@ -135,13 +135,15 @@ def cheapest_blocks(
     memory_bytes: int,
     slowdown: float = 0.0,
     small_bytes: int = 0,
+    effort: float = 1.0,
 ) -> BlockChoice:
     """Return `choose_blocks`, or no block at all where waiting for transfers takes less time.
 
-    `extra_s` of the latter is how long the step waits at most.
+    `extra_s` of the latter is how long the step waits at most. `effort`: as for `plan_activations`,
+    of the plan that recomputes nothing.
     """
     left = max(0, memory_bytes - small_bytes)
-    plan = plan_activations(trace, channels, limits, left, slowdown=slowdown)
+    plan = plan_activations(trace, channels, limits, left, slowdown=slowdown, effort=effort)
     if plan.peak_bytes + small_bytes <= memory_bytes:
         return BlockChoice(frozenset(), 0.0, plan.peak_bytes + small_bytes)
     chosen = choose_blocks(trace, blocks, channels, limits, memory_bytes, slowdown, small_bytes)
@@ -153,7 +155,7 @@ def cheapest_blocks(
     if not slower < math.inf:
         return chosen
     target = max(0, max(memory_bytes, chosen.peak_bytes) - small_bytes)
-    waiting = plan_activations(trace, channels, limits, target, slowdown=slower, thorough=False)
+    waiting = plan_activations(trace, channels, limits, target, slowdown=slower, effort=0.0)
     if waiting.peak_bytes > target:
         return chosen
     return BlockChoice(frozenset(), chosen.extra_s, waiting.peak_bytes + small_bytes)
@@ -256,7 +258,7 @@ class _Trials:
             self._limits,
             max(0, self._memory_bytes - small_bytes),
             slowdown=self._slowdown,
-            thorough=False,
+            effort=0.0,
         )
         extra_s = sum(self._blocks[number].duration_s for number in chosen)
         return BlockChoice(chosen, extra_s, schedule.peak_bytes + small_bytes)

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from perfmodel.schedules import activations
-from perfmodel.schedules.activations import plan_activations
+from perfmodel.schedules.activations import effort_for, plan_activations
 from perfmodel.schedules.prefix_cut import prefix_cut
 from perfmodel.schedules.replay import KEPT, Replay
 from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
@@ -83,9 +83,9 @@ def test_storages_that_are_shared_are_planned_as_well() -> None:
     assert max(gaps) <= 0.10
 
 
-@pytest.mark.parametrize(("most", "count", "thorough"), [(60, 10_000, False), (40, 60, True)])
+@pytest.mark.parametrize(("most", "count", "effort"), [(60, 10_000, 0.0), (40, 60, 1.0)])
 def test_no_plan_is_worse_than_the_published_prefix_cut(
-    most: int, count: int, thorough: bool
+    most: int, count: int, effort: float
 ) -> None:
     rng = random.Random(11)
     compared = 0
@@ -93,7 +93,7 @@ def test_no_plan_is_worse_than_the_published_prefix_cut(
         trace, channel, limits = random_case(rng, most)
         replay = Replay(trace, [channel], limits)
         cut = replay.run(prefix_cut(trace, channel))
-        found = plan_activations(trace, [channel], limits, thorough=thorough)
+        found = plan_activations(trace, [channel], limits, effort=effort)
         if cut.broken < 0:  # else the cut stalls, and the plan does not
             assert found.peak_bytes <= cut.peak_bytes
             compared += 1
@@ -312,3 +312,22 @@ def test_memory_that_is_shared_is_free_only_when_all_its_tensors_have_left() -> 
         read = {index for reads in (plan.reads_first, *plan.reads_before) for index in reads}
         assert read == {index for index, tier in enumerate(plan.tiers) if tier == "ssd"}
     assert plan_activations(trace(shared=False), [drive], Limits(), 300).peak_bytes <= 300
+
+
+def test_less_effort_is_a_plan_that_holds_and_never_a_better_one() -> None:
+    for seed in range(20):
+        trace, channel, limits = random_case(random.Random(seed), most=30)
+        best = plan_activations(trace, [channel], limits).peak_bytes
+        for effort in (0.0, 0.02, 0.15):
+            found = plan_activations(trace, [channel], limits, effort=effort)
+            assert best <= found.peak_bytes <= trace.kept_peak_bytes
+    with pytest.raises(ValueError, match="not a part of the search"):
+        plan_activations(trace, [channel], limits, effort=1.5)
+
+
+def test_a_short_step_is_worth_less_search_than_a_long_one() -> None:
+    def of(released_s: float) -> float:
+        return effort_for(Trace((SavedTensor(1, 0.0, released_s, released_s),)))
+
+    assert 0 < of(0.1) < of(0.4) < of(2.0) == of(60.0) == 1.0
+    assert effort_for(Trace(())) == 0.0

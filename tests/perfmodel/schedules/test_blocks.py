@@ -135,7 +135,7 @@ def test_close_to_the_best_of_all_choices(seed: int) -> None:
     for count in range(layers + 1):
         for chosen in combinations(range(layers), count):
             again = recomputed(trace, blocks, chosen)
-            peak = plan_activations(again, drive, LIMITS, memory_bytes, thorough=False).peak_bytes
+            peak = plan_activations(again, drive, LIMITS, memory_bytes, effort=0.0).peak_bytes
             outcomes[frozenset(chosen)] = peak
     assert choice.peak_bytes == outcomes[choice.recompute]
     fitting = [chosen for chosen, peak in outcomes.items() if peak <= memory_bytes]
@@ -185,7 +185,7 @@ def test_a_step_that_may_be_longer_has_the_least_peak_for_that_time(rate: float)
         assert choice.extra_s <= 24 * slowdown
         assert (24 + choice.extra_s) * (1 + choice.slowdown) <= 24 * (1 + slowdown) * (1 + 1e-9)
         alone = plan_activations(
-            trace, [channel(rate)], LIMITS, slowdown=slowdown, thorough=False
+            trace, [channel(rate)], LIMITS, slowdown=slowdown, effort=0.0
         ).peak_bytes
         assert choice.peak_bytes <= alone
         peaks.append(choice.peak_bytes)
