@@ -12,6 +12,7 @@ import torch
 from offload.config import OptimizerConfig
 from offload.native import AdamSettings
 from offload.optimizer.layout import flat_view
+from offload.optimizer.sharded import as_placed, local_part
 from perfmodel.plan import require_known
 
 __all__ = [
@@ -118,6 +119,7 @@ def flat_grad(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         )
     if grad.dtype not in _DTYPES:
         raise RuntimeError(f"a gradient is {grad.dtype}; it can be float32, bfloat16 or float16")
+    grad, param = local_part(as_placed(grad, param)), local_part(param)
     if grad.stride() != param.stride():
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     return flat_view(grad.detach())

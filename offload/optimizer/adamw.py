@@ -35,6 +35,7 @@ from offload.optimizer.checkpoint_file import CheckpointFile, save_states
 from offload.optimizer.device_side import DeviceSide
 from offload.optimizer.layout import Piece, Subgroup, lay_out, needs_master
 from offload.optimizer.placement import Placement
+from offload.optimizer.sharded import is_sharded, sum_over_ranks
 from offload.optimizer.states import States, renew_master
 from offload.optimizer.update import Update
 
@@ -155,7 +156,7 @@ class AdamW(torch.optim.Optimizer):
         grads = {param: param.grad for param in params if param.grad is not None}
         flat = {param: flat_grad(param, grad) for param, grad in grads.items()}
         # One sum in one order: the same wherever the states are.
-        square = sum(map(self._squared_norm, flat.values()))
+        square = sum_over_ranks({param: self._squared_norm(grad) for param, grad in flat.items()})
         self.total_norm = math.sqrt(square) if math.isfinite(square) else square
         if not math.isfinite(square):
             self.skipped_steps += 1
@@ -275,13 +276,16 @@ class AdamW(torch.optim.Optimizer):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all states to the file `path`, in safetensors, with only a subgroup in memory.
 
+        Raises ValueError where ranks have parts of parameters: `torch.distributed.checkpoint`
+        saves those, by `state_dict()`.
+
         The last checkpoint there stays until the new one is whole and on the drive, also when the
         process is killed. Tensors are called `0.exp_avg`, by the parameter's number in a
         `state_dict()`. Raises RuntimeError while a step is half done, OSError with the path.
         """
         self._require_whole()
         groups = super().state_dict()["param_groups"]
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = self._unsharded()
         numbers = {param: number for number, param in enumerate(params)}
         depth = self._placement.depth
         save_states(Path(path), groups, numbers, self._steps, self._subgroups, depth)
@@ -292,10 +296,10 @@ class AdamW(torch.optim.Optimizer):
         Raises ValueError where the file is something else or of other parameters, OSError with the
         path where it cannot be read or its bytes have changed: before anything is changed.
         """
+        params = self._unsharded()
         with CheckpointFile(Path(path)) as file:
             file.verify()
             outline = file.outline()
-            params = [param for group in self.param_groups for param in group["params"]]
             numbers = dict(zip(params, _numbers(outline["param_groups"]), strict=False))
 
             def fill(piece: Piece, name: str, elements: torch.Tensor) -> None:
@@ -305,6 +309,16 @@ class AdamW(torch.optim.Optimizer):
                 self._take_over(outline, lambda _saved: fill)
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)}: {error}") from None
+
+    def _unsharded(self) -> list[torch.Tensor]:
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param in params:
+            if is_sharded(param):
+                raise ValueError(
+                    f"ranks have parts of a parameter of shape {tuple(param.shape)} (DTensor), and "
+                    "one file has whole ones; use torch.distributed.checkpoint with state_dict()"
+                )
+        return params
 
     def _take_over(self, state_dict: Mapping[str, Any], source: Callable[[Saved], Fill]) -> None:
         """Load a checkpoint whose elements `source` brings; those of `state_dict` are not used."""

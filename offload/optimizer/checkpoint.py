@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from offload.optimizer.layout import ROWS, Piece, Subgroup, flat_view, needs_master, rows_of
+from offload.optimizer.sharded import as_placed, local_part
 from offload.optimizer.states import States
 
 __all__ = ["Fill", "Saved", "assembled", "from_memory", "require_fitting", "spread"]
@@ -58,10 +59,17 @@ def spread(subgroups: Sequence[tuple[Subgroup, States]], saved: Saved, fill: Fil
 
 
 def from_memory(saved: Saved) -> Fill:
-    """Return what brings states that are in memory."""
+    """Return what brings states that are in memory.
+
+    Those of a DTensor may be placed otherwise, or be whole; all ranks must call this alike.
+    """
+    placed = {
+        param: {name: as_placed(states[name], param) for name in ROWS if name in states}
+        for param, states in saved.items()
+    }
 
     def fill(piece: Piece, name: str, elements: torch.Tensor) -> None:
-        value = _like(piece.param, saved[piece.param][name])
+        value = _like(local_part(piece.param), local_part(placed[piece.param][name]))
         elements.copy_(value[piece.begin : piece.end])
 
     return fill

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from offload.optimizer.sharded import local_part
+
 __all__ = ["ROWS", "Piece", "Subgroup", "flat_view", "lay_out", "needs_master", "rows_of"]
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq")
@@ -26,10 +28,11 @@ def needs_master(param: torch.Tensor) -> bool:
 
 
 def flat_view(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all elements in the order of memory.
+    """Return all elements in the order of memory; of a DTensor those that this rank has.
 
     Raises ValueError where there are gaps between them, or one is at several places.
     """
+    tensor = local_part(tensor)
     if tensor.is_contiguous():
         return tensor.view(-1)
     if _is_dense(tensor):
@@ -54,7 +57,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Elements `begin` to `end` of a parameter, at `at` of its subgroup."""
+    """Elements `begin` to `end` of a parameter, or of this rank's part, at `at` of its subgroup."""
 
     param: torch.nn.Parameter
     begin: int
@@ -112,7 +115,7 @@ def lay_out(
         alike = [
             param
             for param in params
-            if (needs_master(param) or all_masters) is has_master and param.numel()
+            if (needs_master(param) or all_masters) is has_master and local_part(param).numel()
         ]
         found += [
             Subgroup(group, tuple(pieces), has_master) for pieces in _cut(alike, subgroup_params)
@@ -124,9 +127,9 @@ def _cut(params: Sequence[torch.nn.Parameter], size: int) -> Iterator[list[Piece
     pieces: list[Piece] = []
     at = 0
     for param in params:
-        begin = 0
-        while begin < param.numel():
-            end = min(param.numel(), begin + size - at)
+        begin, count = 0, local_part(param).numel()
+        while begin < count:
+            end = min(count, begin + size - at)
             pieces.append(Piece(param, begin, end, at))
             at += end - begin
             begin = end
