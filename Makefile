@@ -76,6 +76,6 @@ gpu:
 	$(PYTHON) -m benchmarks.nine_cases --json benchmarks/records/nine_cases.json
 
 clean:
-	rm -rf build .venv/.installed .venv/.bench *.egg-info offload/_C*.so
+	rm -rf build .venv/.installed .venv/.bench *.egg-info offload/_C*.so offload/_cuda_kernels.so
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find offload perfmodel examples benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

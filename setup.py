@@ -1,6 +1,8 @@
 """Builds `offload._C`, the native core. Everything else about the package is in pyproject.toml."""
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +27,34 @@ def is_stale(object_file: str, source: str) -> bool:
     return any(os.stat(path).st_mtime > built for path in (source, *SHARED))
 
 
+# The kernels are a library of their own, which needs no Python and brings CUDA's runtime along.
+KERNELS = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+ARCHITECTURES = [
+    *("-gencode", "arch=compute_80,code=sm_80"),
+    *("-gencode", "arch=compute_90,code=[sm_90,compute_90]"),
+]
+
+
+class BuildAll(build_ext):
+    """Builds the native core, and where nvcc is the CUDA kernels beside it."""
+
+    def run(self):
+        """Build what is not up to date."""
+        super().run()
+        nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+        target = Path(self.get_ext_fullpath("offload._C")).with_name("_cuda_kernels.so")
+        if nvcc is None or not any(is_stale(str(target), source) for source in KERNELS):
+            return
+        command = [nvcc, "-std=c++20", "-O3", "-fmad=false", "-shared", "-Xcompiler", "-fPIC"]
+        # To its place at once: a library that a process has loaded must not change under it.
+        part = target.with_suffix(".part")
+        done = subprocess.run([*command, *ARCHITECTURES, *KERNELS, "-o", str(part)], check=False)
+        if done.returncode:
+            print(f"{nvcc} failed: AdamW will not take parameters on a GPU", file=sys.stderr)
+        else:
+            part.replace(target)
+
+
 ParallelCompile(needs_recompile=is_stale).install()
 
 setup(
@@ -45,6 +75,6 @@ setup(
             extra_link_args=["-pthread"],
         )
     ],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BuildAll},
     options={"build_ext": {"build_temp": OBJECTS}},
 )

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from offload._C import (
+    NORM_BLOCK,
     AdamSettings,
     Arena,
     Buffer,
@@ -26,11 +27,13 @@ from offload._C import (
     Spill,
     ThreadPool,
     TryLock,
+    adam_constants,
     adam_path,
     close_in_children,
     crc32c,
     crc32c_path,
     keep_in_children,
+    sum_of_blocks,
 )
 from offload._C import adam_update as _adam_update
 from offload._C import inspect_directory as _inspect_directory
@@ -38,6 +41,7 @@ from offload._C import probe_engines as _probe_engines
 from offload._C import squared_norm as _squared_norm
 
 __all__ = [
+    "NORM_BLOCK",
     "AdamSettings",
     "Arena",
     "Buffer",
@@ -52,6 +56,7 @@ __all__ = [
     "Spill",
     "ThreadPool",
     "TryLock",
+    "adam_constants",
     "adam_path",
     "adam_update",
     "close_in_children",
@@ -62,6 +67,7 @@ __all__ = [
     "memory_of",
     "probe_engines",
     "squared_norm",
+    "sum_of_blocks",
     "tensor_at",
     "tensor_over",
 ]

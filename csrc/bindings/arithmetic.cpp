@@ -64,6 +64,20 @@ void bind_arithmetic(py::module_& module) {
              py::arg("grad_dtype"), py::arg("master_param"), py::arg("exp_avg"),
              py::arg("exp_avg_sq"), py::arg("param"), py::arg("param_dtype"), py::arg("count"),
              NoGil());
+  module.attr("NORM_BLOCK") = kNormBlock;
+  module.def(
+      "adam_constants",
+      [](const AdamSettings& settings, std::uint64_t step, double grad_scale, double clip) {
+        if (step == 0) throw std::invalid_argument("step counts from 1, and is 0");
+        // All of it, so that no byte between the members is another one each time.
+        alignas(AdamConstants) char bytes[sizeof(AdamConstants)] = {};
+        *reinterpret_cast<AdamConstants*>(bytes) =
+            make_adam_constants(settings, step, grad_scale, clip);
+        return py::bytes(bytes, sizeof bytes);
+      },
+      py::arg("settings"), py::arg("step"), py::kw_only(), py::arg("grad_scale"),
+      py::arg("clip"));
+  module.def("sum_of_blocks", [](std::vector<double> sums) { return sum_of_blocks(sums); });
   module.def(
       "squared_norm",
       [](ThreadPool& pool, std::uintptr_t values, const std::string& dtype, std::size_t count) {

@@ -19,3 +19,18 @@ int block_norms_cuda(const void* values, DType dtype, std::size_t count, double*
                      void* stream);
 
 }  // namespace offload
+
+// What Python calls, by its C interface: see offload/device/kernels.py. `constants` is an
+// AdamConstants; the types are numbered as in DType. Each returns 0 or a cudaError_t.
+extern "C" {
+int offload_adam_update(const void* constants, const void* grad, int grad_dtype,
+                        float* master_param, float* exp_avg, float* exp_avg_sq, void* param,
+                        int param_dtype, std::size_t count, void* stream);
+int offload_block_norms(const void* values, int dtype, std::size_t count, double* sums,
+                        void* stream);
+// Of such a number, what CUDA calls it.
+const char* offload_cuda_error(int code);
+// So that two builds that do not fit are told apart.
+std::size_t offload_constants_bytes();
+std::size_t offload_norm_block();
+}

@@ -15,7 +15,15 @@ from offload.device.direct import DirectFile, KvikioFile
 from offload.device.link import DeviceLink, Moment
 from offload.native import Buffer, tensor_over
 
-__all__ = ["CudaLink", "device_facts", "refuse_capture"]
+__all__ = [
+    "CudaLink",
+    "device_facts",
+    "new_event",
+    "new_stream",
+    "pin_host_memory",
+    "refuse_capture",
+    "unpin_host_memory",
+]
 
 # Untyped in torch.
 _Stream: Any = torch.cuda.Stream
@@ -25,6 +33,31 @@ _is_initialized: Any = torch.cuda.is_initialized
 # Copies whose times are not asked for yet; beyond, they are added up.
 _MOST_UNTIMED = 256
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
+
+
+def new_stream(device: torch.device) -> Any:
+    """Return a stream beside the computation."""
+    return _Stream(device)
+
+
+def new_event() -> Any:
+    """Return an event with a time; who waits for it sleeps, instead of keeping a core busy."""
+    return _Event(enable_timing=True, blocking=True)
+
+
+def pin_host_memory(device: torch.device, address: int, nbytes: int) -> int:
+    """Register host memory with CUDA, all of which becomes resident; return 0 or CUDA's error."""
+    code = int(_cudart().cudaHostRegister(address, nbytes, _PORTABLE))
+    if code:
+        # CUDA remembers the error, and whoever launches the next kernel would be told.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)
+    return code
+
+
+def unpin_host_memory(address: int) -> None:
+    """Undo the registration, before the memory goes."""
+    _cudart().cudaHostUnregister(address)
 
 
 class CudaLink(DeviceLink):
@@ -37,8 +70,8 @@ class CudaLink(DeviceLink):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._out = _Stream(device)
-        self._in = _Stream(device)
+        self._out = new_stream(device)
+        self._in = new_stream(device)
         # Copies whose time is not known yet: begin, end, bytes. One list for each direction.
         self._untimed: tuple[deque[tuple[Any, Any, int]], ...] = (deque(), deque())
         self._sums = [[0.0, 0.0], [0.0, 0.0]]
@@ -121,19 +154,16 @@ class CudaLink(DeviceLink):
 
     def pin(self, address: int, nbytes: int) -> bool:
         """Register host memory with CUDA; all of it becomes resident."""
-        code = int(_cudart().cudaHostRegister(address, nbytes, _PORTABLE))
+        code = pin_host_memory(self.device, address, nbytes)
         if code == 0:
             self.pinned_reason = "registered with CUDA"
             return True
         self.pinned_reason = f"cudaHostRegister failed with error {code}: copies are slower"
-        # CUDA remembers the error, and whoever launches the next kernel would be told.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self.device)
         return False
 
     def unpin(self, address: int) -> None:
         """Undo the registration."""
-        _cudart().cudaHostUnregister(address)
+        unpin_host_memory(address)
 
     def direct_file(self, descriptor: int) -> DirectFile:
         """Open it with kvikio."""

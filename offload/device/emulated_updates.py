@@ -227,9 +227,9 @@ class EmulatedUpdates(UpdateDevice):
         params, seconds = self._host
         self._host = params + count, seconds + time.perf_counter() - begin_s
 
-    def squared_norm(self, pool: ThreadPool, values: torch.Tensor) -> float:
+    def squared_norms(self, pool: ThreadPool, values: Sequence[torch.Tensor]) -> list[float]:
         """Return the host's, which has the device's bits."""
-        return squared_norm(pool, values)
+        return [squared_norm(pool, each) for each in values]
 
     def hold(self, moment: Moment) -> None:
         """Wait, as the computation would."""

@@ -70,8 +70,8 @@ class UpdateDevice(ABC):
         adam_update(pool, settings, step, clip=clip, **vars(arrays))
 
     @abstractmethod
-    def squared_norm(self, pool: ThreadPool, values: torch.Tensor) -> float:
-        """Return `offload.native.squared_norm` of an array on the device, in the same order."""
+    def squared_norms(self, pool: ThreadPool, values: Sequence[torch.Tensor]) -> list[float]:
+        """Return `offload.native.squared_norm` of each array on the device, in the same order."""
 
     @abstractmethod
     def hold(self, moment: Moment) -> None:

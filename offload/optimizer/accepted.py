@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 
 from offload.config import OptimizerConfig
+from offload.device.cuda_updates import CudaUpdates
+from offload.device.updates import UpdateDevice
 from offload.native import AdamSettings
 from offload.optimizer.layout import flat_view
 from offload.optimizer.sharded import as_placed, local_part
@@ -22,6 +24,7 @@ __all__ = [
     "require_settings",
     "require_trainable",
     "settings_of",
+    "updates_beside",
     "without_torchs",
 ]
 
@@ -95,17 +98,31 @@ def require_number(key: str, value: object) -> None:
         raise ValueError(f"{key}={value!r} is no number")
 
 
-def require_trainable(param: torch.Tensor) -> None:
-    """Raise ValueError for a parameter that cannot be trained so."""
+def updates_beside(params: Sequence[Any]) -> UpdateDevice | None:
+    """Return the GPU that parameters, or groups of them, lie on; None where that is the host.
+
+    Raises ImportError where there is one and the kernels were not built.
+    """
+    for each in params:
+        for param in each["params"] if isinstance(each, Mapping) else [each]:
+            param = param[1] if isinstance(param, tuple) else param  # with its name
+            if isinstance(param, torch.Tensor) and param.is_cuda:
+                return CudaUpdates(param.device)
+    return None
+
+
+def require_trainable(param: torch.Tensor, device: UpdateDevice | None = None) -> None:
+    """Raise ValueError for a parameter that cannot be trained so; `device`: where all must lie."""
     if param.dtype not in _DTYPES:
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} is {param.dtype}; "
             "it can be float32, bfloat16 or float16"
         )
-    if not param.is_cpu:
+    expected = torch.device("cpu") if device is None else device.device
+    if param.device != expected:
         raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} is on {param.device}; "
-            "only those of the CPU can be trained so far"
+            f"a parameter of shape {tuple(param.shape)} is on {param.device}, and others are on "
+            f"{expected}; one AdamW updates those of one device"
         )
     flat_view(param.detach())
 

@@ -21,6 +21,7 @@ from offload.optimizer.accepted import (
     require_settings,
     require_trainable,
     settings_of,
+    updates_beside,
     without_torchs,
 )
 from offload.optimizer.checkpoint import (
@@ -50,8 +51,9 @@ class AdamW(torch.optim.Optimizer):
     else has changed of a parameter is taken over into its copy at the next step. `placement` and
     the settings after it are those of `OptimizerConfig`. `max_norm` clips the norm of all gradients
     together. A step whose gradients are not all finite is skipped and counted in `skipped_steps`.
-    `fused` and `foreach` are taken and mean nothing. `emulated_device` has parameters of the CPU
-    treated as if they lay on a device; it stays its owner's.
+    `fused` and `foreach` are taken and mean nothing. Parameters of a GPU are updated there
+    and here, as `update_schedule` says. `emulated_device` has those of the CPU treated so; it stays
+    its owner's.
 
     Raises ValueError for a wrong setting or a parameter that cannot be trained so, OSError with
     errno and path for a directory that cannot be used or has too little space.
@@ -91,13 +93,14 @@ class AdamW(torch.optim.Optimizer):
         self._versions: dict[torch.Tensor, int] = {}  # of parameters that have a master copy
         self._unfinished: Update | None = None
         self._half_loaded = False
+        params = [*params]
+        self._own_device = updates_beside(params) if emulated_device is None else None
+        device = self._own_device or emulated_device
         self.device_side = (  # None without a device
-            DeviceSide(emulated_device, self._pool, self.config)
-            if emulated_device is not None
-            else None
+            DeviceSide(device, self._pool, self.config) if device is not None else None
         )
         self._placement = Placement(self.config, faults, self.device_side)
-        self._finalizer = weakref.finalize(self, self._placement.close)
+        self._finalizer = weakref.finalize(self, _close, self._placement, self._own_device)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"maximize": maximize}
         try:
@@ -117,7 +120,7 @@ class AdamW(torch.optim.Optimizer):
         try:
             require_settings(group)
             for param in group["params"]:
-                require_trainable(param)
+                require_trainable(param, self._own_device)
             size = self.config.subgroup_params
             laid_out = lay_out(
                 number, group["params"], size, all_masters=self.device_side is not None
@@ -156,7 +159,8 @@ class AdamW(torch.optim.Optimizer):
         grads = {param: param.grad for param in params if param.grad is not None}
         flat = {param: flat_grad(param, grad) for param, grad in grads.items()}
         # One sum in one order: the same wherever the states are.
-        square = sum_over_ranks({param: self._squared_norm(grad) for param, grad in flat.items()})
+        norms = self._squared_norms([*flat.values()])
+        square = sum_over_ranks(dict(zip(flat, norms, strict=True)))
         self.total_norm = math.sqrt(square) if math.isfinite(square) else square
         if not math.isfinite(square):
             self.skipped_steps += 1
@@ -172,10 +176,10 @@ class AdamW(torch.optim.Optimizer):
         stale = {param for param in flat if self._has_master(param) and self._is_foreign(param)}
         return Update(flat, grads, dict(self._steps), settings, clip, stale)
 
-    def _squared_norm(self, grad: torch.Tensor) -> float:
+    def _squared_norms(self, grads: Sequence[torch.Tensor]) -> list[float]:
         if self.device_side is not None:
-            return self.device_side.squared_norm(grad)
-        return squared_norm(self._pool, grad)
+            return self.device_side.squared_norms(grads)
+        return [squared_norm(self._pool, grad) for grad in grads]
 
     def _is_foreign(self, param: torch.Tensor) -> bool:
         """Say whether somebody else has written the parameter since its master copy was made."""
@@ -255,7 +259,7 @@ class AdamW(torch.optim.Optimizer):
 
         All states are copied into memory. Raises RuntimeError while a step is half done.
         """
-        self._require_whole()
+        self._settle()
         for param, states in assembled(self._subgroups, self._steps).items():
             self.state[param].update(states)
         try:
@@ -283,7 +287,7 @@ class AdamW(torch.optim.Optimizer):
         process is killed. Tensors are called `0.exp_avg`, by the parameter's number in a
         `state_dict()`. Raises RuntimeError while a step is half done, OSError with the path.
         """
-        self._require_whole()
+        self._settle()
         groups = super().state_dict()["param_groups"]
         params = self._unsharded()
         numbers = {param: number for number, param in enumerate(params)}
@@ -323,6 +327,8 @@ class AdamW(torch.optim.Optimizer):
     def _take_over(self, state_dict: Mapping[str, Any], source: Callable[[Saved], Fill]) -> None:
         """Load a checkpoint whose elements `source` brings; those of `state_dict` are not used."""
         self._require_whole(loading=True)
+        if self.device_side is not None:
+            self.device_side.settle()
         params = [param for group in self.param_groups for param in group["params"]]
         groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
         for group in groups:
@@ -358,6 +364,12 @@ class AdamW(torch.optim.Optimizer):
         if not self._finalizer.alive:
             raise RuntimeError("this AdamW is closed; make a new one")
 
+    def _settle(self) -> None:
+        """Have all states where the host may look at them, and none half done."""
+        self._require_whole()
+        if self.device_side is not None:
+            self.device_side.settle()
+
     def _require_whole(self, *, loading: bool = False) -> None:
         self._require_open()
         if self._half_loaded and not loading:
@@ -367,6 +379,12 @@ class AdamW(torch.optim.Optimizer):
                 f"a step is half done ({len(self._unfinished.done)} of {len(self._subgroups)} "
                 "subgroups); call step() again to finish it first"
             )
+
+
+def _close(placement: Placement, device: UpdateDevice | None) -> None:
+    placement.close()
+    if device is not None:
+        device.close()
 
 
 def _numbers(groups: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -51,9 +51,14 @@ class DeviceSide:
         self._pinned.append(rows.data_ptr())
         return states
 
-    def squared_norm(self, values: torch.Tensor) -> float:
-        """Return what `offload.native.squared_norm` does, of an array on the device."""
-        return self._device.squared_norm(self._pool, values)
+    def squared_norms(self, values: Sequence[torch.Tensor]) -> list[float]:
+        """Return what `offload.native.squared_norm` does, of each array on the device."""
+        return self._device.squared_norms(self._pool, values)
+
+    def settle(self) -> None:
+        """Wait until states that the device has updated are where the host may look at them."""
+        if self._engine is not None:
+            self._engine.settle()
 
     def finish(self, update: Update, subgroups: Sequence[tuple[Subgroup, States]]) -> None:
         """Do what is left of an update. Raises OSError where states cannot be read."""
@@ -81,6 +86,7 @@ class DeviceSide:
             return None
         for piece in pieces if subgroup.has_master else ():
             if piece.param in update.stale:
+                self.settle()
                 renew_master(piece.inside(states.begin()[2]), piece.of(piece.param.detach()))
         return Job(
             self._places[states],

@@ -49,15 +49,28 @@ class Interleaved:
     ) -> None:
         self._device, self._pool = device, pool
         rows = 3 * most_params
-        self._buffers = [torch.empty(rows, device=device.device) for _ in range(buffers)]
+        buffer = [torch.empty(rows, device=device.device) for _ in range(buffers)]
+        # Each with what must have come before it is written: at first, whatever the computation
+        # still does with memory that was given back and is this buffer now.
+        self._free: deque[tuple[torch.Tensor, tuple[Moment, ...]]] = deque(
+            (each, (device.ready(),)) for each in buffer
+        )
+        self._left: dict[States, Moment] = {}  # when states were back in host memory
         # As wide as the widest type; the memory is pinned as one.
         self._slots = torch.empty(slots, 2, most_params)
         device.pin(self._slots.data_ptr(), self._slots.nbytes)
         self._written: deque[States] = deque()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, once nothing comes or goes."""
+        self.settle()
         self._device.unpin(self._slots.data_ptr())
+
+    def settle(self) -> None:
+        """Wait until states that have moved are back, so that the host may look at them."""
+        for moment in self._left.values():
+            moment.synchronize()
+        self._left.clear()
 
     def run(self, jobs: Mapping[int, Job], clip: float, done: set[int]) -> None:
         """Update all of them, in their order; the numbers of those updated are added to `done`.
@@ -77,21 +90,20 @@ class Interleaved:
             self._settle(0)
 
     def _queue_device(self, jobs: Sequence[Job], clip: float, began: Moment) -> list[Moment]:
-        free: deque[tuple[torch.Tensor, tuple[Moment, ...]]] = deque(
-            (buffer, ()) for buffer in self._buffers
-        )
         pending: list[Moment] = []
         for job in jobs:
             if job.place == "resident":
                 pending += self._update(job, job.states.begin(), clip, (began,))
             elif job.place == "moved":
-                buffer, after = free.popleft()
+                buffer, after = self._free.popleft()
                 far = job.states.begin()
                 near = buffer[: far.numel()].view(far.shape)
+                if job.states in self._left:  # as they were after the last step
+                    after = (*after, self._left[job.states])
                 came = self._device.copy("states in", far, near, after)
                 updated = self._update(job, near, clip, (began, came))
-                left = self._device.copy("states out", near, far, updated)
-                free.append((buffer, (left,)))
+                self._left[job.states] = left = self._device.copy("states out", near, far, updated)
+                self._free.append((buffer, (left,)))
                 pending.append(left)
         return pending
 

@@ -1,0 +1,36 @@
+// The kernels' C interface, which a library of their own exports: offload._C needs no CUDA.
+#include <cuda_runtime.h>
+
+#include "adam_cuda.h"
+
+using offload::AdamArrays;
+using offload::AdamConstants;
+using offload::DType;
+
+int offload_adam_update(const void* constants, const void* grad, int grad_dtype,
+                        float* master_param, float* exp_avg, float* exp_avg_sq, void* param,
+                        int param_dtype, std::size_t count, void* stream) {
+  AdamArrays arrays;
+  arrays.grad = grad;
+  arrays.grad_dtype = static_cast<DType>(grad_dtype);
+  arrays.master_param = master_param;
+  arrays.exp_avg = exp_avg;
+  arrays.exp_avg_sq = exp_avg_sq;
+  arrays.param = param;
+  arrays.param_dtype = static_cast<DType>(param_dtype);
+  arrays.count = count;
+  return offload::adam_update_cuda(*static_cast<const AdamConstants*>(constants), arrays, stream);
+}
+
+int offload_block_norms(const void* values, int dtype, std::size_t count, double* sums,
+                        void* stream) {
+  return offload::block_norms_cuda(values, static_cast<DType>(dtype), count, sums, stream);
+}
+
+const char* offload_cuda_error(int code) {
+  return cudaGetErrorName(static_cast<cudaError_t>(code));
+}
+
+std::size_t offload_constants_bytes() { return sizeof(AdamConstants); }
+
+std::size_t offload_norm_block() { return offload::kNormBlock; }

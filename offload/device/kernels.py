@@ -1,0 +1,78 @@
+"""The CUDA kernels of csrc/cuda: a library of their own, built where nvcc is."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_char_p, c_int, c_size_t, c_void_p
+from pathlib import Path
+
+import torch
+
+from offload.device.updates import Arrays
+from offload.native import NORM_BLOCK, AdamSettings, adam_constants
+
+__all__ = ["LIBRARY", "Kernels"]
+
+LIBRARY = Path(__file__).parents[1] / "_cuda_kernels.so"
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as DType has them
+
+
+class Kernels:
+    """Launches the kernels on a stream, given by its address (`torch.cuda.Stream.cuda_stream`).
+
+    Raises ImportError where the library was not built, or by another version.
+    """
+
+    def __init__(self, path: Path = LIBRARY) -> None:
+        try:
+            self._library = library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise ImportError(
+                f"the update on a GPU needs {path.name}, which is built where nvcc is found when "
+                f"offload is installed: {error}"
+            ) from error
+        library.offload_adam_update.argtypes = [
+            *(c_char_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+            *(c_size_t, c_void_p),
+        ]
+        library.offload_block_norms.argtypes = [c_void_p, c_int, c_size_t, c_void_p, c_void_p]
+        library.offload_cuda_error.restype = c_char_p
+        for about in (library.offload_constants_bytes, library.offload_norm_block):
+            about.restype = c_size_t
+        example = AdamSettings(lr=0.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
+        expected = len(adam_constants(example, 1, grad_scale=1.0, clip=1.0)), NORM_BLOCK
+        found = library.offload_constants_bytes(), library.offload_norm_block()
+        if found != expected:
+            raise ImportError(f"{path} is of another version of offload; install it anew")
+
+    def update(
+        self, settings: AdamSettings, step: int, arrays: Arrays, *, clip: float, stream: int
+    ) -> None:
+        """Queue an update of arrays on the device. Raises RuntimeError where CUDA refuses."""
+        constants = adam_constants(settings, step, grad_scale=1.0, clip=clip)
+        param = arrays.param
+        code = self._library.offload_adam_update(
+            constants,
+            arrays.grad.data_ptr(),
+            _NUMBERS[arrays.grad.dtype],
+            arrays.master_param.data_ptr(),
+            arrays.exp_avg.data_ptr(),
+            arrays.exp_avg_sq.data_ptr(),
+            None if param is None else param.data_ptr(),
+            0 if param is None else _NUMBERS[param.dtype],
+            arrays.grad.numel(),
+            stream,
+        )
+        self._require(code, f"an update of {arrays.grad.numel()} parameters")
+
+    def block_norms(self, values: torch.Tensor, sums: torch.Tensor, *, stream: int) -> None:
+        """Queue the sums of squares of each `NORM_BLOCK` elements; `sums` are fp64."""
+        code = self._library.offload_block_norms(
+            values.data_ptr(), _NUMBERS[values.dtype], values.numel(), sums.data_ptr(), stream
+        )
+        self._require(code, f"the norm of {values.numel()} elements")
+
+    def _require(self, code: int, what: str) -> None:
+        if code:
+            name = self._library.offload_cuda_error(code).decode()
+            raise RuntimeError(f"CUDA does not take {what}: {name} ({code})")
