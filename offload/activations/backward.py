@@ -8,9 +8,9 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from offload.activations.plan import Plan
     from offload.activations.recording import Recording
     from offload.activations.region import Region
-    from offload.activations.schedule_book import Plan
 
 __all__ = ["BackwardOrder"]
 

@@ -23,10 +23,10 @@ from offload.activations.identity import (
     weak_storage,
 )
 from offload.activations.owned import Owned
+from offload.activations.plan import Plan
 from offload.activations.recording import HostClock, Recording
 from offload.activations.region import Region, element_begin
 from offload.activations.saved import Kept, RecastParameter, Saved
-from offload.activations.schedule_book import Plan
 from offload.activations.uncompiled import uncompiled
 from offload.device import refuse_capture
 from offload.native import HeldKeys, HookScope, SavedView
@@ -343,9 +343,9 @@ class ForwardPass(HookScope):
         if self.plan is not None and self.plan.sizes == self.signature:
             if self.backward.expect(self.plan, None, alone=self.depth == self.plan.depth == 1):
                 self.owner.transfers.begin(self)
-            counters, schedule = self.owner.counters, self.plan.schedule
-            counters.predicted_peak = schedule.peak_bytes + self.plan.small_bytes
-            counters.predicted_slowdown = schedule.slowdown
+            counters, plan = self.owner.counters, self.plan
+            counters.predicted_peak = plan.schedule.peak_bytes + plan.small_bytes
+            counters.predicted_slowdown = plan.slowdown
         else:
             if self.plan is not None:  # it saves more than this forward did
                 self.plan, self.owner.book.record_next = None, self.recording is None

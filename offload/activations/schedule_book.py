@@ -16,14 +16,16 @@ from statistics import median
 from time import perf_counter
 
 from offload.activations.blocks import BlockBook, BlockKey, BlockRuns
+from offload.activations.plan import Plan
 from offload.activations.rates import CHANGED, LEAST_BYTES, Rates, Throughput
 from offload.activations.recording import Recording
 from offload.activations.ways import LINK, ways_to_tiers
 from perfmodel.schedules.activations import ActivationSchedule, effort_for, plan_activations
 from perfmodel.schedules.slowdown import slowed_to_fit
+from perfmodel.schedules.stall import stall_s
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
-__all__ = ["Plan", "ScheduleBook"]
+__all__ = ["ScheduleBook"]
 
 # How many kinds of forward (bucketed sequence lengths, say) are remembered.
 _REMEMBERED = 64
@@ -38,32 +40,6 @@ _WAITS = 0.05
 _PERIODS = 9
 # After so many backwards without a measurement a little goes out to have one.
 _PROBED_AFTER = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What a forward with these region sizes does."""
-
-    sizes: tuple[int, ...]
-    tiers: tuple[str, ...]
-    """Of each region; `device` for those that stay."""
-    order: tuple[int, ...]
-    """Of the regions, as the backward wants them."""
-    due: tuple[int, ...]
-    """For each place in `order`: the last place whose read has begun by then."""
-    due_first: int
-    """The same before the backward asks for anything; -1 for none."""
-    depth: int
-    """How many forwards were under way at once with one of this kind."""
-    schedule: ActivationSchedule
-    rates: Mapping[str, Throughput]
-    """What the tiers' ways were taken to do."""
-    confirmed: bool
-    """Made from a step that was not the first of its kind, which is slower than the others."""
-    small_bytes: int
-    """What such a forward saves in tensors that are too small to leave."""
-    held: frozenset[int]
-    """Regions that somebody else kept in memory when they were last seen to leave."""
 
 
 @dataclass
@@ -284,11 +260,11 @@ class ScheduleBook:
         entry.stale, entry.uses = False, 0
         self.planning_s += perf_counter() - begin_s
 
-    def _machine(self, depth: int) -> tuple[list[Channel], Limits]:
+    def _machine(self, depth: int, relied_on: float = _RELIED_ON) -> tuple[list[Channel], Limits]:
         """Return what each of `depth` forwards that are under way together may use."""
         known = self._known()
         assert known is not None
-        share = _RELIED_ON / depth
+        share = relied_on / depth
         channels = []
         for tier, (write, read, mixed) in ways_to_tiers(known, self.tier_bytes).items():
             channels.append(
@@ -328,6 +304,20 @@ class ScheduleBook:
         needed_bytes = schedule.peak_bytes + small_bytes
         entry.over_bytes = needed_bytes if needed_bytes > memory_bytes else 0
         return schedule
+
+    def _waits(self, entry: _Entry, schedule: ActivationSchedule) -> float:
+        """Return for which part of a step it is expected to wait, at all that the ways have done.
+
+        A part of the time without waiting.
+        """
+        assert entry.trace is not None
+        step_s = max((tensor.released_s for tensor in entry.trace.tensors), default=0.0)
+        channels, limits = self._machine(entry.depth, relied_on=1.0)
+        memory_bytes = math.inf
+        if self.memory_bytes is not None:
+            memory_bytes = max(schedule.peak_bytes, self.memory_bytes - entry.small_bytes)
+        waited_s = stall_s(schedule, entry.trace, channels, limits, memory_bytes)
+        return waited_s / step_s if step_s else 0.0
 
     def failed(self, error: Exception) -> None:
         """Take in that a step could not be learned from; it is told by `say_what_is_wrong`."""
@@ -389,5 +379,6 @@ class ScheduleBook:
             rates=known,
             confirmed=entry.recordings > 1,
             small_bytes=entry.small_bytes,
+            slowdown=self._waits(entry, schedule),
             held=frozenset(number for number in range(count) if entry.is_held(number)),
         )

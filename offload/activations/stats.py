@@ -45,8 +45,7 @@ class ActivationStats:
     predicted_peak_bytes: int
     """Of the last forward that followed a schedule: saved tensors at the worst moment; or 0."""
     predicted_slowdown: float
-    """How much longer, as a part of it, its step would be if every moment of it waited as long as
-    the worst one must; or 0. A bound, far above what `stall_s` then counts."""
+    """How much longer, as a part of it, its step is expected to be by waiting; or 0."""
     planning_s: float
     """Seconds the training thread has chosen schedules: in a few of the first steps of each kind of
     forward, and where a drive has become another."""

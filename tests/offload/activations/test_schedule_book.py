@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 
+from offload.activations.plan import Plan
 from offload.activations.recording import HostClock, Recording
-from offload.activations.schedule_book import Plan, ScheduleBook
+from offload.activations.schedule_book import ScheduleBook
 
 MIB = 1 << 20
 REGIONS = 20

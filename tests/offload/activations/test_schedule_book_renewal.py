@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from offload.activations.schedule_book import Plan, ScheduleBook
+from offload.activations.plan import Plan
+from offload.activations.schedule_book import ScheduleBook
 from tests.offload.activations.test_schedule_book import (
     MIB,
     REGIONS,
