@@ -87,6 +87,14 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_record_arguments(parser, warm_up=6)
     add_training_arguments(parser)
+    parser.add_argument(
+        "--restarts",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="how often all processes are started anew: where the memory of one lies alone makes a "
+        "percent or two (1)",
+    )
     return parse_training(parser), parser
 
 
@@ -235,21 +243,32 @@ def open_workers(training: Training, names: Sequence[str], stack: ExitStack) -> 
     return {name: stack.enter_context(open_worker(name, MODES[name], training)) for name in names}
 
 
+def parts_of(pairs: int, restarts: int) -> list[int]:
+    """Return how many pairs each of `restarts` sets of processes is for."""
+    least, more = divmod(pairs, min(pairs, restarts))
+    return [least + (number < more) for number in range(min(pairs, restarts))]
+
+
 def main() -> None:
     """Measure and record; exits with 0 whether the goal is met or not."""
     arguments, parser = parse_arguments()
-    with ExitStack() as stack:
-        directory = stack.enter_context(spill_directory(arguments.offload_path, parser))
+    samples: Samples = {name: {} for name in MODES}
+    with spill_directory(arguments.offload_path, parser) as directory:
         training = training_of(arguments, directory)
-        workers = open_workers(training, list(MODES), stack)
-        for _ in tqdm(range(NUM_DIGESTS), desc="comparing bits"):
-            require_same_numbers(workers)
-        samples = measure(workers, warm_up=arguments.warm_up, pairs=arguments.pairs)
-        peak_answers = {
-            name: worker.ask("peak") for name, worker in tqdm(workers.items(), desc="peaks")
-        }
-        require_same_numbers(workers)
-        facts = {name: worker.facts for name, worker in workers.items()}
+        for share in parts_of(arguments.pairs, arguments.restarts):
+            with ExitStack() as stack:
+                workers = open_workers(training, list(MODES), stack)
+                for _ in tqdm(range(NUM_DIGESTS), desc="comparing bits"):
+                    require_same_numbers(workers)
+                found = measure(workers, warm_up=arguments.warm_up, pairs=share)
+                for name, figures in found.items():
+                    for key, values in figures.items():
+                        samples[name].setdefault(key, []).extend(values)
+                peak_answers = {
+                    name: worker.ask("peak") for name, worker in tqdm(workers.items(), desc="peaks")
+                }
+                require_same_numbers(workers)
+                facts = {name: worker.facts for name, worker in workers.items()}
     print(mode_table(samples, peaks_of(peak_answers)), end="\n\n")
     write_record(make_record(training, samples, peak_answers, facts), arguments.json)
 

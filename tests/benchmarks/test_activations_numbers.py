@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from benchmarks.activations import peaks_of, ratio_to_both_nones, require_same_numbers
+from benchmarks.activations import parts_of, peaks_of, ratio_to_both_nones, require_same_numbers
 from benchmarks.activations_worker import Trainee, Training, live_tensor_bytes
 from benchmarks.worker import Answer, Worker, WorkerError
 
@@ -105,3 +105,11 @@ def test_a_digest_sees_every_gradient() -> None:
     last = list(trainee._model.parameters())[-1]
     last.register_hook(lambda gradient: gradient + 2**-20)
     assert trainee.answer("digest")["gradients"] != reference.answer("digest")["gradients"]
+
+
+@pytest.mark.parametrize(("pairs", "restarts"), [(24, 1), (24, 4), (7, 3), (6, 9)])
+def test_restarts_share_all_pairs_among_them(pairs: int, restarts: int) -> None:
+    parts = parts_of(pairs, restarts)
+    assert sum(parts) == pairs
+    assert len(parts) == min(pairs, restarts)
+    assert max(parts) - min(parts) <= 1
