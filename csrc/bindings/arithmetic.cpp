@@ -75,8 +75,7 @@ void bind_arithmetic(py::module_& module) {
             make_adam_constants(settings, step, grad_scale, clip);
         return py::bytes(bytes, sizeof bytes);
       },
-      py::arg("settings"), py::arg("step"), py::kw_only(), py::arg("grad_scale"),
-      py::arg("clip"));
+      py::arg("settings"), py::arg("step"), py::kw_only(), py::arg("grad_scale"), py::arg("clip"));
   module.def("sum_of_blocks", [](std::vector<double> sums) { return sum_of_blocks(sums); });
   module.def(
       "squared_norm",
