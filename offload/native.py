@@ -65,11 +65,13 @@ __all__ = [
     "inspect_directory",
     "keep_in_children",
     "memory_of",
+    "note_updated",
     "probe_engines",
     "squared_norm",
     "sum_of_blocks",
     "tensor_at",
     "tensor_over",
+    "update_addresses",
 ]
 
 
@@ -155,17 +157,22 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
 _ARITHMETIC_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _array(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> int:
-    """Return the address of a tensor's elements, which lie on the host one after the other."""
+_HOST = torch.device("cpu")
+
+
+def _array(
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device = _HOST
+) -> int:
+    """Return the address of a tensor's elements, which lie on `device` one after the other."""
     if tensor.dtype not in dtypes:
         allowed = ", ".join(map(_dtype_name, dtypes))
         raise ValueError(f"{name} is {_dtype_name(tensor.dtype)}; it can be {allowed}")
     if tensor.is_neg():
         raise ValueError(f"{name} is a view that negates its memory; pass its resolve_neg()")
-    if not tensor.is_cpu or not tensor.is_contiguous():
+    if tensor.device != device or not tensor.is_contiguous():
         raise ValueError(
             f"{name} is on {tensor.device} with strides {tuple(tensor.stride())}; it has to lie "
-            "on the host, its elements one after the other"
+            f"on {'the host' if device == _HOST else device}, its elements one after the other"
         )
     return tensor.data_ptr()
 
@@ -194,13 +201,8 @@ def adam_update(
     counts from 1. Gradients are divided by `grad_scale` and multiplied by `clip` first. The bits do
     not depend on threads or processor. Releases the GIL. Raises ValueError for other tensors.
     """
-    state = {"master_param": master_param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    addresses = {name: _array(name, each, (torch.float32,)) for name, each in state.items()}
-    others = {"grad": grad} if param is None else {"grad": grad, "param": param}
-    addresses |= {name: _array(name, each, _ARITHMETIC_DTYPES) for name, each in others.items()}
-    for name, each in (state | others).items():
-        if each.numel() != grad.numel():
-            raise ValueError(f"{name} has {each.numel()} elements, but grad {grad.numel()}")
+    arrays = (grad, master_param, exp_avg, exp_avg_sq, param)
+    addresses = update_addresses(*arrays)
     _adam_update(
         pool,
         settings,
@@ -210,11 +212,38 @@ def adam_update(
         grad_dtype=_dtype_name(grad.dtype),
         param_dtype=_dtype_name(torch.float32 if param is None else param.dtype),
         count=grad.numel(),
-        **{"param": 0} | addresses,
+        **addresses,
     )
-    # Whoever saved one of them for a backward hears of it.
-    changed = [*state.values(), *([] if param is None else [param])]
-    increment_version([each for each in changed if not each.is_inference()])
+    note_updated(*arrays[1:])
+
+
+def update_addresses(
+    grad: torch.Tensor,
+    master_param: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    param: torch.Tensor | None,
+    device: torch.device = _HOST,
+) -> dict[str, int]:
+    """Return the addresses of what an update works on, by name; 0 where there is no `param`.
+
+    Raises ValueError for tensors that `adam_update` would not take, were they on the host.
+    """
+    state = {"master_param": master_param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    others = {"grad": grad} if param is None else {"grad": grad, "param": param}
+    for name, each in (state | others).items():
+        if each.numel() != grad.numel():
+            raise ValueError(f"{name} has {each.numel()} elements, but grad {grad.numel()}")
+    addresses = {name: _array(name, each, (torch.float32,), device) for name, each in state.items()}
+    for name, each in others.items():
+        addresses[name] = _array(name, each, _ARITHMETIC_DTYPES, device)
+    return {"param": 0} | addresses
+
+
+def note_updated(*arrays: torch.Tensor | None) -> None:
+    """Have whoever saved one of them for a backward hear that it was changed."""
+    changed = [each for each in arrays if each is not None and not each.is_inference()]
+    increment_version(changed)
 
 
 def squared_norm(pool: ThreadPool, values: torch.Tensor) -> float:

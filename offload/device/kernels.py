@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 
 from offload.device.updates import Arrays
-from offload.native import NORM_BLOCK, AdamSettings, adam_constants
+from offload.native import (
+    NORM_BLOCK,
+    AdamSettings,
+    adam_constants,
+    note_updated,
+    update_addresses,
+)
 
 __all__ = ["LIBRARY", "Kernels"]
 
@@ -48,22 +54,25 @@ class Kernels:
     def update(
         self, settings: AdamSettings, step: int, arrays: Arrays, *, clip: float, stream: int
     ) -> None:
-        """Queue an update of arrays on the device. Raises RuntimeError where CUDA refuses."""
-        constants = adam_constants(settings, step, grad_scale=1.0, clip=clip)
-        param = arrays.param
+        """Queue an update of arrays on the device.
+
+        Raises ValueError for arrays that `adam_update` would not take were they on the host,
+        RuntimeError where CUDA refuses.
+        """
+        grad, param = arrays.grad, arrays.param
+        state = (arrays.master_param, arrays.exp_avg, arrays.exp_avg_sq)
+        addresses = update_addresses(grad, *state, param, grad.device)
         code = self._library.offload_adam_update(
-            constants,
-            arrays.grad.data_ptr(),
-            _NUMBERS[arrays.grad.dtype],
-            arrays.master_param.data_ptr(),
-            arrays.exp_avg.data_ptr(),
-            arrays.exp_avg_sq.data_ptr(),
-            None if param is None else param.data_ptr(),
-            0 if param is None else _NUMBERS[param.dtype],
-            arrays.grad.numel(),
+            adam_constants(settings, step, grad_scale=1.0, clip=clip),
+            addresses["grad"],
+            _NUMBERS[grad.dtype],
+            *(addresses[name] for name in ("master_param", "exp_avg", "exp_avg_sq", "param")),
+            _NUMBERS[torch.float32 if param is None else param.dtype],
+            grad.numel(),
             stream,
         )
-        self._require(code, f"an update of {arrays.grad.numel()} parameters")
+        self._require(code, f"an update of {grad.numel()} parameters")
+        note_updated(*state, param)
 
     def block_norms(self, values: torch.Tensor, sums: torch.Tensor, *, stream: int) -> None:
         """Queue the sums of squares of each `NORM_BLOCK` elements; `sums` are fp64."""

@@ -64,3 +64,15 @@ def test_on_a_gpu_the_bits_are_the_hosts(dtype: torch.dtype, settings: dict[str,
         return [each.detach().cpu() for each in (*params, *moments)]
 
     assert all(map(torch.equal, trained("cuda", **settings), trained("cpu")))
+
+
+@built
+def test_arrays_that_do_not_fit_are_refused_before_a_kernel_sees_them() -> None:
+    row, kernels = torch.zeros(4), Kernels()
+    for arrays, said in (
+        (Arrays(row, row, row[:3], row, None), "exp_avg has 3 elements, but grad 4"),
+        (Arrays(row, row, row, row, torch.zeros(8)[::2]), "param is on cpu with strides"),
+        (Arrays(row, row.double(), row, row, None), "master_param is float64"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            kernels.update(SETTINGS, 1, arrays, clip=1.0, stream=0)
