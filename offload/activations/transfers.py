@@ -236,7 +236,7 @@ class Transfers:
             self._not_ahead(region)
         elif region.arrival is None or region.arrival.copied is None:
             extent.prefetch()  # before everything that is only expected
-        # By the plan nothing else is late: what is waited for has the drive for itself.
+        # By the plan nothing else is late: nothing begins beside what is waited for.
         alone = forward.backward.plan is not None and not extent.ready
         if not alone:
             self.read_ahead(forward)
