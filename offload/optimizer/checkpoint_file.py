@@ -205,6 +205,17 @@ def _in_json(groups: Sequence[Mapping[str, Any]]) -> str:
     return json.dumps(groups, default=plain)
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have an OSError name the file, as those of a descriptor do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 class CheckpointFile:
     """A checkpoint on the drive, opened to be read; use as a context manager.
 
@@ -217,7 +228,8 @@ class CheckpointFile:
             raise IsADirectoryError(errno.EISDIR, "a directory; name a file in it", str(path))
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._read_header()
+            with _named(path):
+                self._read_header()
         except BaseException:
             os.close(self._file)
             raise
@@ -285,7 +297,8 @@ class CheckpointFile:
         data = memory_of(elements)
         offset = self._first_byte + self._entries[name]["data_offsets"][0] + 4 * first
         while data:
-            read = os.preadv(self._file, [data], offset)
+            with _named(self._path):
+                read = os.preadv(self._file, [data], offset)
             if not read:
                 raise OSError(errno.EIO, f"{name} ends at byte {offset}", str(self._path))
             data, offset = data[read:], offset + read

@@ -223,6 +223,22 @@ def test_a_write_that_fails_midway_leaves_the_last_checkpoint(
     require_equal(states_of(resumed), states_of(optimizer))
 
 
+@pytest.mark.parametrize("call", ["pread", "preadv"])
+def test_a_read_that_fails_names_the_file_and_changes_nothing(
+    saved: Path, adamw: Make, parameters: Make, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    optimizer = adamw(parameters())
+
+    def failing(*_arguments: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, failing)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        optimizer.load(saved)
+    assert raised.value.filename == str(saved)
+    assert not optimizer.state_dict()["state"]
+
+
 def test_two_do_not_save_to_one_place_at_once(saved: Path, adamw: Make, parameters: Make) -> None:
     part = saved.with_name("states.part")
     with part.open("w") as other:
