@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +20,7 @@ from perfmodel.plan import require_known
 __all__ = [
     "TORCHS",
     "flat_grad",
+    "listed",
     "require_number",
     "require_settings",
     "require_trainable",
@@ -98,13 +99,29 @@ def require_number(key: str, value: object) -> None:
         raise ValueError(f"{key}={value!r} is no number")
 
 
+def listed(params: Iterable[Any]) -> list[Any]:
+    """Return parameters, or groups of them, that can be gone through more than once.
+
+    Raises TypeError for a single tensor, as `torch.optim.AdamW` does.
+    """
+    if isinstance(params, torch.Tensor):
+        raise TypeError("params is one tensor; give a list of parameters, or of groups of them")
+    found = []
+    for each in params:
+        if isinstance(each, Mapping) and isinstance(each.get("params"), Iterator):
+            each = {**each, "params": [*each["params"]]}
+        found.append(each)
+    return found
+
+
 def updates_beside(params: Sequence[Any]) -> UpdateDevice | None:
-    """Return the GPU that parameters, or groups of them, lie on; None where that is the host.
+    """Return the GPU that `listed` parameters lie on; None where that is the host.
 
     Raises ImportError where there is one and the kernels were not built.
     """
     for each in params:
-        for param in each["params"] if isinstance(each, Mapping) else [each]:
+        some = each.get("params", ()) if isinstance(each, Mapping) else each
+        for param in some if isinstance(some, (list, set)) else [some]:
             param = param[1] if isinstance(param, tuple) else param  # with its name
             if isinstance(param, torch.Tensor) and param.is_cuda:
                 return CudaUpdates(param.device)

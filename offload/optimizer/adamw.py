@@ -17,6 +17,7 @@ from offload.native import FaultPlan, ThreadPool, adam_update, squared_norm
 from offload.optimizer.accepted import (
     TORCHS,
     flat_grad,
+    listed,
     require_number,
     require_settings,
     require_trainable,
@@ -93,7 +94,7 @@ class AdamW(torch.optim.Optimizer):
         self._versions: dict[torch.Tensor, int] = {}  # of parameters that have a master copy
         self._unfinished: Update | None = None
         self._half_loaded = False
-        params = [*params]
+        params = listed(params)
         self._own_device = updates_beside(params) if emulated_device is None else None
         device = self._own_device or emulated_device
         self.device_side = (  # None without a device

@@ -310,3 +310,22 @@ def test_nothing_is_left_when_it_is_forgotten(
     gc.collect()
     with pytest.raises(RuntimeError, match="closed"):
         tier.stage(4096, 0)
+
+
+def test_groups_may_give_their_parameters_once_only(adamw: Make, parameters: Make) -> None:
+    params = parameters()
+    named = [(str(number), param) for number, param in enumerate(params[4:])]
+    groups = [
+        {"params": iter(params[:2]), "lr": 0.1},
+        {"params": params[2]},
+        {"params": [params[3]]},
+        {"params": (param for param in params[4:])},
+    ]
+    optimizer = adamw(groups)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1, 1, len(params) - 4]
+    assert len(adamw(iter(params)).param_groups[0]["params"]) == len(params)
+    assert len(adamw(iter(named)).param_groups[0]["params"]) == len(named)
+    with pytest.raises(TypeError, match="ordered"):
+        adamw([{"params": set(params)}])
+    with pytest.raises(TypeError, match="one tensor"):
+        adamw(params[0])
