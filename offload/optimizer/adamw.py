@@ -383,9 +383,11 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _close(placement: Placement, device: UpdateDevice | None) -> None:
-    placement.close()
-    if device is not None:
-        device.close()
+    try:
+        placement.close()
+    finally:
+        if device is not None:
+            device.close()
 
 
 def _numbers(groups: Sequence[Mapping[str, Any]]) -> list[Any]:

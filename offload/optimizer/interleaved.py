@@ -63,8 +63,10 @@ class Interleaved:
 
     def close(self) -> None:
         """Give the memory back, once nothing comes or goes."""
-        self.settle()
-        self._device.unpin(self._slots.data_ptr())
+        try:
+            self.settle()
+        finally:
+            self._device.unpin(self._slots.data_ptr())
 
     def settle(self) -> None:
         """Wait until states that have moved are back, so that the host may look at them."""
@@ -95,7 +97,7 @@ class Interleaved:
             if job.place == "resident":
                 pending += self._update(job, job.states.begin(), clip, (began,))
             elif job.place == "moved":
-                buffer, after = self._free.popleft()
+                buffer, after = self._free[0]  # which it stays, should something here fail
                 far = job.states.begin()
                 near = buffer[: far.numel()].view(far.shape)
                 if job.states in self._left:  # as they were after the last step
@@ -103,6 +105,7 @@ class Interleaved:
                 came = self._device.copy("states in", far, near, after)
                 updated = self._update(job, near, clip, (began, came))
                 self._left[job.states] = left = self._device.copy("states out", near, far, updated)
+                self._free.popleft()
                 self._free.append((buffer, (left,)))
                 pending.append(left)
         return pending

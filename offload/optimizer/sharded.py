@@ -21,7 +21,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Say whether a tensor is a DTensor."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in _PLAIN or not torch.distributed.is_available():
         return False
     return isinstance(tensor, _dtensor())
 

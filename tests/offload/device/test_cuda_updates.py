@@ -213,6 +213,32 @@ def test_beside_cuda_the_bits_are_the_hosts(
     assert all(map(torch.equal, found, trained()))
 
 
+def test_a_step_whose_kernel_was_refused_is_finished_by_another_call(
+    log: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = open_device()
+    params = [torch.nn.Parameter(torch.ones(1000).bfloat16())]
+    settings: dict[str, Any] = {"subgroup_params": 300, "threads": 1, "lr": 0.1}
+    optimizer = offload.AdamW(params, emulated_device=device, update_schedule="device", **settings)
+    params[0].grad = torch.ones(1000).bfloat16()
+
+    def refused(*_arguments: Any, **_settings: Any) -> None:
+        raise RuntimeError("CUDA does not take an update")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostKernels, "update", refused)
+        for _ in range(5):  # more often than there are buffers
+            with pytest.raises(RuntimeError, match="CUDA does not take"):
+                optimizer.step()
+    optimizer.step()
+    plain = [torch.nn.Parameter(torch.ones(1000).bfloat16())]
+    plain[0].grad = torch.ones(1000).bfloat16()
+    offload.AdamW(plain, **settings).step()
+    assert torch.equal(params[0], plain[0])
+    optimizer.close()
+    device.close()
+
+
 def test_norms_are_the_hosts_for_every_size(log: list[Any]) -> None:
     device, pool = open_device(), ThreadPool(1)
     rng = random.Random(0)
