@@ -235,6 +235,9 @@ def test_a_step_whose_kernel_was_refused_is_finished_by_another_call(
     plain[0].grad = torch.ones(1000).bfloat16()
     offload.AdamW(plain, **settings).step()
     assert torch.equal(params[0], plain[0])
+    log.clear()
+    optimizer.state_dict()
+    assert len([note for note in log if note[0] == "host"]) == 4, "of each subgroup that moved"
     optimizer.close()
     device.close()
 
