@@ -55,6 +55,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what describes the training."""
     parser.add_argument("--model", choices=tuple(MODELS), default="gpt", help="(gpt)")
     parser.add_argument("--dropout", type=float, default=0.0, help="of channels (0)")
+    parser.add_argument(
+        "--optimizer",
+        choices=("adamw", "sgd"),
+        default="adamw",
+        help="sgd holds no state, so that larger models fit in memory five times (adamw)",
+    )
     for flag, default in (
         ("--layers", 8),
         ("--hidden", 1024),
@@ -223,6 +229,7 @@ def training_of(arguments: argparse.Namespace, directory: str) -> Training:
     return Training(
         model=arguments.model,
         dropout=arguments.dropout,
+        optimizer=arguments.optimizer,
         layers=arguments.layers,
         hidden=arguments.hidden,
         heads=arguments.heads,

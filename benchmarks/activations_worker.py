@@ -34,6 +34,7 @@ class Training:
     micro_batch: int
     vocab: int
     dropout: float
+    optimizer: str
     threads: int
     directory: str
     staging_bytes: int
@@ -70,7 +71,8 @@ class Trainee:
         self._parameters = list(self._model.parameters())
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-4, fused=True)
+        chosen = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[training.optimizer]
+        self._optimizer = chosen(self._parameters, lr=1e-4, fused=True)
         self._num_steps = 0
 
     def facts(self) -> Answer:

@@ -73,6 +73,7 @@ def training(threads: int) -> Training:
     return Training(
         model="gpt",
         dropout=0.1,
+        optimizer="adamw",
         layers=2,
         hidden=32,
         heads=2,
