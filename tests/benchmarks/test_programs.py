@@ -298,7 +298,7 @@ def test_adam_compares_bits_and_speed_with_a_pass_over_the_same_bytes(tmp_path: 
 def test_the_published_sweeps_are_fitted_where_the_error_is_least() -> None:
     at = published_sweeps.descended(lambda x: abs(x[0] - 5) + abs(x[1] - 0.2), [1.0, 1.0])
     assert at == pytest.approx([5, 0.2], rel=0.01)
-    fit = published_sweeps.Fit(2.0e9, 2.5e9, 4.6e10, 1e-3)
+    fit = published_sweeps.Fit("H100", 2.0e9, 2.5e9, 4.6e10, 1e-3)
     plain = fit.predict("7B", 0)
     assert plain == pytest.approx(8.0, rel=0.05), (
         "four times as much, less what each subgroup costs"
