@@ -193,13 +193,15 @@ def adam_update(
     param: torch.Tensor | None = None,
     grad_scale: float = 1.0,
     clip: float = 1.0,
+    version: str | None = None,
 ) -> None:
     """Update `master_param` and the moments in place by AdamW; `param` is their rounded copy.
 
     All tensors are the caller's, of one size, contiguous, on the host and apart from each other:
     `master_param` and the moments float32, `grad` and `param` float32, bfloat16 or float16. `step`
     counts from 1. Gradients are divided by `grad_scale` and multiplied by `clip` first. The bits do
-    not depend on threads or processor. Releases the GIL. Raises ValueError for other tensors.
+    not depend on threads or processor; `version` runs another one than `adam_path()`'s, of this
+    processor. Releases the GIL. Raises ValueError for other tensors or versions.
     """
     arrays = (grad, master_param, exp_avg, exp_avg_sq, param)
     addresses = update_addresses(*arrays)
@@ -212,6 +214,7 @@ def adam_update(
         grad_dtype=_dtype_name(grad.dtype),
         param_dtype=_dtype_name(torch.float32 if param is None else param.dtype),
         count=grad.numel(),
+        version=version,
         **addresses,
     )
     note_updated(*arrays[1:])
@@ -246,11 +249,12 @@ def note_updated(*arrays: torch.Tensor | None) -> None:
     increment_version(changed)
 
 
-def squared_norm(pool: ThreadPool, values: torch.Tensor) -> float:
+def squared_norm(pool: ThreadPool, values: torch.Tensor, version: str | None = None) -> float:
     """Return the sum of squares of a contiguous tensor on the host, in double precision.
 
     Added up in one order, whatever the threads and the processor. Infinite or NaN where an element
-    is, and only there. Releases the GIL. Raises ValueError for other tensors.
+    is, and only there. `version` is as in `adam_update`. Releases the GIL. Raises ValueError for
+    other tensors or versions.
     """
     address = _array("values", values, _ARITHMETIC_DTYPES)
-    return _squared_norm(pool, address, _dtype_name(values.dtype), values.numel())
+    return _squared_norm(pool, address, _dtype_name(values.dtype), values.numel(), version)

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "../core/adam.h"
@@ -22,6 +23,12 @@ DType dtype_named(const std::string& name) {
   throw std::invalid_argument("dtype must be float32, bfloat16 or float16, not '" + name + "'");
 }
 
+const AdamVersion& version_named(const std::optional<std::string>& name) {
+  if (!name) return best_adam_version();
+  if (const AdamVersion* version = adam_version(name->c_str())) return *version;
+  throw std::invalid_argument("version='" + *name + "' is none of this processor's");
+}
+
 template <typename T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -30,7 +37,8 @@ T* pointer(std::uintptr_t address) {
 void update(ThreadPool& pool, const AdamSettings& settings, std::uint64_t step, double grad_scale,
             double clip, std::uintptr_t grad, const std::string& grad_dtype,
             std::uintptr_t master_param, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
-            std::uintptr_t param, const std::string& param_dtype, std::size_t count) {
+            std::uintptr_t param, const std::string& param_dtype, std::size_t count,
+            const std::optional<std::string>& version) {
   if (step == 0) throw std::invalid_argument("step counts from 1, and is 0");
   AdamArrays arrays;
   arrays.grad = pointer<void>(grad);
@@ -41,7 +49,8 @@ void update(ThreadPool& pool, const AdamSettings& settings, std::uint64_t step, 
   arrays.param = pointer<void>(param);
   arrays.param_dtype = dtype_named(param_dtype);
   arrays.count = count;
-  adam_update(pool, make_adam_constants(settings, step, grad_scale, clip), arrays);
+  adam_update(pool, make_adam_constants(settings, step, grad_scale, clip), arrays,
+              version_named(version));
 }
 
 }  // namespace
@@ -63,7 +72,7 @@ void bind_arithmetic(py::module_& module) {
              py::kw_only(), py::arg("grad_scale"), py::arg("clip"), py::arg("grad"),
              py::arg("grad_dtype"), py::arg("master_param"), py::arg("exp_avg"),
              py::arg("exp_avg_sq"), py::arg("param"), py::arg("param_dtype"), py::arg("count"),
-             NoGil());
+             py::arg("version") = py::none(), NoGil());
   module.attr("NORM_BLOCK") = kNormBlock;
   module.def(
       "adam_constants",
@@ -79,10 +88,13 @@ void bind_arithmetic(py::module_& module) {
   module.def("sum_of_blocks", [](std::vector<double> sums) { return sum_of_blocks(sums); });
   module.def(
       "squared_norm",
-      [](ThreadPool& pool, std::uintptr_t values, const std::string& dtype, std::size_t count) {
-        return squared_norm(pool, pointer<void>(values), dtype_named(dtype), count);
+      [](ThreadPool& pool, std::uintptr_t values, const std::string& dtype, std::size_t count,
+         const std::optional<std::string>& version) {
+        return squared_norm(pool, pointer<void>(values), dtype_named(dtype), count,
+                            version_named(version));
       },
-      py::arg("pool"), py::arg("values"), py::arg("dtype"), py::arg("count"), NoGil());
+      py::arg("pool"), py::arg("values"), py::arg("dtype"), py::arg("count"),
+      py::arg("version") = py::none(), NoGil());
 }
 
 }  // namespace offload

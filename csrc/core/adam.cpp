@@ -88,8 +88,8 @@ AdamConstants make_adam_constants(const AdamSettings& settings, std::uint64_t st
   return constants;
 }
 
-void adam_update(ThreadPool& pool, const AdamConstants& constants, const AdamArrays& arrays) {
-  const AdamVersion& version = *chosen().version;
+void adam_update(ThreadPool& pool, const AdamConstants& constants, const AdamArrays& arrays,
+                 const AdamVersion& version) {
   const std::size_t num_parts = (arrays.count + kTaken - 1) / kTaken;
   pool.run(num_parts, [&](std::size_t index) {
     const PlainArithmetic plain;
@@ -107,8 +107,8 @@ void adam_update(ThreadPool& pool, const AdamConstants& constants, const AdamArr
   });
 }
 
-double squared_norm(ThreadPool& pool, const void* values, DType dtype, std::size_t count) {
-  const AdamVersion& version = *chosen().version;
+double squared_norm(ThreadPool& pool, const void* values, DType dtype, std::size_t count,
+                    const AdamVersion& version) {
   std::vector<double> sums((count + kNormBlock - 1) / kNormBlock);
   pool.run((count + kTaken - 1) / kTaken, [&](std::size_t index) {
     const PlainArithmetic plain;
@@ -132,6 +132,8 @@ double sum_of_blocks(std::vector<double>& sums) {
 }
 
 const char* adam_path() { return chosen().path; }
+
+const AdamVersion& best_adam_version() { return *chosen().version; }
 
 const AdamVersion* adam_version(const char* path) {
   for (const Named& named : versions()) {

@@ -27,18 +27,23 @@ struct AdamSettings {
 AdamConstants make_adam_constants(const AdamSettings& settings, std::uint64_t step,
                                   double grad_scale, double clip);
 
+// The version for this processor.
+const AdamVersion& best_adam_version();
+
 // Updates all of `arrays` on the threads of `pool`. Denormal numbers are kept whatever the calling
 // thread's flush mode is, which is left as it was.
-void adam_update(ThreadPool& pool, const AdamConstants& constants, const AdamArrays& arrays);
+void adam_update(ThreadPool& pool, const AdamConstants& constants, const AdamArrays& arrays,
+                 const AdamVersion& version = best_adam_version());
 
 // The sum of squares of an array, in double precision: in a fixed order whatever the threads or
 // vectors, so that it is the same everywhere. Infinite or NaN if an element is, and only then.
-double squared_norm(ThreadPool& pool, const void* values, DType dtype, std::size_t count);
+double squared_norm(ThreadPool& pool, const void* values, DType dtype, std::size_t count,
+                    const AdamVersion& version = best_adam_version());
 
 // The sum of `sums`, one for each kNormBlock elements, in that order; they are overwritten.
 double sum_of_blocks(std::vector<double>& sums);
 
-// "avx512", "avx2" or "scalar": which version this processor runs.
+// Its name: "avx512", "avx2" or "scalar".
 const char* adam_path();
 
 // Versions by name, so that a test can compare those this processor has; null where it has not.
