@@ -254,6 +254,11 @@ PyObject* make_extent(std::shared_ptr<Extent> extent) {
   return make(extent_type, std::move(extent));
 }
 
+const Restored& restored_in(PyObject* buffer) {
+  if (Py_TYPE(buffer) != buffer_type) throw std::invalid_argument("a Buffer is needed");
+  return restored_of(buffer);
+}
+
 PyObject* make_buffer(Restored restored) {
   if (restored.slice == nullptr) Py_RETURN_NONE;
   return make(buffer_type, std::move(restored));

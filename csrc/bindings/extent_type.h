@@ -23,4 +23,7 @@ PyObject* make_extent(std::shared_ptr<Extent> extent);
 // The same for a Buffer; None where it has no slice.
 PyObject* make_buffer(Restored restored);
 
+// What a Buffer is of; throws std::invalid_argument for any other object.
+const Restored& restored_in(PyObject* buffer);
+
 }  // namespace offload

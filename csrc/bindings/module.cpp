@@ -208,6 +208,12 @@ void bind_spill(py::module_& module) {
           },
           py::arg("nbytes"), py::arg("lead"))
       .def(
+          "restage",
+          [](Spill& self, py::handle buffer) {
+            return made(make_extent(self.restage(restored_in(buffer.ptr()))));
+          },
+          py::arg("buffer"))
+      .def(
           "reserve",
           [](Spill& self, std::uint64_t nbytes) {
             std::shared_ptr<Extent> extent;

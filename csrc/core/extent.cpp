@@ -57,6 +57,12 @@ void Extent::wait_written() {
   }
 }
 
+// Of an extent that nobody else has yet: its bytes are to come from this slice.
+void Extent::fill_in(const std::shared_ptr<Arena>& arena, std::shared_ptr<Slice> slice) {
+  filling_ = std::make_shared<Spill::StagedWrite>(arena, slice);
+  shared_->pieces.push_back({0, extent_bytes_, std::move(slice), nullptr, false});
+}
+
 Restored Extent::staged() {
   std::lock_guard lock(shared_->mutex);
   if (!filling_) throw std::logic_error("nothing is to be put into this extent any more");

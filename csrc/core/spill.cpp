@@ -220,8 +220,18 @@ std::shared_ptr<Extent> Spill::stage(std::uint64_t nbytes, std::uint64_t lead) {
   if (!extent) return nullptr;
   auto slice = wait_for_room(extent->extent_bytes_);
   if (!slice) return nullptr;
-  extent->filling_ = std::make_shared<StagedWrite>(arena_, slice);
-  extent->shared_->pieces.push_back({0, extent->extent_bytes_, std::move(slice), nullptr, false});
+  extent->fill_in(arena_, std::move(slice));
+  return extent;
+}
+
+std::shared_ptr<Extent> Spill::restage(const Restored& bytes) {
+  const auto lead = static_cast<std::uint64_t>(bytes.address - bytes.slice->data());
+  auto extent = make_extent(bytes.nbytes, lead);
+  if (!extent) return nullptr;
+  if (lead >= kTensorAlign || extent->extent_bytes_ > bytes.slice->nbytes()) {
+    throw std::invalid_argument("these bytes are not all of what was fetched");
+  }
+  extent->fill_in(arena_, bytes.slice);
   return extent;
 }
 

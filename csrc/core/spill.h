@@ -99,6 +99,7 @@ class Extent {
   struct Shared;  // what transfers in flight must keep alive; never the Spill, which joins them
 
   Extent() = default;
+  void fill_in(const std::shared_ptr<Arena>& arena, std::shared_ptr<Slice> slice);
   bool whole_in_memory() const;  // under Shared::mutex
   bool written() const;          // under Shared::mutex
   std::shared_ptr<Transfer> start_read(std::shared_ptr<Slice> slice, std::uint64_t begin,
@@ -135,6 +136,9 @@ class Spill : public std::enable_shared_from_this<Spill> {
   // address equal to `lead` modulo 64: see Extent::staged(). Otherwise as write(), but nullptr also
   // where staging has no room and nothing is on its way out of it.
   std::shared_ptr<Extent> stage(std::uint64_t nbytes, std::uint64_t lead);
+  // Space for bytes that were fetched and have been changed where they are; they stay there and are
+  // staged already: see Extent::staged(). nullptr where there is no space.
+  std::shared_ptr<Extent> restage(const Restored& bytes);
   // Space alone, page-aligned, for somebody who writes to file().fd() himself; fetch() reads it.
   // nullptr when there is none. Nothing of it is verified.
   std::shared_ptr<Extent> reserve(std::uint64_t nbytes);

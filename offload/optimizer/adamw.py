@@ -202,22 +202,19 @@ class AdamW(torch.optim.Optimizer):
                 error.filename,
             ) from error
         finally:
-            update.settle(0)
+            self._placement.settle()
         self._versions.update(
             (param, param._version) for param in update.grads if self._has_master(param)
         )
 
     def _update_all(self, update: Update) -> None:
-        todo = [
-            (number, subgroup, states)
-            for number, (subgroup, states) in enumerate(self._subgroups)
-            if number not in update.done
-        ]
-        for place, (number, subgroup, states) in enumerate(todo):
-            for _, _, near in todo[place : place + 1 + self._placement.depth]:
-                near.prefetch()
-            self._update(number, subgroup, states, update)
-            update.settle(self._placement.depth)
+        order = self._placement.order([states for _, states in self._subgroups])
+        todo = [number for number in order if number not in update.done]
+        for place, number in enumerate(todo):
+            for near in todo[place : place + 1 + self._placement.ahead]:
+                self._subgroups[near][1].prefetch()
+            self._update(number, *self._subgroups[number], update)
+        self._placement.turn()
 
     def _has_master(self, param: torch.Tensor) -> bool:
         """Say whether a parameter has a copy that is trained in its stead."""
@@ -251,7 +248,7 @@ class AdamW(torch.optim.Optimizer):
             update.pieces.add((number, place))
         states.commit()
         update.done.add(number)
-        update.begun.append(states)
+        self._placement.updated(states)
 
     # ---- checkpoints ------------------------------------------------------------------------
 
@@ -292,8 +289,8 @@ class AdamW(torch.optim.Optimizer):
         groups = super().state_dict()["param_groups"]
         params = self._unsharded()
         numbers = {param: number for number, param in enumerate(params)}
-        depth = self._placement.depth
-        save_states(Path(path), groups, numbers, self._steps, self._subgroups, depth)
+        ahead = self._placement.ahead
+        save_states(Path(path), groups, numbers, self._steps, self._subgroups, ahead)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over what `save()` wrote, at any placement, with only a subgroup in memory.

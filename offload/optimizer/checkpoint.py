@@ -55,7 +55,7 @@ def spread(subgroups: Sequence[tuple[Subgroup, States]], saved: Saved, fill: Fil
                 if name in saved.get(piece.param, {}):
                     fill(piece, name, piece.inside(row))
         states.commit()
-        states.settle()
+        states.evict()
 
 
 def from_memory(saved: Saved) -> Fill:

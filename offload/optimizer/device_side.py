@@ -84,17 +84,19 @@ class DeviceSide:
         pieces = [piece for piece in subgroup.pieces if piece.param in update.flat]
         if not pieces:
             return None
-        for piece in pieces if subgroup.has_master else ():
-            if piece.param in update.stale:
-                self.settle()
-                renew_master(piece.inside(states.begin()[2]), piece.of(piece.param.detach()))
+        stale = [piece for piece in pieces if subgroup.has_master and piece.param in update.stale]
+        place = self._places[states]
+        for piece in stale if place != "host" else ():
+            self.settle()
+            renew_master(piece.inside(states.begin()[2]), piece.of(piece.param.detach()))
         return Job(
-            self._places[states],
+            place,
             states,
             pieces,
             update.settings[subgroup.group],
             update.steps,
             lambda piece: update.flat[piece.param][piece.begin : piece.end],
+            stale if place == "host" else (),  # begun only when their turn comes
         )
 
     def _plan(self, subgroups: Sequence[tuple[Subgroup, States]]) -> None:

@@ -16,7 +16,7 @@ from offload.device import Moment
 from offload.device.updates import Arrays, UpdateDevice
 from offload.native import AdamSettings, ThreadPool
 from offload.optimizer.layout import Piece
-from offload.optimizer.states import States
+from offload.optimizer.states import States, renew_master
 
 __all__ = ["Interleaved", "Job"]
 
@@ -26,7 +26,8 @@ class Job:
     """A subgroup to be updated.
 
     Its `states` are on the device where `place` is `resident`, in host memory where it is `moved`.
-    `steps` counts from 1, by parameter; `grad_of` gives a piece's gradient on the device.
+    `steps` counts from 1, by parameter; `grad_of` gives a piece's gradient on the device. Master
+    copies of `stale` pieces are made anew before.
     """
 
     place: str
@@ -35,6 +36,7 @@ class Job:
     settings: AdamSettings
     steps: Mapping[torch.Tensor, int]
     grad_of: Callable[[Piece], torch.Tensor]
+    stale: Sequence[Piece] = ()
 
 
 class Interleaved:
@@ -152,7 +154,7 @@ class Interleaved:
     def _settle(self, most: int) -> None:
         """Wait until no more than `most` of those written are on their way to the SSD."""
         while len(self._written) > most:
-            self._written[0].settle()
+            self._written[0].evict()
             self._written.popleft()
 
     def _fetch_grads(self, job: Job, slot: torch.Tensor, after: list[Moment]) -> list[Moment]:
@@ -166,6 +168,8 @@ class Interleaved:
     def _update_here(self, job: Job, slot: torch.Tensor, clip: float) -> list[Moment]:
         gone = []
         rows = job.states.begin()
+        for piece in job.stale:
+            renew_master(piece.inside(rows[2]), piece.of(piece.param.detach()))
         for piece in job.pieces:
             on_device = piece.of(piece.param.detach())
             grad = _within(slot[0], piece, job.grad_of(piece).dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 
 from offload.config import OptimizerConfig
 from offload.native import FaultPlan
@@ -15,8 +16,9 @@ from offload.tiers import SsdTier
 __all__ = ["Placement"]
 
 PAD_BYTES = 8192  # that each takes in staging beside its own
-# The versions of one subgroup that are in staging at once: as it was, as it becomes, on its way.
-_VERSIONS = 3
+# One comes, one is in work, one goes.
+_LEAST_SUBGROUPS = 3
+_MOST_AHEAD = 8
 
 
 class Placement:
@@ -35,8 +37,11 @@ class Placement:
         self._shares = config.shares
         self._tier = SsdTier(config, faults) if "ssd" in self._shares else None
         self._needed_bytes = 0  # on the SSD
-        self.depth = 0
-        """How many subgroups may be on their way, in each direction, beside the one in work."""
+        self.ahead = 0
+        """How many subgroups may be read ahead of the one in work."""
+        self._most_staged = 0
+        self._staged: deque[SsdStates] = deque()  # updated, in this order
+        self._backwards = False
 
     def states_of(self, subgroups: Sequence[Subgroup]) -> list[States]:
         """Return the states of each, all zero. Raises OSError where the SSD has too few bytes."""
@@ -65,10 +70,11 @@ class Placement:
 
     def _take_room(self, tier: SsdTier, sizes: Sequence[int]) -> None:
         staging, largest = tier.arena.nbytes, max(sizes)
-        if _VERSIONS * (largest + PAD_BYTES) > staging:
+        slots = staging // (largest + PAD_BYTES)
+        if slots < _LEAST_SUBGROUPS:
             raise ValueError(
-                f"staging_bytes={staging} cannot hold {_VERSIONS} versions of a subgroup of "
-                f"{largest} bytes; give more, or a smaller subgroup_params"
+                f"staging_bytes={staging} cannot hold {_LEAST_SUBGROUPS} subgroups of {largest} "
+                "bytes; give more, or a smaller subgroup_params"
             )
         # The old version stays until the new one is there.
         needed_bytes, limit = self._needed_bytes + 2 * sum(sizes), tier.limit_bytes()
@@ -80,16 +86,53 @@ class Placement:
                 self._config.path[0],
             )
         self._needed_bytes = needed_bytes
-        # Beside two versions of the one in work: some come, and as many go.
-        depth = max(1, (staging // (largest + PAD_BYTES) - 2) // 2)
-        self.depth = min(self.depth, depth) if self.depth else depth
+        ahead = min(slots // _LEAST_SUBGROUPS, _MOST_AHEAD)
+        self.ahead = min(self.ahead, ahead) if self.ahead else ahead
+        # Beside those and the one in work. What is staged at a step's end need not be read in the
+        # next one, which begins with it.
+        staged = slots - 1 - self.ahead
+        self._most_staged = min(self._most_staged, staged) if self._most_staged else staged
+
+    def updated(self, states: States) -> None:
+        """Say that these have a new version, which stays staged while there is room."""
+        if not isinstance(states, SsdStates):
+            return
+        if states in self._staged:
+            self._staged.remove(states)
+        self._staged.append(states)
+        while len(self._staged) > self._most_staged:
+            self._staged[0].evict()
+            self._staged.popleft()
+
+    def order(self, states: Sequence[States]) -> list[int]:
+        """Return the numbers of states as a step goes through them: those still staged come first.
+
+        Those in memory come last, while what has been updated is written.
+        """
+        out = [number for number, each in enumerate(states) if isinstance(each, SsdStates)]
+        here = [number for number, each in enumerate(states) if not isinstance(each, SsdStates)]
+        return [*(reversed(out) if self._backwards else out), *here]
+
+    def turn(self) -> None:
+        """Say that a step has gone through all of them: the next one goes the other way."""
+        self._backwards = not self._backwards
+
+    def settle(self) -> None:
+        """Wait until all states are where they belong."""
+        for states in self._staged:
+            states.settle()
 
     def native_bytes(self) -> int:
         """Return what staging takes in memory."""
-        return int(self._tier.counters()["native_bytes"]) if self._tier is not None else 0
+        return int(self.counters()["native_bytes"])
+
+    def counters(self) -> Mapping[str, int | float]:
+        """Return those of `SsdTier`."""
+        return self._tier.counters() if self._tier is not None else SsdTier.NOTHING
 
     def close(self) -> None:
         """Wait for the I/O and free the space."""
+        self._staged.clear()
         if self._side is not None:
             self._side.close()
         if self._tier is not None:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from offload.native import Extent, tensor_over
+from offload.native import Buffer, Extent, tensor_over
 from offload.optimizer.layout import Subgroup
 from offload.tiers import SsdTier
 
@@ -51,6 +51,9 @@ class States(Protocol):
     def settle(self) -> None:
         """Wait until the present version is where it belongs."""
 
+    def evict(self) -> None:
+        """Give back the staging that it was written from, once it is where it belongs."""
+
     def memory_bytes(self) -> int:
         """Return what they take in memory between steps, outside of staging."""
 
@@ -78,69 +81,90 @@ class HostStates:
     def settle(self) -> None:
         """Do nothing: they are here."""
 
+    def evict(self) -> None:
+        """Do nothing: they are here."""
+
     def memory_bytes(self) -> int:
         """Return what they take."""
         return self._rows.nbytes
 
 
 class SsdStates:
-    """States on the SSD; zeros until the first version has been committed."""
+    """States on the SSD; zeros until the first version has been committed.
+
+    A new version is made in the staging that the present one was read into, and written elsewhere:
+    until it is committed the present one stays on the SSD.
+    """
 
     def __init__(self, subgroup: Subgroup, tier: SsdTier) -> None:
         self._tier = tier
         self._shape = subgroup.num_rows, subgroup.count
         self._nbytes = subgroup.nbytes
         self._present: Extent | None = None
-        self._rows: torch.Tensor | None = None
-        """In memory: the present ones on their way to the drive, or that did not get there."""
-        self._next: tuple[Extent, torch.Tensor] | None = None
+        self._staged: Buffer | None = None
+        """The present ones, on the drive or on their way there."""
+        self._kept: torch.Tensor | None = None
+        """The present ones, where their write has failed."""
+        self._next: tuple[Extent, Buffer, torch.Tensor] | None = None
 
     def prefetch(self) -> None:
         """Begin to read them into staging."""
-        if self._present is not None and self._rows is None and self._next is None:
+        if self._present is not None and self._staged is None and self._next is None:
             self._present.prefetch()
 
     def read(self) -> torch.Tensor:
         """Return them, in staging for as long as the tensor lives; raises OSError when lost."""
-        if self._rows is not None:
-            return self._rows
+        if self._kept is not None:
+            return self._kept
         if self._present is None:
             return torch.zeros(self._shape)
-        return tensor_over(self._present.fetch(), torch.float32).view(self._shape)
+        return self._over(self._present.fetch() if self._staged is None else self._staged)
+
+    def _over(self, buffer: Buffer) -> torch.Tensor:
+        return tensor_over(buffer, torch.float32).view(self._shape)
 
     def begin(self) -> torch.Tensor:
-        """Return a copy of them in staging. Raises OSError where there is no room for it."""
+        """Return them, in staging. Raises OSError where there is no room for another version."""
         if self._next is None:
-            present = self.read()
-            extent = self._tier.stage(self._nbytes, 0)
+            buffer = self._staged
+            if buffer is None and self._present is not None:
+                buffer = self._present.fetch()
+            tier = self._tier
+            extent = tier.stage(self._nbytes, 0) if buffer is None else tier.restage(buffer)
             if not isinstance(extent, Extent):
-                raise OSError(errno.ENOSPC, "; ".join(self._tier.why_full()))
-            rows = tensor_over(extent.staged(), torch.float32).view(self._shape)
-            rows.copy_(present)
-            self._next = extent, rows
-        return self._next[1]
+                raise OSError(errno.ENOSPC, "; ".join(tier.why_full()))
+            rows = self._over(extent.staged() if buffer is None else buffer)
+            if buffer is None:
+                buffer = extent.staged()
+                rows.copy_(self.read())
+            self._next = extent, buffer, rows
+        return self._next[2]
 
     def commit(self) -> None:
         """Begin to write the new version."""
         assert self._next is not None
-        (self._present, self._rows), self._next = self._next, None
+        (self._present, self._staged, _), self._next, self._kept = self._next, None, None
         self._present.start_write()
 
     def settle(self) -> None:
         """Wait until they are on the drive; where they cannot be, they stay in memory."""
-        if self._present is None or self._rows is None:
+        if self._present is None or self._staged is None:
             return
         try:
             self._present.wait_written()
         except OSError as error:
-            self._present, self._rows = None, self._rows.clone()  # out of staging
+            self._kept = self._over(self._staged).clone()
+            self._present = self._staged = None
             said = (
                 f"{self._nbytes} bytes of optimizer states stay in memory, since their write failed"
             )
             warnings.warn(f"{said}: {error}", RuntimeWarning, stacklevel=2)
-        else:
-            self._rows = None
+
+    def evict(self) -> None:
+        """Give the staging back, once they are on the drive."""
+        self.settle()
+        self._staged = None
 
     def memory_bytes(self) -> int:
         """Return what they take where their write has failed."""
-        return self._rows.nbytes if self._rows is not None else 0
+        return self._kept.nbytes if self._kept is not None else 0

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from offload.native import AdamSettings
-from offload.optimizer.states import States
 
 __all__ = ["Update"]
 
@@ -35,18 +34,10 @@ class Update:
         self.clip = clip
         self.stale = stale
         """Parameters whose master copy is to be made anew."""
-        self.begun: list[States] = []
-        """Whose new version is on its way to where it belongs."""
         self.done: set[int] = set()
         """Numbers of subgroups that are updated, on their way or there."""
         self.pieces: set[tuple[int, int]] = set()
         """Numbers of a subgroup not done, and of its pieces that are."""
-
-    def settle(self, most: int) -> None:
-        """Wait until no more than `most` of those begun are on their way."""
-        while len(self.begun) > most:
-            self.begun[0].settle()
-            del self.begun[0]
 
     def require_unchanged(self) -> None:
         """Raise RuntimeError where a gradient is another one than when the step began."""

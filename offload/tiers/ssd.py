@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from offload.config import ActivationsConfig, OptimizerConfig
 from offload.device import KERNEL_ALIGN, DeviceLink
-from offload.native import Extent, FaultPlan, Spill
+from offload.native import Buffer, Extent, FaultPlan, Spill
 from offload.tiers.gds import DirectExtent, DirectWay
 from offload.tiers.memory import arena_of
 from perfmodel.endurance import WriteBudget
@@ -157,6 +157,14 @@ class SsdTier:
         if way is None:
             return self._first_of(nbytes, lead, lambda spill: spill.stage(nbytes, lead))
         return self._first_of(nbytes, 0, lambda spill: way.reserve(spill, nbytes))
+
+    def restage(self, buffer: Buffer) -> Extent | None:
+        """Return an extent for bytes that were fetched and are changed where they are.
+
+        They stay there, and `start_write()` sends them on. Otherwise as `write`, but never waits.
+        """
+        lead = buffer.address % KERNEL_ALIGN
+        return self._first_of(buffer.nbytes, lead, lambda spill: spill.restage(buffer))
 
     def open_direct_way(self, link: DeviceLink) -> None:
         """Have `link`'s device reach the files itself from now on.

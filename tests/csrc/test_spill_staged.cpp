@@ -70,6 +70,53 @@ void what_a_device_put_there_comes_back_from_the_drive(const std::string& engine
   rig.check_nothing_is_held();
 }
 
+// A new version is made where the old one was read to, and goes elsewhere: until then both are
+// there.
+void what_was_fetched_can_be_changed_and_written_again(const std::string& engine) {
+  Rig rig(engine);
+  for (const std::uint64_t lead : {0u, 16u}) {
+    const std::uint64_t nbytes = 70'001;
+    const auto before = rig.spill->stage(nbytes, lead);
+    rig.fill(before->staged());
+    before->start_write();
+    rig.spill->drain();
+    std::shared_ptr<Extent> after;
+    {
+      const Restored here = before->fetch();
+      CHECK(!here.forwarded);
+      after = rig.spill->restage(here);
+      CHECK(after->offset() != before->offset());
+      CHECK(after->staged().address == here.address);
+      for (std::uint64_t i = 0; i < nbytes; ++i) here.address[i] ^= std::byte{0x5A};
+      after->start_write();
+      rig.spill->drain();
+    }
+    CHECK_EQ(rig.arena->stats().used, 0u);
+    CHECK(rig.holds(before->fetch(), nbytes, lead));
+    const Restored changed = after->fetch();
+    CHECK(!changed.forwarded);
+    for (std::uint64_t i = 0; i < nbytes; ++i) changed.address[i] ^= std::byte{0x5A};
+    CHECK(rig.holds(changed, nbytes, lead));
+  }
+  rig.check_nothing_is_held();
+}
+
+void bytes_of_elsewhere_are_not_staged_again(const std::string& engine) {
+  Rig rig(engine);
+  {
+    const auto extent = rig.spill->stage(kBlock, 0);
+    rig.fill(extent->staged());
+    Restored far = extent->staged();
+    far.address += 64;
+    CHECK_THROWS(rig.spill->restage(far), std::invalid_argument);
+    Restored more = extent->staged();
+    more.nbytes *= 2;
+    CHECK_THROWS(rig.spill->restage(more), std::invalid_argument);
+    extent->start_write();
+  }
+  rig.check_nothing_is_held();
+}
+
 void its_checksums_find_a_byte_that_changed(const std::string& engine) {
   FaultPlan plan{{{IoOp::kWrite, 1, 1, FaultRule::Action::kCorrupt, 0, 77, 0}}, 0, false};
   Rig rig(engine, 64 * kBlock, plan);
@@ -182,6 +229,8 @@ void a_full_spill_and_a_wrong_lead_are_told(const std::string& engine) {
 int main() {
   for (const std::string engine : {"auto", "posix"}) {
     what_a_device_put_there_comes_back_from_the_drive(engine);
+    what_was_fetched_can_be_changed_and_written_again(engine);
+    bytes_of_elsewhere_are_not_staged_again(engine);
     its_checksums_find_a_byte_that_changed(engine);
     wanted_before_it_was_written_it_never_is(engine);
     dropped_before_it_was_written_it_gives_all_back(engine);

@@ -48,7 +48,7 @@ def adamw(spill_dir: Any) -> Iterator[Callable[..., offload.AdamW]]:
     def make(params: Any, *args: Any, **settings: Any) -> offload.AdamW:
         chosen: dict[str, Any] = {
             "subgroup_params": 1000,
-            "staging_bytes": 1 << 20,
+            "staging_bytes": 1 << 16,  # three of them: most are read
             "spill_bytes": 1 << 24,
             "block_bytes": 4096,
             "threads": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from offload.config import OptimizerConfig
 from offload.optimizer.layout import lay_out
-from offload.optimizer.placement import Placement
+from offload.optimizer.placement import PAD_BYTES, Placement
 from offload.optimizer.states import HostStates, SsdStates
 
 SUBGROUPS = lay_out(0, [torch.nn.Parameter(torch.zeros(10_000))], 100)
@@ -46,7 +47,7 @@ def test_as_many_are_on_their_way_as_staging_has_room_for(spill_dir: Path) -> No
     for staging_bytes in (1 << 15, 1 << 17, 1 << 20):
         of = placement(spill_dir, staging_bytes=staging_bytes)
         of.states_of(SUBGROUPS)
-        depths.append(of.depth)
+        depths.append(of.ahead)
         of.close()
     assert depths[0] == 1 < depths[1] < depths[2]
 
@@ -54,3 +55,24 @@ def test_as_many_are_on_their_way_as_staging_has_room_for(spill_dir: Path) -> No
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         placement(tmp_path / "missing")
+
+
+def test_the_next_step_begins_with_what_is_still_staged(spill_dir: Path) -> None:
+    of = placement(spill_dir, staging_bytes=10 * (1200 + PAD_BYTES))
+    states = of.states_of(SUBGROUPS)
+    reads: list[int] = []
+    for _ in range(4):
+        for number in of.order(states):
+            states[number].begin()
+            states[number].commit()
+            of.updated(states[number])
+        of.turn()
+        of.settle()
+        reads.append(int(of.counters()["read_bytes"]))
+    # Six of a hundred are still there: ten less three that come and the one in work.
+    pages = 4096  # of a subgroup's 800 bytes
+    assert [after - before for before, after in itertools.pairwise([0, *reads])] == [
+        0,
+        *([94 * pages] * 3),
+    ]
+    of.close()
