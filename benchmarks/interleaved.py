@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from benchmarks.record import (
     write_record,
 )
 from offload.device.emulated_updates import EmulatedRates, EmulatedUpdates
-from perfmodel.schedules.updates import UpdateRates, simulate_updates
+from perfmodel.schedules.updates import STATE_BYTES, UpdateRates, simulate_updates
 
 # Of the H100 machine of the published sweeps, as benchmarks/published_sweeps.py fits them; the
 # device's own arithmetic is never what takes the time.
@@ -51,6 +51,9 @@ MODES = {
 }
 ERROR_GOAL = 0.05
 GAIN_GOAL = 1.0
+LINK_GOAL = 0.95
+# The queues of each direction that the schedule has.
+LINKS = {"to the device": ("states in", "parameters"), "to the host": ("states out",)}
 
 Samples = dict[str, list[float]]
 
@@ -74,14 +77,14 @@ class Updated:
         self.device = EmulatedUpdates(EmulatedRates(**rates, jitter=arguments.jitter, seed=seed))
         generator = torch.Generator().manual_seed(0)
         size = arguments.subgroup_params
-        params = [
+        self._params = [
             torch.nn.Parameter(torch.randn(size, generator=generator).bfloat16())
             for _ in range(arguments.subgroups)
         ]
-        for param in params:
-            param.grad = torch.randn(size, generator=generator).bfloat16()
+        self._grads = [torch.randn(size, generator=generator).bfloat16() for _ in self._params]
+        self.rates: dict[str, float] = {}
         self.optimizer = offload.AdamW(
-            params,
+            self._params,
             subgroup_params=size,
             threads=1,
             update_schedule=schedule,
@@ -89,10 +92,28 @@ class Updated:
         )
 
     def step_s(self) -> float:
-        """Return how long one step takes."""
+        """Return how long one step takes; `rates` has what each direction carried in it a second.
+
+        Gradients are of the backward before, and on their way to the host when that ends.
+        """
+        before = self._carried()
         begin_s = time.perf_counter()
         self.optimizer.step()
-        return time.perf_counter() - begin_s
+        step_s = time.perf_counter() - begin_s
+        after = self._carried()
+        self.rates = {name: (after[name] - before[name]) / step_s for name in LINKS}
+        return step_s
+
+    def backward(self) -> None:
+        """Have the gradients leave, as a backward does, and wait until they have."""
+        self.optimizer.zero_grad()
+        torch.autograd.backward(self._params, self._grads)
+        last = torch.zeros(2, 1)  # behind all of them
+        self.device.copy("gradients", last[0], last[1], ()).synchronize()
+
+    def _carried(self) -> dict[str, float]:
+        done = self.device.done()
+        return {name: sum(done[queue][0] for queue in queues) for name, queues in LINKS.items()}
 
     def close(self) -> None:
         """Give the memory back."""
@@ -100,25 +121,37 @@ class Updated:
         self.device.close()
 
 
-def predicted_s(updated: Updated) -> tuple[float, UpdateRates]:
-    """Return what the schedule says of a step by the rates that were measured, and those."""
+@dataclass(frozen=True)
+class Prediction:
+    """What the schedule says of a step, by the rates that were measured."""
+
+    step_s: float
+    link_rates: dict[str, float]
+    """Bytes a second that each direction carries, over the whole step."""
+    rates: UpdateRates
+
+
+def predicted(updated: Updated) -> Prediction:
+    """Return what the schedule says. Raises RuntimeError where nothing was planned."""
     side = updated.optimizer.device_side
     if side is None or side.schedule is None or side.rates is None:
         raise RuntimeError("nothing was planned")
-    return simulate_updates(side.schedule, side.rates).duration_s, side.rates
+    schedule, rates = side.schedule, side.rates
+    step_s = simulate_updates(schedule, rates).duration_s
+    params = sum(schedule.sizes)
+    moved = STATE_BYTES * params * schedule.share("moved")
+    returned = rates.param_bytes * params * schedule.share("host")
+    carried = {"to the device": moved + returned, "to the host": moved}
+    return Prediction(step_s, {name: nbytes / step_s for name, nbytes in carried.items()}, rates)
 
 
-def make_record(
-    samples: Samples,
-    predictions: Mapping[str, float],
-    facts: Mapping[str, object],
-    settings: Mapping[str, object],
-) -> Record:
-    """Put the samples and the claims together."""
-    expected_s = predictions["planned"]
-    error = median_interval([step_s / expected_s for step_s in samples["planned"]])
+def claims_of(
+    samples: Samples, carried: Mapping[str, list[float]], prediction: Prediction
+) -> list[Claim]:
+    """Return what is claimed of the planned schedule; `carried`: what each direction did a step."""
+    error = median_interval([step_s / prediction.step_s for step_s in samples["planned"]])
     gain = median_interval(paired_ratios(samples["stride 2"], samples["planned"]))
-    claims = [
+    return [
         Claim(
             name="step time / the schedule's prediction",
             sense="at most",
@@ -132,13 +165,32 @@ def make_record(
             interval=error,
         ),
         Claim(name="speed / stride 2", sense="at least", goal=GAIN_GOAL, interval=gain),
+        *(
+            Claim(
+                name=f"bytes a second {name} / the schedule's",
+                sense="at least",
+                goal=LINK_GOAL,
+                interval=median_interval([rate / prediction.link_rates[name] for rate in rates]),
+            )
+            for name, rates in carried.items()
+        ),
     ]
+
+
+def make_record(
+    samples: Samples,
+    claims: list[Claim],
+    facts: Mapping[str, object],
+    settings: Mapping[str, object],
+) -> Record:
+    """Put the samples and the claims together."""
+    value = claims[0].interval.median if claims[0].interval is not None else None
     return Record(
         claim="an interleaved update takes as long as its schedule says",
         goal="; ".join(f"{claim.name} {claim.sense} {claim.goal}" for claim in claims),
         claims=claims,
-        value=error.median,
-        floor=error.median,
+        value=value,
+        floor=value,
         peers={
             name: median_interval(paired_ratios(seconds, samples["planned"])).median
             for name, seconds in samples.items()
@@ -164,29 +216,31 @@ def main() -> None:
         for seed, (name, schedule) in enumerate(MODES.items())
     }
     samples: Samples = {name: [] for name in updated}
+    carried: dict[str, list[float]] = {name: [] for name in LINKS}
     for index in tqdm(range(arguments.warm_up + arguments.pairs), desc="rounds"):
         for name in round_order(list(updated), index):
+            updated[name].backward()
             step_s = updated[name].step_s()
             if index >= arguments.warm_up:
                 samples[name].append(step_s)
-    predictions, facts = {}, {}
+                for way, rate in updated[name].rates.items() if name == "planned" else ():
+                    carried[way].append(rate)
+    facts = {}
     for name in ("planned", "planned again"):
-        predictions[name], rates = predicted_s(updated[name])
+        prediction = predicted(updated[name])
         side = updated[name].optimizer.device_side
         assert side is not None
         assert side.schedule is not None
-        facts[name] = {
-            "predicted_s": predictions[name],
-            "moved": side.schedule.share("moved"),
-            "measured": asdict(rates),
-        }
+        facts[name] = {**asdict(prediction), "moved": side.schedule.share("moved")}
+    prediction = predicted(updated["planned"])
     for each in updated.values():
         each.close()
     rows = [[name, quartiles_text(seconds, 4)] for name, seconds in samples.items()]
     print(table(["", "s a step"], rows))
-    print(f"predicted: {predictions['planned']:.4f} s", end="\n\n")
+    print(f"predicted: {prediction.step_s:.4f} s", end="\n\n")
     settings = {key: value for key, value in vars(arguments).items() if key not in ("json",)}
-    write_record(make_record(samples, predictions, facts, settings), arguments.json)
+    claims = claims_of(samples, carried, prediction)
+    write_record(make_record(samples, claims, facts, settings), arguments.json)
 
 
 if __name__ == "__main__":

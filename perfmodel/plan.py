@@ -19,6 +19,7 @@ TIERS = ("device", "host", "ssd")
 TIER_ALIASES = {"cpu": "host", "nvme": "ssd"}
 SCHEDULES = ("auto", "all")
 IO_ENGINES = ("auto", "uring", "posix")
+DTYPES = ("float32", "bfloat16", "float16")
 PAGE_BYTES = 4096
 MOST_BYTES = 1 << 60  # no machine has more, and native sizes end a little above
 
@@ -285,6 +286,12 @@ class OptimizerConfig:
     """Limit of the file in each directory; None: half of what is free when it is opened."""
     ssd_write_bytes_per_day: int | None = None
     """The most to be written in each directory in any 24 hours of this process; None: no bound."""
+    early_gradients: bool = False
+    """Take each gradient as the backward accumulates it, and leave `grad` None: it is on its way to
+    where it is used, and what clips or scales gradients from outside finds none."""
+    accumulate_dtype: str | None = None
+    """Of the sum of several backwards with `early_gradients`: `float32`, `bfloat16` or `float16`;
+    None: the gradients' own, as autograd has it."""
     threads: int | None = None
     """That update on the host; None: as many as torch computes with."""
     io_engine: str = "auto"
@@ -312,8 +319,15 @@ class OptimizerConfig:
         for key in ("spill_bytes", "ssd_write_bytes_per_day"):
             if getattr(self, key) is not None:
                 require_bytes(key, getattr(self, key), minimum=1)
-        for key in ("verify", "direct"):
+        for key in ("early_gradients", "verify", "direct"):
             require_flag(key, getattr(self, key))
+        if self.accumulate_dtype is not None:
+            require_choice("accumulate_dtype", self.accumulate_dtype, DTYPES)
+            if not self.early_gradients:
+                raise ValueError(
+                    f"accumulate_dtype={self.accumulate_dtype!r} is for early_gradients=True: else "
+                    "autograd adds up each gradient in its own type"
+                )
         if "ssd" in self.shares and not self.path:
             raise ValueError(
                 f"path=() names no directory; placement={self.placement!r} needs at least one, "

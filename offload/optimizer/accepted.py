@@ -21,7 +21,7 @@ __all__ = [
     "TORCHS",
     "flat_grad",
     "listed",
-    "require_number",
+    "require_norm",
     "require_settings",
     "require_trainable",
     "settings_of",
@@ -52,7 +52,11 @@ def without_torchs(settings: Mapping[str, Any]) -> dict[str, Any]:
     require_known("AdamW", settings.keys() - {*_HINTS, *_NOT_OFFERED}, sorted(known))
     for key in _NOT_OFFERED:
         _require_none(key, settings.get(key, False))
-    return {key: value for key, value in settings.items() if key not in _HINTS + _NOT_OFFERED}
+    named = {
+        key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for key, value in settings.items()
+    }
+    return {key: value for key, value in named.items() if key not in _HINTS + _NOT_OFFERED}
 
 
 def settings_of(group: Mapping[str, Any]) -> AdamSettings:
@@ -97,6 +101,15 @@ def require_number(key: str, value: object) -> None:
     one = isinstance(value, torch.Tensor) and value.numel() == 1
     if not one and not isinstance(value, (int, float)):
         raise ValueError(f"{key}={value!r} is no number")
+
+
+def require_norm(max_norm: float | None) -> None:
+    """Raise ValueError where `max_norm` is neither None nor something to clip to."""
+    if max_norm is None:
+        return
+    require_number("max_norm", max_norm)
+    if not 0 < max_norm < math.inf:
+        raise ValueError(f"max_norm={max_norm!r} is not a norm to clip to; give more than 0")
 
 
 def listed(params: Iterable[Any]) -> list[Any]:

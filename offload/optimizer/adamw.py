@@ -13,12 +13,11 @@ import torch
 
 from offload.config import OptimizerConfig
 from offload.device.updates import UpdateDevice
-from offload.native import FaultPlan, ThreadPool, adam_update, squared_norm
+from offload.native import FaultPlan, ThreadPool, adam_update
 from offload.optimizer.accepted import (
     TORCHS,
-    flat_grad,
     listed,
-    require_number,
+    require_norm,
     require_settings,
     require_trainable,
     settings_of,
@@ -35,9 +34,10 @@ from offload.optimizer.checkpoint import (
 )
 from offload.optimizer.checkpoint_file import CheckpointFile, save_states
 from offload.optimizer.device_side import DeviceSide
+from offload.optimizer.gradients import Gradients
 from offload.optimizer.layout import Piece, Subgroup, lay_out, needs_master
 from offload.optimizer.placement import Placement
-from offload.optimizer.sharded import is_sharded, sum_over_ranks
+from offload.optimizer.sharded import require_unsharded, sum_over_ranks
 from offload.optimizer.states import States, renew_master
 from offload.optimizer.update import Update
 
@@ -50,7 +50,9 @@ class AdamW(torch.optim.Optimizer):
     For fp32 that gives its bits, but for what its vector loop leaves over at an array's end.
     Parameters of lower precision have an fp32 master copy, which is what is trained; what somebody
     else has changed of a parameter is taken over into its copy at the next step. `placement` and
-    the settings after it are those of `OptimizerConfig`. `max_norm` clips the norm of all gradients
+    the settings after it are those of `OptimizerConfig`. With `early_gradients` a step uses up the
+    gradients, and a backward that is not to count is followed by this `zero_grad()`, not the
+    model's. `max_norm` clips the norm of all gradients
     together. A step whose gradients are not all finite is skipped and counted in `skipped_steps`.
     `fused` and `foreach` are taken and mean nothing. Parameters of a GPU are updated there
     and here, as `update_schedule` says. `emulated_device` has those of the CPU treated so; it stays
@@ -80,10 +82,7 @@ class AdamW(torch.optim.Optimizer):
         settings = without_torchs(settings) | {"placement": placement, "path": path}
         settings["io_engine"] = "auto" if faults is not None else io_engine
         self.config = OptimizerConfig.from_mapping(settings)
-        if max_norm is not None:
-            require_number("max_norm", max_norm)
-        if max_norm is not None and not 0 < max_norm < math.inf:
-            raise ValueError(f"max_norm={max_norm!r} is not a norm to clip to; give more than 0")
+        require_norm(max_norm)
         self.max_norm = max_norm
         self.skipped_steps = 0
         self.total_norm = 0.0
@@ -100,8 +99,11 @@ class AdamW(torch.optim.Optimizer):
         self.device_side = (  # None without a device
             DeviceSide(device, self._pool, self.config) if device is not None else None
         )
+        self._gradients = Gradients(device, self._pool, self.config)
         self._placement = Placement(self.config, faults, self.device_side)
-        self._finalizer = weakref.finalize(self, _close, self._placement, self._own_device)
+        self._finalizer = weakref.finalize(
+            self, _close, self._gradients, self._placement, self._own_device
+        )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"maximize": maximize}
         try:
@@ -127,6 +129,7 @@ class AdamW(torch.optim.Optimizer):
                 number, group["params"], size, all_masters=self.device_side is not None
             )
             self._subgroups += zip(laid_out, self._placement.states_of(laid_out), strict=True)
+            self._gradients.watch(group["params"])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -156,31 +159,24 @@ class AdamW(torch.optim.Optimizer):
     def _begun(self) -> Update | None:
         """Return what this step is to do, or None when it does nothing."""
         self._require_whole()
-        params = [param for group in self.param_groups for param in group["params"]]
-        grads = {param: param.grad for param in params if param.grad is not None}
-        flat = {param: flat_grad(param, grad) for param, grad in grads.items()}
-        # One sum in one order: the same wherever the states are.
-        norms = self._squared_norms([*flat.values()])
-        square = sum_over_ranks(dict(zip(flat, norms, strict=True)))
+        gradients = self._gradients.of_step(self._params())
+        square = sum_over_ranks(gradients.squares)
         self.total_norm = math.sqrt(square) if math.isfinite(square) else square
         if not math.isfinite(square):
             self.skipped_steps += 1
+            self._gradients.take_back()
             return None
         clip = 1.0
         if self.max_norm is not None:
             # As torch.nn.utils.clip_grad_norm_ has it.
             clip = min(1.0, self.max_norm / (self.total_norm + 1e-6))
-        for param in flat:
+        for param in gradients.flat:
             self._steps[param] = self._steps.get(param, 0) + 1
             self.state[param]["step"] = torch.tensor(float(self._steps[param]))
         settings = [settings_of(group) for group in self.param_groups]
-        stale = {param for param in flat if self._has_master(param) and self._is_foreign(param)}
-        return Update(flat, grads, dict(self._steps), settings, clip, stale)
-
-    def _squared_norms(self, grads: Sequence[torch.Tensor]) -> list[float]:
-        if self.device_side is not None:
-            return self.device_side.squared_norms(grads)
-        return [squared_norm(self._pool, grad) for grad in grads]
+        trained = [param for param in gradients.flat if self._has_master(param)]
+        stale = {param for param in trained if self._is_foreign(param)}
+        return Update(gradients, dict(self._steps), settings, clip, stale)
 
     def _is_foreign(self, param: torch.Tensor) -> bool:
         """Say whether somebody else has written the parameter since its master copy was made."""
@@ -190,7 +186,7 @@ class AdamW(torch.optim.Optimizer):
         update.require_unchanged()
         try:
             if self.device_side is not None:
-                self.device_side.finish(update, self._subgroups)
+                self.device_side.finish(update, self._subgroups, self._gradients)
             else:
                 self._update_all(update)
         except OSError as error:
@@ -203,8 +199,9 @@ class AdamW(torch.optim.Optimizer):
             ) from error
         finally:
             self._placement.settle()
+        self._gradients.take_back()
         self._versions.update(
-            (param, param._version) for param in update.grads if self._has_master(param)
+            (param, param._version) for param in update.gradients.flat if self._has_master(param)
         )
 
     def _update_all(self, update: Update) -> None:
@@ -221,7 +218,8 @@ class AdamW(torch.optim.Optimizer):
         return needs_master(param) or self.device_side is not None
 
     def _update(self, number: int, subgroup: Subgroup, states: States, update: Update) -> None:
-        pieces = [piece for piece in subgroup.pieces if piece.param in update.flat]
+        flat = update.gradients.flat
+        pieces = [piece for piece in subgroup.pieces if piece.param in flat]
         if not pieces:
             update.done.add(number)
             return
@@ -238,7 +236,7 @@ class AdamW(torch.optim.Optimizer):
                 self._pool,
                 settings,
                 update.steps[piece.param],
-                grad=update.flat[piece.param][piece.begin : piece.end],
+                grad=flat[piece.param][piece.begin : piece.end],
                 master_param=state[2] if subgroup.has_master else param,
                 exp_avg=state[0],
                 exp_avg_sq=state[1],
@@ -249,6 +247,11 @@ class AdamW(torch.optim.Optimizer):
         states.commit()
         update.done.add(number)
         self._placement.updated(states)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that were taken included."""
+        super().zero_grad(set_to_none)
+        self._gradients.drop()
 
     # ---- checkpoints ------------------------------------------------------------------------
 
@@ -287,7 +290,7 @@ class AdamW(torch.optim.Optimizer):
         """
         self._settle()
         groups = super().state_dict()["param_groups"]
-        params = self._unsharded()
+        params = require_unsharded(self._params())
         numbers = {param: number for number, param in enumerate(params)}
         ahead = self._placement.ahead
         save_states(Path(path), groups, numbers, self._steps, self._subgroups, ahead)
@@ -298,7 +301,7 @@ class AdamW(torch.optim.Optimizer):
         Raises ValueError where the file is something else or of other parameters, OSError with the
         path where it cannot be read or its bytes have changed: before anything is changed.
         """
-        params = self._unsharded()
+        params = require_unsharded(self._params())
         with CheckpointFile(Path(path)) as file:
             file.verify()
             outline = file.outline()
@@ -312,22 +315,15 @@ class AdamW(torch.optim.Optimizer):
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)}: {error}") from None
 
-    def _unsharded(self) -> list[torch.Tensor]:
-        params = [param for group in self.param_groups for param in group["params"]]
-        for param in params:
-            if is_sharded(param):
-                raise ValueError(
-                    f"ranks have parts of a parameter of shape {tuple(param.shape)} (DTensor), and "
-                    "one file has whole ones; use torch.distributed.checkpoint with state_dict()"
-                )
-        return params
+    def _params(self) -> list[torch.Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _take_over(self, state_dict: Mapping[str, Any], source: Callable[[Saved], Fill]) -> None:
         """Load a checkpoint whose elements `source` brings; those of `state_dict` are not used."""
         self._require_whole(loading=True)
         if self.device_side is not None:
             self.device_side.settle()
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = self._params()
         groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
         for group in groups:
             require_settings(group)
@@ -379,7 +375,8 @@ class AdamW(torch.optim.Optimizer):
             )
 
 
-def _close(placement: Placement, device: UpdateDevice | None) -> None:
+def _close(gradients: Gradients, placement: Placement, device: UpdateDevice | None) -> None:
+    gradients.close()
     try:
         placement.close()
     finally:

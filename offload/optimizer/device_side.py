@@ -10,8 +10,9 @@ from offload.config import OptimizerConfig
 from offload.device.updates import UpdateDevice
 from offload.native import ThreadPool
 from offload.optimizer.calibration import measure_rates
+from offload.optimizer.gradients import Gradients, StepGradients
 from offload.optimizer.interleaved import Interleaved, Job
-from offload.optimizer.layout import Subgroup
+from offload.optimizer.layout import Piece, Subgroup
 from offload.optimizer.states import HostStates, SsdStates, States, renew_master
 from offload.optimizer.update import Update
 from perfmodel.schedules.updates import UpdateRates, UpdateSchedule, named_schedule, plan_updates
@@ -51,17 +52,21 @@ class DeviceSide:
         self._pinned.append(rows.data_ptr())
         return states
 
-    def squared_norms(self, values: Sequence[torch.Tensor]) -> list[float]:
-        """Return what `offload.native.squared_norm` does, of each array on the device."""
-        return self._device.squared_norms(self._pool, values)
-
     def settle(self) -> None:
         """Wait until states that the device has updated are where the host may look at them."""
         if self._engine is not None:
             self._engine.settle()
 
-    def finish(self, update: Update, subgroups: Sequence[tuple[Subgroup, States]]) -> None:
-        """Do what is left of an update. Raises OSError where states cannot be read."""
+    def finish(
+        self,
+        update: Update,
+        subgroups: Sequence[tuple[Subgroup, States]],
+        gradients: Gradients,
+    ) -> None:
+        """Do what is left of an update. Raises OSError where states cannot be read.
+
+        From the first one on, `gradients` know which of them leave for the host.
+        """
         if not subgroups:
             return
         order = sorted(
@@ -69,6 +74,8 @@ class DeviceSide:
         )
         if self._engine is None:
             self._plan([subgroups[number] for number in order])
+            gradients.leave_for_host(self._updated_on_host(subgroups))
+            self._bring_back(update.gradients, subgroups)
         assert self._engine is not None
         jobs: dict[int, Job] = {}
         for number in order:
@@ -81,9 +88,18 @@ class DeviceSide:
         self._engine.run(jobs, update.clip, update.done)
 
     def _job(self, subgroup: Subgroup, states: States, update: Update) -> Job | None:
-        pieces = [piece for piece in subgroup.pieces if piece.param in update.flat]
+        flat, on_host = update.gradients.flat, update.gradients.on_host
+        pieces = [piece for piece in subgroup.pieces if piece.param in flat]
         if not pieces:
             return None
+
+        def grad_of(piece: Piece) -> torch.Tensor:
+            return flat[piece.param][piece.begin : piece.end]
+
+        def on_host_of(piece: Piece) -> torch.Tensor | None:
+            taken = on_host.get(piece.param)
+            return None if taken is None else taken[piece.begin : piece.end]
+
         stale = [piece for piece in pieces if subgroup.has_master and piece.param in update.stale]
         place = self._places[states]
         for piece in stale if place != "host" else ():
@@ -95,9 +111,39 @@ class DeviceSide:
             pieces,
             update.settings[subgroup.group],
             update.steps,
-            lambda piece: update.flat[piece.param][piece.begin : piece.end],
+            grad_of,
+            on_host_of,
             stale if place == "host" else (),  # begun only when their turn comes
         )
+
+    def _updated_on_host(
+        self, subgroups: Sequence[tuple[Subgroup, States]]
+    ) -> dict[torch.Tensor, torch.dtype]:
+        """Return the parameters of which no piece is updated on the device, and their types."""
+        elsewhere = self._on_device(subgroups)
+        return {
+            piece.param: piece.param.dtype
+            for subgroup, _ in subgroups
+            for piece in subgroup.pieces
+            if piece.param not in elsewhere
+        }
+
+    def _on_device(self, subgroups: Sequence[tuple[Subgroup, States]]) -> set[torch.Tensor]:
+        return {
+            piece.param
+            for subgroup, states in subgroups
+            if self._places[states] != "host"
+            for piece in subgroup.pieces
+        }
+
+    def _bring_back(
+        self, gradients: StepGradients, subgroups: Sequence[tuple[Subgroup, States]]
+    ) -> None:
+        """Have gradients on the device that left it while another schedule was in force."""
+        for param in self._on_device(subgroups) & gradients.on_host.keys():
+            elements = gradients.on_host.pop(param)
+            if gradients.flat[param] is elements:
+                gradients.flat[param] = elements.to(self._device.device)
 
     def _plan(self, subgroups: Sequence[tuple[Subgroup, States]]) -> None:
         sizes = [subgroup.count for subgroup, _ in subgroups]

@@ -26,8 +26,9 @@ class Job:
     """A subgroup to be updated.
 
     Its `states` are on the device where `place` is `resident`, in host memory where it is `moved`.
-    `steps` counts from 1, by parameter; `grad_of` gives a piece's gradient on the device. Master
-    copies of `stale` pieces are made anew before.
+    `steps` counts from 1, by parameter; `grad_of` gives a piece's gradient on the device, and
+    `on_host_of` the one in host memory, where it is there already. Master copies of `stale` pieces
+    are made anew before.
     """
 
     place: str
@@ -36,6 +37,7 @@ class Job:
     settings: AdamSettings
     steps: Mapping[torch.Tensor, int]
     grad_of: Callable[[Piece], torch.Tensor]
+    on_host_of: Callable[[Piece], torch.Tensor | None] = lambda _piece: None
     stale: Sequence[Piece] = ()
 
 
@@ -139,7 +141,8 @@ class Interleaved:
                 slot, gone = free.popleft()
                 number = waiting.popleft()
                 came = self._fetch_grads(jobs[number], slot, [began, *gone])
-                coming.append((number, slot, came))
+                # Its other half may still be on its way, where no gradient is to come after it.
+                coming.append((number, slot, [*gone, *came]))
             number, slot, came = coming.popleft()
             for near in [number, *(each for each, _, _ in coming)][:2]:
                 jobs[near].states.prefetch()
@@ -160,6 +163,8 @@ class Interleaved:
     def _fetch_grads(self, job: Job, slot: torch.Tensor, after: list[Moment]) -> list[Moment]:
         moments = []
         for piece in job.pieces:
+            if job.on_host_of(piece) is not None:
+                continue
             grad = job.grad_of(piece)
             target = _within(slot[0], piece, grad.dtype)
             moments.append(self._device.copy("gradients", grad, target, after))
@@ -172,7 +177,9 @@ class Interleaved:
             renew_master(piece.inside(rows[2]), piece.of(piece.param.detach()))
         for piece in job.pieces:
             on_device = piece.of(piece.param.detach())
-            grad = _within(slot[0], piece, job.grad_of(piece).dtype)
+            grad = job.on_host_of(piece)
+            if grad is None:
+                grad = _within(slot[0], piece, job.grad_of(piece).dtype)
             param = _within(slot[1], piece, on_device.dtype)
             arrays = _arrays(piece, rows, grad, param)
             step = job.steps[piece.param]

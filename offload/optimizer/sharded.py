@@ -14,7 +14,14 @@ import torch
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["as_placed", "is_sharded", "local_part", "sum_over_ranks"]
+__all__ = [
+    "as_placed",
+    "is_as_placed",
+    "is_sharded",
+    "local_part",
+    "require_unsharded",
+    "sum_over_ranks",
+]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -56,6 +63,25 @@ def as_placed(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
 
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def require_unsharded(params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return `params`. Raises ValueError where ranks have parts of one."""
+    for param in params:
+        if is_sharded(param):
+            raise ValueError(
+                f"ranks have parts of a parameter of shape {tuple(param.shape)} (DTensor), and "
+                "one file has whole ones; use torch.distributed.checkpoint with state_dict()"
+            )
+    return params
+
+
+def is_as_placed(tensor: torch.Tensor, param: torch.Tensor) -> bool:
+    """Say whether `as_placed` has nothing to do."""
+    if not is_sharded(param) or not is_sharded(tensor):
+        return is_sharded(param) == is_sharded(tensor)
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return bool(tensor.device_mesh == mesh and tensor.placements == placements)  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(parts: Mapping[torch.Tensor, float]) -> float:

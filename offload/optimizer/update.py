@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from offload.native import AdamSettings
+from offload.optimizer.gradients import StepGradients
 
 __all__ = ["Update"]
 
@@ -16,17 +17,14 @@ class Update:
 
     def __init__(
         self,
-        flat: Mapping[torch.Tensor, torch.Tensor],
-        grads: Mapping[torch.Tensor, torch.Tensor],
+        gradients: StepGradients,
         steps: Mapping[torch.Tensor, int],
         settings: Sequence[AdamSettings],
         clip: float,
         stale: set[torch.Tensor],
     ) -> None:
-        self.flat = flat
-        """The gradients' elements, in the order of their parameters'."""
-        self.grads = grads
-        self._versions = {param: grad._version for param, grad in grads.items()}
+        self.gradients = gradients
+        self._versions = {param: grad._version for param, grad in gradients.given.items()}
         self.steps = steps
         """Of each parameter, this one included."""
         self.settings = settings
@@ -41,7 +39,7 @@ class Update:
 
     def require_unchanged(self) -> None:
         """Raise RuntimeError where a gradient is another one than when the step began."""
-        for param, grad in self.grads.items():
+        for param, grad in self.gradients.given.items():
             if param.grad is not grad or grad._version != self._versions[param]:
                 raise RuntimeError(
                     f"the gradient of a parameter of shape {tuple(param.shape)} has changed since "

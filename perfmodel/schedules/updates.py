@@ -15,6 +15,7 @@ from perfmodel.plan import update_schedule_of
 from perfmodel.timeline import Task, Timeline, simulate
 
 __all__ = [
+    "STATE_BYTES",
     "UpdateRates",
     "UpdateSchedule",
     "named_schedule",
