@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from time import monotonic
@@ -22,10 +22,11 @@ from offload.tiers.gds import DirectExtent, DirectWay
 from offload.tiers.memory import arena_of
 from perfmodel.endurance import WriteBudget
 
-__all__ = ["SsdTier", "TierFacts"]
+__all__ = ["SsdTier", "TierFacts", "by_load"]
 
 E = TypeVar("E", Extent, DirectExtent)
 _PAGE_BYTES = 4096
+_MEASURED_BYTES = 64 << 20  # of a directory, before its bandwidth counts
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,21 @@ class TierFacts:
     registered_buffers: bool
     backing: str
     verify: bool
+
+
+def by_load(stats: Sequence[Mapping[str, int | float]]) -> list[int]:
+    """Return the numbers of spills, the one first whose bytes take the least time to move.
+
+    So each holds a share of the bytes by its bandwidth, once all of those have been measured.
+    """
+    moved = [int(each["read_bytes"] + each["write_bytes"]) for each in stats]
+    # Reads and writes at once count once.
+    busy_s = [each["read_busy_s"] + each["write_busy_s"] - each["mixed_busy_s"] for each in stats]
+    speeds = [1.0] * len(stats)
+    if min(moved) >= _MEASURED_BYTES and min(busy_s) > 0:
+        speeds = [nbytes / seconds for nbytes, seconds in zip(moved, busy_s, strict=True)]
+    loads = [each["used_bytes"] / speed for each, speed in zip(stats, speeds, strict=True)]
+    return sorted(range(len(stats)), key=loads.__getitem__)
 
 
 class SsdTier:
@@ -116,11 +132,12 @@ class SsdTier:
             warnings.warn(f"{said}; name a directory on an SSD", RuntimeWarning, stacklevel=6)
 
     def _in_turn(self) -> Iterator[Spill]:
-        """Yield every directory's spill, those with the fewest bytes first: all are busy alike."""
+        """Yield every directory's spill, the least busy one first: see `by_load`."""
         if len(self._spills) == 1:
             yield self._spills[0]
             return
-        yield from sorted(self._spills, key=lambda spill: int(spill.stats()["used_bytes"]))
+        stats = [spill.stats() for spill in self._spills]
+        yield from (self._spills[number] for number in by_load(stats))
 
     def _write_in_turn(self, address: int, nbytes: int) -> Extent | None:
         return self._first_of(

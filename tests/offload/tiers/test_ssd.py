@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offload.config import ActivationsConfig
 from offload.native import Extent, FaultPlan, FaultRule
 from offload.tiers import SsdTier
+from offload.tiers.ssd import by_load
 
 MIB = 1 << 20
 Open = Callable[..., SsdTier]
@@ -273,3 +276,26 @@ def test_what_both_directions_move_while_both_are_under_way_is_counted(
     else:
         assert mixed == (0, 0)
     assert read(second) == tensors[1].numpy().tobytes()
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(0, 1))
+def test_directories_hold_bytes_by_their_bandwidth_once_it_is_known(
+    speeds: list[int], known: int
+) -> None:
+    used = [0] * len(speeds)
+    for _ in range(600):
+        stats = [
+            {
+                "used_bytes": held,
+                "read_bytes": known << 30,
+                "write_bytes": 0,
+                "read_busy_s": 2 / speed,
+                "write_busy_s": 1 / speed,
+                "mixed_busy_s": 2 / speed,
+            }
+            for held, speed in zip(used, speeds, strict=True)
+        ]
+        used[by_load(stats)[0]] += 1
+    weights = speeds if known else [1] * len(speeds)
+    for held, weight in zip(used, weights, strict=True):
+        assert abs(held - 600 * weight / sum(weights)) <= len(speeds)
