@@ -107,7 +107,18 @@ def path_names(value: object) -> tuple[str, ...]:
     names = tuple(os.fspath(path) for path in several if isinstance(path, (str, os.PathLike)))
     if len(names) != len(several) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"path={value!r} is not a directory's name, or a list of such names")
+    if len({os.path.normpath(name) for name in names}) < len(names):
+        raise ValueError(f"path={value!r} names a directory twice")
     return names
+
+
+def cpu_numbers(value: object) -> tuple[int, ...]:
+    """Return numbers of CPUs; ValueError for anything else than a list of them."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"cpus={value!r} is not a list of CPUs' numbers")
+    for cpu in value:
+        require_whole("cpus", cpu, 0, 1023)
+    return tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +304,9 @@ class OptimizerConfig:
     """Of the sum of several backwards with `early_gradients`: `float32`, `bfloat16` or `float16`;
     None: the gradients' own, as autograd has it."""
     threads: int | None = None
-    """That update on the host; None: as many as torch computes with."""
+    """That update on the host; None: as many as `cpus`, or as torch computes with."""
+    cpus: tuple[int, ...] = ()
+    """The only ones that these threads run on, by number; none: wherever the system puts them."""
     io_engine: str = "auto"
     """`auto`, `uring` or `posix`."""
     block_bytes: int = 1 << 20
@@ -308,6 +321,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Check every value."""
         object.__setattr__(self, "path", path_names(self.path))
+        object.__setattr__(self, "cpus", cpu_numbers(self.cpus))
         require_choice("io_engine", self.io_engine, IO_ENGINES)
         update_schedule_of(self.update_schedule)
         require_whole("subgroup_params", self.subgroup_params, 1, 1 << 40)

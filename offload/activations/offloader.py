@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -30,6 +30,7 @@ from offload.config import ActivationsConfig
 from offload.device import EmulatedLink, has_gpu, require_direct
 from offload.native import DropBox, FaultPlan, SavedView, TryLock
 from offload.tiers import Stores
+from perfmodel.plan import require_known
 
 __all__ = ["ActivationOffload"]
 
@@ -121,7 +122,9 @@ class ActivationOffload:
         gds: bool = False,
         recast_parameters: bool = True,
         emulated_device: EmulatedLink | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        require_known("ActivationOffload", unknown, sorted((*SETTINGS, "emulated_device")))
         # Named as the settings are, each of them.
         settings = {key: value for key, value in locals().items() if key in SETTINGS}
         faults = io_engine if isinstance(io_engine, FaultPlan) else None

@@ -87,7 +87,9 @@ class AdamW(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.total_norm = 0.0
         """Of all gradients of the last step, before clipping."""
-        self._pool = ThreadPool(self.config.threads or torch.get_num_threads())
+        cpus = self.config.cpus
+        threads = self.config.threads or len(cpus) or torch.get_num_threads()
+        self._pool = ThreadPool(threads, cpus)
         self._subgroups: list[tuple[Subgroup, States]] = []
         self._steps: dict[torch.Tensor, int] = {}
         self._versions: dict[torch.Tensor, int] = {}  # of parameters that have a master copy

@@ -108,6 +108,11 @@ def test_several_paths_of_any_kind_become_strings() -> None:
     assert config(path=Path("/b")).path == ("/b",)
 
 
+def test_a_directory_counts_once() -> None:
+    with pytest.raises(ValueError, match="names a directory twice"):
+        config(path=["/a", "/b", "/a/"])
+
+
 @pytest.mark.parametrize("path", [(), [], "", ("/a", "")])
 def test_the_ssd_tier_needs_a_directory(path: Any) -> None:
     with pytest.raises(ValueError, match="path="):
@@ -177,3 +182,10 @@ def test_an_optimizer_section_makes_a_config_and_refuses_what_is_unknown() -> No
     assert OptimizerConfig.from_mapping(dataclasses.asdict(made)) == made
     with pytest.raises(ValueError, match=r"optimizer\.placment.*did you mean 'placement'"):
         OptimizerConfig.from_mapping({"placment": "host"})
+
+
+@pytest.mark.parametrize("cpus", [3, "0", [-1], [0.5], [True], [2000]])
+def test_cpus_are_a_list_of_numbers(cpus: Any) -> None:
+    assert OptimizerConfig(cpus=[0, 2]).cpus == (0, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cpus="):
+        OptimizerConfig(cpus=cpus)

@@ -108,7 +108,7 @@ def test_a_forked_child_is_told_to_make_its_own_and_lets_go_of_its_copy(
         ({"io_engine": "urin"}, ValueError, r"io_engine='urin'.*did you mean 'uring'"),
         ({"path": "/nowhere/at/all"}, FileNotFoundError, "/nowhere/at/all"),
         ({"path": "/etc/hostname"}, NotADirectoryError, "/etc/hostname"),
-        ({"stagin_bytes": 1}, TypeError, "stagin_bytes"),
+        ({"stagin_bytes": 1}, ValueError, "did you mean 'staging_bytes'"),
     ],
 )
 def test_a_wrong_setting_is_refused_at_once(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -329,3 +330,13 @@ def test_groups_may_give_their_parameters_once_only(adamw: Make, parameters: Mak
         adamw([{"params": set(params)}])
     with pytest.raises(TypeError, match="one tensor"):
         adamw(params[0])
+
+
+def test_updates_run_on_the_chosen_cpus_only(adamw: Make, parameters: Make) -> None:
+    (cpu, *_) = os.sched_getaffinity(0)
+    before = set(os.listdir("/proc/self/task"))
+    adamw(parameters(), threads=None, cpus=[cpu])
+    (own,) = set(os.listdir("/proc/self/task")) - before
+    assert os.sched_getaffinity(int(own)) == {cpu}
+    with pytest.raises(OSError, match="1000"):
+        adamw(parameters(), cpus=[1000])
