@@ -126,16 +126,16 @@ class SsdStates:
     def begin(self) -> torch.Tensor:
         """Return them, in staging. Raises OSError where there is no room for another version."""
         if self._next is None:
-            buffer = self._staged
-            if buffer is None and self._present is not None:
-                buffer = self._present.fetch()
+            there = self._staged
+            if there is None and self._present is not None:
+                there = self._present.fetch()
             tier = self._tier
-            extent = tier.stage(self._nbytes, 0) if buffer is None else tier.restage(buffer)
+            extent = tier.stage(self._nbytes, 0) if there is None else tier.restage(there)
             if not isinstance(extent, Extent):
                 raise OSError(errno.ENOSPC, "; ".join(tier.why_full()))
-            rows = self._over(extent.staged() if buffer is None else buffer)
-            if buffer is None:
-                buffer = extent.staged()
+            buffer = extent.staged()
+            rows = self._over(buffer)
+            if there is None:
                 rows.copy_(self.read())
             self._next = extent, buffer, rows
         return self._next[2]

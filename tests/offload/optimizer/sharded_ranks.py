@@ -42,10 +42,11 @@ def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def backward(model: nn.Module, number: int) -> None:
+def backward(model: nn.Module, number: int, *, adds: bool = False) -> None:
     dtype = next(model.parameters()).dtype
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(number)).to(dtype)
-    model.zero_grad()
+    if not adds:
+        model.zero_grad()
     model(x).square().sum().backward()
 
 
@@ -132,6 +133,21 @@ def check_norm() -> None:
         assert torch.equal(old, whole(param))
 
 
+def check_early_gradients() -> None:
+    model, other = model_of(sharded=True), model_of(sharded=True)
+    optimizer = offload.AdamW(model.parameters(), **SETTINGS, early_gradients=True)
+    plain = offload.AdamW(other.parameters(), **SETTINGS)
+    for number in range(3):
+        for micro_batch in range(2):
+            backward(model, 10 * number + micro_batch, adds=True)
+            backward(other, 10 * number + micro_batch, adds=True)
+        assert all(param.grad is None for param in model.parameters())
+        optimizer.step()
+        plain.step()
+        plain.zero_grad()
+        assert same(model, other)
+
+
 def check_refusals() -> None:
     optimizer = offload.AdamW(model_of(sharded=True).parameters(), **SETTINGS)
     for refused in (optimizer.save, optimizer.load):
@@ -149,6 +165,7 @@ if __name__ == "__main__":
     check_checkpoints(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2))
     check_whole_states()
     check_norm()
+    check_early_gradients()
     check_refusals()
     dist.destroy_process_group()
     print("all ranks agree")
