@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 JOBS := $(shell nproc)
 
 SPILL := build/spill
-NATIVE := $(wildcard csrc/core/* csrc/bindings/*)
+NATIVE := $(wildcard csrc/core/* csrc/bindings/* csrc/cuda/*)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.h tests/csrc/*.cpp)
 BENCHMARKS := io hooks activations bandwidth rok planning adam states interleaved published_sweeps
 

@@ -37,6 +37,7 @@ from offload._C import (
 )
 from offload._C import adam_update as _adam_update
 from offload._C import inspect_directory as _inspect_directory
+from offload._C import plain_sum as _plain_sum
 from offload._C import probe_engines as _probe_engines
 from offload._C import squared_norm as _squared_norm
 
@@ -66,6 +67,7 @@ __all__ = [
     "keep_in_children",
     "memory_of",
     "note_updated",
+    "plain_sum",
     "probe_engines",
     "squared_norm",
     "sum_of_blocks",
@@ -247,6 +249,12 @@ def note_updated(*arrays: torch.Tensor | None) -> None:
     """Have whoever saved one of them for a backward hear that it was changed."""
     changed = [each for each in arrays if each is not None and not each.is_inference()]
     increment_version(changed)
+
+
+def plain_sum(pool: ThreadPool, values: torch.Tensor, version: str | None = None) -> float:
+    """Return the sum of a contiguous tensor on the host, otherwise as `squared_norm`."""
+    address = _array("values", values, _ARITHMETIC_DTYPES)
+    return _plain_sum(pool, address, _dtype_name(values.dtype), values.numel(), version)
 
 
 def squared_norm(pool: ThreadPool, values: torch.Tensor, version: str | None = None) -> float:

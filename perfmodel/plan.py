@@ -303,6 +303,9 @@ class OptimizerConfig:
     accumulate_dtype: str | None = None
     """Of the sum of several backwards with `early_gradients`: `float32`, `bfloat16` or `float16`;
     None: the gradients' own, as autograd has it."""
+    gradient_bytes: int | None = None
+    """The most host memory for gradients that leave a device early; None: for those of states in
+    host memory as much as they need, for those of states on the SSD `staging_bytes`."""
     threads: int | None = None
     """That update on the host; None: as many as `cpus`, or as torch computes with."""
     cpus: tuple[int, ...] = ()
@@ -330,6 +333,8 @@ class OptimizerConfig:
             require_whole("threads", self.threads, 1, 1024)
         require_bytes("staging_bytes", self.staging_bytes, minimum=PAGE_BYTES)
         require_block("block_bytes", self.block_bytes)
+        if self.gradient_bytes is not None:
+            require_bytes("gradient_bytes", self.gradient_bytes)
         for key in ("spill_bytes", "ssd_write_bytes_per_day"):
             if getattr(self, key) is not None:
                 require_bytes(key, getattr(self, key), minimum=1)

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "../core/adam.h"
 #include "../core/thread_pool.h"
@@ -86,15 +87,18 @@ void bind_arithmetic(py::module_& module) {
       },
       py::arg("settings"), py::arg("step"), py::kw_only(), py::arg("grad_scale"), py::arg("clip"));
   module.def("sum_of_blocks", [](std::vector<double> sums) { return sum_of_blocks(sums); });
-  module.def(
-      "squared_norm",
-      [](ThreadPool& pool, std::uintptr_t values, const std::string& dtype, std::size_t count,
-         const std::optional<std::string>& version) {
-        return squared_norm(pool, pointer<void>(values), dtype_named(dtype), count,
-                            version_named(version));
-      },
-      py::arg("pool"), py::arg("values"), py::arg("dtype"), py::arg("count"),
-      py::arg("version") = py::none(), NoGil());
+  for (const auto& [name, sum] :
+       {std::pair{"squared_norm", &squared_norm}, std::pair{"plain_sum", &plain_sum}}) {
+    module.def(
+        name,
+        [sum = sum](ThreadPool& pool, std::uintptr_t values, const std::string& dtype,
+                    std::size_t count, const std::optional<std::string>& version) {
+          return sum(pool, pointer<void>(values), dtype_named(dtype), count,
+                     version_named(version));
+        },
+        py::arg("pool"), py::arg("values"), py::arg("dtype"), py::arg("count"),
+        py::arg("version") = py::none(), NoGil());
+  }
 }
 
 }  // namespace offload

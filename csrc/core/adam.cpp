@@ -66,6 +66,20 @@ const void* at(const void* array, DType dtype, std::size_t element) {
   return static_cast<const std::byte*>(array) + element * dtype_bytes(dtype);
 }
 
+double total(ThreadPool& pool, const void* values, DType dtype, std::size_t count,
+             double (*of_block)(const void*, DType, std::size_t)) {
+  std::vector<double> sums((count + kNormBlock - 1) / kNormBlock);
+  pool.run((count + kTaken - 1) / kTaken, [&](std::size_t index) {
+    const PlainArithmetic plain;
+    const std::size_t end = std::min((index + 1) * kTaken, count);
+    for (std::size_t first = index * kTaken; first < end; first += kNormBlock) {
+      sums[first / kNormBlock] =
+          of_block(at(values, dtype, first), dtype, std::min(kNormBlock, end - first));
+    }
+  });
+  return sum_of_blocks(sums);
+}
+
 }  // namespace
 
 AdamConstants make_adam_constants(const AdamSettings& settings, std::uint64_t step,
@@ -109,16 +123,12 @@ void adam_update(ThreadPool& pool, const AdamConstants& constants, const AdamArr
 
 double squared_norm(ThreadPool& pool, const void* values, DType dtype, std::size_t count,
                     const AdamVersion& version) {
-  std::vector<double> sums((count + kNormBlock - 1) / kNormBlock);
-  pool.run((count + kTaken - 1) / kTaken, [&](std::size_t index) {
-    const PlainArithmetic plain;
-    const std::size_t end = std::min((index + 1) * kTaken, count);
-    for (std::size_t first = index * kTaken; first < end; first += kNormBlock) {
-      sums[first / kNormBlock] =
-          version.block_norm(at(values, dtype, first), dtype, std::min(kNormBlock, end - first));
-    }
-  });
-  return sum_of_blocks(sums);
+  return total(pool, values, dtype, count, version.block_norm);
+}
+
+double plain_sum(ThreadPool& pool, const void* values, DType dtype, std::size_t count,
+                 const AdamVersion& version) {
+  return total(pool, values, dtype, count, version.block_sum);
 }
 
 // Neighbours first, then theirs: a tree whose shape only the count decides.

@@ -40,6 +40,10 @@ void adam_update(ThreadPool& pool, const AdamConstants& constants, const AdamArr
 double squared_norm(ThreadPool& pool, const void* values, DType dtype, std::size_t count,
                     const AdamVersion& version = best_adam_version());
 
+// The sum of an array, as the sum of squares is made.
+double plain_sum(ThreadPool& pool, const void* values, DType dtype, std::size_t count,
+                 const AdamVersion& version = best_adam_version());
+
 // The sum of `sums`, one for each kNormBlock elements, in that order; they are overwritten.
 double sum_of_blocks(std::vector<double>& sums);
 

@@ -6,6 +6,6 @@
 #include "adam_loop.h"
 
 namespace offload {
-const AdamVersion kAdamAvx512 = {&update, &block_norm};
+const AdamVersion kAdamAvx512 = {&update, &block_norm, &block_sum};
 }  // namespace offload
 #endif

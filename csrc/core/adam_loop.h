@@ -72,7 +72,8 @@ void update(const AdamConstants& constants, const AdamArrays& arrays) {
 }
 
 // Sixteen sums side by side, each of every sixteenth element in order, then added up in a tree.
-double block_norm(const void* values, DType dtype, std::size_t count) {
+template <bool kSquares>
+double block_total(const void* values, DType dtype, std::size_t count) {
   constexpr std::size_t kLanes = 16;
   alignas(64) float run[kRun];
   alignas(64) double sums[kLanes] = {};
@@ -83,7 +84,7 @@ double block_norm(const void* values, DType dtype, std::size_t count) {
     for (std::size_t i = 0; i < length; i += kLanes) {
       for (std::size_t lane = 0; lane < kLanes; ++lane) {
         const double value = run[i + lane];
-        sums[lane] += value * value;
+        sums[lane] += kSquares ? value * value : value;
       }
     }
   }
@@ -91,6 +92,14 @@ double block_norm(const void* values, DType dtype, std::size_t count) {
     for (std::size_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
   }
   return sums[0];
+}
+
+double block_norm(const void* values, DType dtype, std::size_t count) {
+  return block_total<true>(values, dtype, count);
+}
+
+double block_sum(const void* values, DType dtype, std::size_t count) {
+  return block_total<false>(values, dtype, count);
 }
 
 }  // namespace

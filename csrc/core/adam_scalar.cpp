@@ -2,5 +2,5 @@
 #include "adam_loop.h"
 
 namespace offload {
-const AdamVersion kAdamScalar = {&update, &block_norm};
+const AdamVersion kAdamScalar = {&update, &block_norm, &block_sum};
 }  // namespace offload

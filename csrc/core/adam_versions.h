@@ -26,8 +26,9 @@ inline constexpr std::size_t kNormBlock = 4096;
 
 struct AdamVersion {
   void (*update)(const AdamConstants& constants, const AdamArrays& arrays);
-  // The sum of squares of at most kNormBlock elements.
+  // The sum of squares of at most kNormBlock elements, and their sum.
   double (*block_norm)(const void* values, DType dtype, std::size_t count);
+  double (*block_sum)(const void* values, DType dtype, std::size_t count);
 };
 
 extern const AdamVersion kAdamScalar;

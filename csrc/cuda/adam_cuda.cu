@@ -11,7 +11,7 @@ namespace {
 
 constexpr unsigned kThreads = 256;
 constexpr unsigned kMostBlocks = 1u << 20;
-// As in block_norm(): so many sums side by side.
+// As in block_total(): so many sums side by side.
 constexpr unsigned kLanes = 16;
 
 template <DType dtype>
@@ -47,9 +47,9 @@ __global__ void update(const AdamConstants constants, const AdamArrays arrays) {
   }
 }
 
-// Sixteen threads a block of elements; the order of every sum is that of block_norm().
-template <DType dtype>
-__global__ void block_norms(const void* values, std::size_t count, double* sums) {
+// Sixteen threads a block of elements; the order of every sum is that of block_total().
+template <DType dtype, bool squares>
+__global__ void block_sums(const void* values, std::size_t count, double* sums) {
   const std::size_t block = std::size_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes;
   const unsigned lane = threadIdx.x % kLanes;
   const std::size_t begin = block * kNormBlock;
@@ -57,7 +57,7 @@ __global__ void block_norms(const void* values, std::size_t count, double* sums)
   double sum = 0;
   for (std::size_t i = begin + lane; i < end; i += kLanes) {
     const double value = load<dtype>(values, i);
-    sum = __dadd_rn(sum, __dmul_rn(value, value));
+    sum = __dadd_rn(sum, squares ? __dmul_rn(value, value) : value);
   }
   for (unsigned half = kLanes / 2; half != 0; half /= 2) {
     sum = __dadd_rn(sum, __shfl_down_sync(0xFFFFFFFF, sum, half, kLanes));
@@ -86,6 +86,19 @@ void launch_update(const AdamConstants& constants, const AdamArrays& arrays, cud
   }
 }
 
+template <DType dtype>
+void launch_sums(const void* values, std::size_t count, bool squares, double* sums,
+                 cudaStream_t stream) {
+  const std::size_t blocks = (count + kNormBlock - 1) / kNormBlock;
+  const std::size_t per_grid_block = kThreads / kLanes;
+  const auto grid = static_cast<unsigned>((blocks + per_grid_block - 1) / per_grid_block);
+  if (squares) {
+    block_sums<dtype, true><<<grid, kThreads, 0, stream>>>(values, count, sums);
+  } else {
+    block_sums<dtype, false><<<grid, kThreads, 0, stream>>>(values, count, sums);
+  }
+}
+
 }  // namespace
 
 int adam_update_cuda(const AdamConstants& constants, const AdamArrays& arrays, void* stream) {
@@ -105,22 +118,19 @@ int adam_update_cuda(const AdamConstants& constants, const AdamArrays& arrays, v
   return cudaGetLastError();
 }
 
-int block_norms_cuda(const void* values, DType dtype, std::size_t count, double* sums,
-                     void* stream) {
+int block_sums_cuda(const void* values, DType dtype, std::size_t count, bool squares, double* sums,
+                    void* stream) {
   if (count == 0) return cudaSuccess;
   const auto on = static_cast<cudaStream_t>(stream);
-  const std::size_t blocks = (count + kNormBlock - 1) / kNormBlock;
-  const std::size_t per_grid_block = kThreads / kLanes;
-  const auto grid = static_cast<unsigned>((blocks + per_grid_block - 1) / per_grid_block);
   switch (dtype) {
     case DType::kFloat32:
-      block_norms<DType::kFloat32><<<grid, kThreads, 0, on>>>(values, count, sums);
+      launch_sums<DType::kFloat32>(values, count, squares, sums, on);
       break;
     case DType::kBFloat16:
-      block_norms<DType::kBFloat16><<<grid, kThreads, 0, on>>>(values, count, sums);
+      launch_sums<DType::kBFloat16>(values, count, squares, sums, on);
       break;
     case DType::kFloat16:
-      block_norms<DType::kFloat16><<<grid, kThreads, 0, on>>>(values, count, sums);
+      launch_sums<DType::kFloat16>(values, count, squares, sums, on);
       break;
   }
   return cudaGetLastError();

@@ -22,9 +22,10 @@ int offload_adam_update(const void* constants, const void* grad, int grad_dtype,
   return offload::adam_update_cuda(*static_cast<const AdamConstants*>(constants), arrays, stream);
 }
 
-int offload_block_norms(const void* values, int dtype, std::size_t count, double* sums,
-                        void* stream) {
-  return offload::block_norms_cuda(values, static_cast<DType>(dtype), count, sums, stream);
+int offload_block_sums(const void* values, int dtype, std::size_t count, int squares, double* sums,
+                       void* stream) {
+  return offload::block_sums_cuda(values, static_cast<DType>(dtype), count, squares != 0, sums,
+                                  stream);
 }
 
 const char* offload_cuda_error(int code) {

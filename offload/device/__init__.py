@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from offload.device.cuda import CudaLink, device_facts, refuse_capture
+from offload.device.cuda import CudaLink, device_facts, is_capturing, refuse_capture
 from offload.device.direct import DirectFile, direct_facts, require_direct
 from offload.device.emulated import EmulatedLink
 from offload.device.link import KERNEL_ALIGN, DeviceLink, Moment, bytes_of
@@ -31,6 +31,7 @@ __all__ = [
     "device_facts",
     "direct_facts",
     "has_gpu",
+    "is_capturing",
     "num_devices",
     "refuse_capture",
     "require_direct",

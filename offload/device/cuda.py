@@ -49,15 +49,20 @@ def pin_host_memory(device: torch.device, address: int, nbytes: int) -> int:
     """Register host memory with CUDA, all of which becomes resident; return 0 or CUDA's error."""
     code = int(_cudart().cudaHostRegister(address, nbytes, _PORTABLE))
     if code:
-        # CUDA remembers the error, and whoever launches the next kernel would be told.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=device)
+        _forget_error(device)
     return code
+
+
+def _forget_error(device: torch.device) -> None:
+    # CUDA remembers an error, and whoever launches the next kernel would be told.
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 def unpin_host_memory(address: int) -> None:
     """Undo the registration, before the memory goes."""
-    _cudart().cudaHostUnregister(address)
+    if int(_cudart().cudaHostUnregister(address)):
+        _forget_error(torch.device("cuda"))
 
 
 class CudaLink(DeviceLink):
@@ -184,10 +189,15 @@ class CudaLink(DeviceLink):
         self._in.synchronize()
 
 
+def is_capturing() -> bool:
+    """Say whether the current stream captures a CUDA graph."""
+    # Nothing is captured where CUDA is not in use, and asking would set it up.
+    return _is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_capture() -> None:
     """Raise RuntimeError while the current stream captures a CUDA graph."""
-    # Nothing is captured where CUDA is not in use, and asking would set it up.
-    if _is_initialized() and torch.cuda.is_current_stream_capturing():
+    if is_capturing():
         raise RuntimeError(
             "activations cannot be offloaded inside a CUDA graph: its replays would not call the "
             "hooks; capture what is outside of `act.forward()`, or train without the graph"

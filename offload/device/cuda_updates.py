@@ -95,13 +95,21 @@ class CudaUpdates(UpdateDevice):
 
     def squared_norms(self, pool: ThreadPool, values: Sequence[torch.Tensor]) -> list[float]:
         """Sum the blocks on the current stream, and wait once for all of them."""
+        return self._totals(values, squares=True)
+
+    def plain_sums(self, pool: ThreadPool, values: Sequence[torch.Tensor]) -> list[float]:
+        """Do the same without squaring."""
+        return self._totals(values, squares=False)
+
+    def _totals(self, values: Sequence[torch.Tensor], *, squares: bool) -> list[float]:
         counts = [-(-each.numel() // NORM_BLOCK) for each in values]
         sums = torch.zeros(sum(counts), dtype=torch.float64, device=self.device)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         ends = [*accumulate(counts)]
         with torch.cuda.device(self.device):
             for each, count, end in zip(values, counts, ends, strict=True):
-                self._kernels.block_norms(each, sums[end - count : end], stream=stream)
+                of_each = sums[end - count : end]
+                self._kernels.block_sums(each, of_each, squares=squares, stream=stream)
         on_host: list[float] = sums.tolist()
         return [
             sum_of_blocks(on_host[end - count : end])

@@ -20,7 +20,7 @@ import torch
 
 from offload.device.link import Moment
 from offload.device.updates import QUEUES, Arrays, UpdateDevice
-from offload.native import AdamSettings, ThreadPool, adam_update, squared_norm
+from offload.native import AdamSettings, ThreadPool, adam_update, plain_sum, squared_norm
 
 __all__ = ["EmulatedRates", "EmulatedUpdates"]
 
@@ -230,6 +230,10 @@ class EmulatedUpdates(UpdateDevice):
     def squared_norms(self, pool: ThreadPool, values: Sequence[torch.Tensor]) -> list[float]:
         """Return the host's, which has the device's bits."""
         return [squared_norm(pool, each) for each in values]
+
+    def plain_sums(self, pool: ThreadPool, values: Sequence[torch.Tensor]) -> list[float]:
+        """Return the host's, which has the device's bits."""
+        return [plain_sum(pool, each) for each in values]
 
     def hold(self, moment: Moment) -> None:
         """Wait, as the computation would."""

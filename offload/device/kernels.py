@@ -41,7 +41,9 @@ class Kernels:
             *(c_char_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
             *(c_size_t, c_void_p),
         ]
-        library.offload_block_norms.argtypes = [c_void_p, c_int, c_size_t, c_void_p, c_void_p]
+        library.offload_block_sums.argtypes = [
+            *(c_void_p, c_int, c_size_t, c_int, c_void_p, c_void_p),
+        ]
         library.offload_cuda_error.restype = c_char_p
         for about in (library.offload_constants_bytes, library.offload_norm_block):
             about.restype = c_size_t
@@ -74,12 +76,15 @@ class Kernels:
         self._require(code, f"an update of {grad.numel()} parameters")
         note_updated(*state, param)
 
-    def block_norms(self, values: torch.Tensor, sums: torch.Tensor, *, stream: int) -> None:
-        """Queue the sums of squares of each `NORM_BLOCK` elements; `sums` are fp64."""
-        code = self._library.offload_block_norms(
-            values.data_ptr(), _NUMBERS[values.dtype], values.numel(), sums.data_ptr(), stream
+    def block_sums(
+        self, values: torch.Tensor, sums: torch.Tensor, *, squares: bool, stream: int
+    ) -> None:
+        """Queue the sums, of `squares` or plain, of each `NORM_BLOCK` elements; `sums` are fp64."""
+        code = self._library.offload_block_sums(
+            *(values.data_ptr(), _NUMBERS[values.dtype], values.numel()),
+            *(squares, sums.data_ptr(), stream),
         )
-        self._require(code, f"the norm of {values.numel()} elements")
+        self._require(code, f"the sum of {values.numel()} elements")
 
     def _require(self, code: int, what: str) -> None:
         if code:

@@ -74,6 +74,10 @@ class UpdateDevice(ABC):
         """Return `offload.native.squared_norm` of each array on the device, in the same order."""
 
     @abstractmethod
+    def plain_sums(self, pool: ThreadPool, values: Sequence[torch.Tensor]) -> list[float]:
+        """Return `offload.native.plain_sum` of each array on the device, in the same order."""
+
+    @abstractmethod
     def hold(self, moment: Moment) -> None:
         """Have what the calling thread computes from now on go on only after `moment`."""
 

@@ -87,9 +87,8 @@ class AdamW(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.total_norm = 0.0
         """Of all gradients of the last step, before clipping."""
-        cpus = self.config.cpus
-        threads = self.config.threads or len(cpus) or torch.get_num_threads()
-        self._pool = ThreadPool(threads, cpus)
+        threads = self.config.threads or len(self.config.cpus) or torch.get_num_threads()
+        self._pool = ThreadPool(threads, self.config.cpus)
         self._subgroups: list[tuple[Subgroup, States]] = []
         self._steps: dict[torch.Tensor, int] = {}
         self._versions: dict[torch.Tensor, int] = {}  # of parameters that have a master copy
@@ -143,14 +142,15 @@ class AdamW(torch.optim.Optimizer):
         """Update all parameters that have a gradient.
 
         An error leaves the step half done, and says how far it came: another call finishes it, with
-        the same gradients, which must not have changed. Raises OSError for a failing drive,
-        RuntimeError for a sparse gradient or one of another type, or changed gradients.
+        the same gradients, which must not have changed; it does not call `closure`. Raises OSError
+        for a failing drive, RuntimeError for a sparse gradient or one of another type, or changed
+        gradients.
         """
         loss = None
-        if closure is not None:
+        self._require_open()
+        if closure is not None and self._unfinished is None:
             with torch.enable_grad():
                 loss = closure()
-        self._require_open()
         if self._unfinished is None:
             self._unfinished = self._begun()
         if self._unfinished is not None:
@@ -166,18 +166,19 @@ class AdamW(torch.optim.Optimizer):
         self.total_norm = math.sqrt(square) if math.isfinite(square) else square
         if not math.isfinite(square):
             self.skipped_steps += 1
-            self._gradients.take_back()
+            self._gradients.drop()
             return None
         clip = 1.0
         if self.max_norm is not None:
             # As torch.nn.utils.clip_grad_norm_ has it.
             clip = min(1.0, self.max_norm / (self.total_norm + 1e-6))
-        for param in gradients.flat:
-            self._steps[param] = self._steps.get(param, 0) + 1
-            self.state[param]["step"] = torch.tensor(float(self._steps[param]))
         settings = [settings_of(group) for group in self.param_groups]
         trained = [param for param in gradients.flat if self._has_master(param)]
         stale = {param for param in trained if self._is_foreign(param)}
+        for param in gradients.flat:
+            self._steps[param] = self._steps.get(param, 0) + 1
+            self.state[param]["step"] = torch.tensor(float(self._steps[param]))
+        self._gradients.use_up()
         return Update(gradients, dict(self._steps), settings, clip, stale)
 
     def _is_foreign(self, param: torch.Tensor) -> bool:
@@ -208,6 +209,8 @@ class AdamW(torch.optim.Optimizer):
 
     def _update_all(self, update: Update) -> None:
         order = self._placement.order([states for _, states in self._subgroups])
+        flat = update.gradients.flat
+        update.done |= {at for at in order if not self._subgroups[at][0].has_any(flat)}
         todo = [number for number in order if number not in update.done]
         for place, number in enumerate(todo):
             for near in todo[place : place + 1 + self._placement.ahead]:
@@ -222,10 +225,7 @@ class AdamW(torch.optim.Optimizer):
     def _update(self, number: int, subgroup: Subgroup, states: States, update: Update) -> None:
         flat = update.gradients.flat
         pieces = [piece for piece in subgroup.pieces if piece.param in flat]
-        if not pieces:
-            update.done.add(number)
-            return
-        rows = states.begin()
+        rows = self._placement.begin(states)
         settings = update.settings[subgroup.group]
         for place, piece in enumerate(pieces):
             if (number, place) in update.pieces:
@@ -346,9 +346,12 @@ class AdamW(torch.optim.Optimizer):
         self._half_loaded = False
 
     def memory_bytes(self) -> int:
-        """Return what the states take in memory between steps, staging included."""
+        """Return what the states take in memory between steps, staging included.
+
+        And what is set aside there for gradients that leave a device early.
+        """
         states_bytes = sum(states.memory_bytes() for _, states in self._subgroups)
-        return states_bytes + self._placement.native_bytes()
+        return states_bytes + self._placement.native_bytes() + self._gradients.memory_bytes()
 
     # ---- the end ----------------------------------------------------------------------------
 

@@ -147,8 +147,9 @@ def save_states(
         writer = _Writer(file, path, _entries(numbers, steps), metadata)
         gathered: dict[str, torch.Tensor] = {}  # of tensors whose elements are in another order
         for place, (subgroup, states) in enumerate(subgroups):
-            for _, near in subgroups[place : place + 1 + depth]:
-                near.prefetch()
+            for other, near in subgroups[place : place + 1 + depth]:
+                if other.has_any(steps):  # what is read ahead of nobody fills staging
+                    near.prefetch()
             rows = None
             for piece in subgroup.pieces:
                 if piece.param not in steps:

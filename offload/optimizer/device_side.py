@@ -13,6 +13,7 @@ from offload.optimizer.calibration import measure_rates
 from offload.optimizer.gradients import Gradients, StepGradients
 from offload.optimizer.interleaved import Interleaved, Job
 from offload.optimizer.layout import Piece, Subgroup
+from offload.optimizer.sharded import local_part
 from offload.optimizer.states import HostStates, SsdStates, States, renew_master
 from offload.optimizer.update import Update
 from perfmodel.schedules.updates import UpdateRates, UpdateSchedule, named_schedule, plan_updates
@@ -29,6 +30,7 @@ class DeviceSide:
     def __init__(self, device: UpdateDevice, pool: ThreadPool, config: OptimizerConfig) -> None:
         self._device, self._pool = device, pool
         self._wanted = config.update_schedule
+        self._gradient_bytes, self._staging_bytes = config.gradient_bytes, config.staging_bytes
         self._resident: set[States] = set()
         self._pinned: list[int] = []
         self._engine: Interleaved | None = None
@@ -48,8 +50,8 @@ class DeviceSide:
             return states
         states = HostStates(subgroup)
         rows = states.read()
-        self._device.pin(rows.data_ptr(), rows.nbytes)
-        self._pinned.append(rows.data_ptr())
+        if self._device.pin(rows.data_ptr(), rows.nbytes):
+            self._pinned.append(rows.data_ptr())
         return states
 
     def settle(self) -> None:
@@ -74,7 +76,7 @@ class DeviceSide:
         )
         if self._engine is None:
             self._plan([subgroups[number] for number in order])
-            gradients.leave_for_host(self._updated_on_host(subgroups))
+            gradients.leave_for_host(self._leaving(subgroups))
             self._bring_back(update.gradients, subgroups)
         assert self._engine is not None
         jobs: dict[int, Job] = {}
@@ -116,17 +118,29 @@ class DeviceSide:
             stale if place == "host" else (),  # begun only when their turn comes
         )
 
-    def _updated_on_host(
+    def _leaving(
         self, subgroups: Sequence[tuple[Subgroup, States]]
     ) -> dict[torch.Tensor, torch.dtype]:
-        """Return the parameters of which no piece is updated on the device, and their types."""
+        """Return parameters of which no piece is updated on the device, and their types.
+
+        As many as there may be host memory for.
+        """
         elsewhere = self._on_device(subgroups)
-        return {
-            piece.param: piece.param.dtype
-            for subgroup, _ in subgroups
+        on_ssd = {
+            piece.param
+            for subgroup, states in subgroups
+            if isinstance(states, SsdStates)
             for piece in subgroup.pieces
-            if piece.param not in elsewhere
         }
+        all_count = self._gradient_bytes is not None
+        left = self._staging_bytes if self._gradient_bytes is None else self._gradient_bytes
+        leaving: dict[torch.Tensor, torch.dtype] = {}
+        for param in dict.fromkeys(piece.param for each, _ in subgroups for piece in each.pieces):
+            counts = local_part(param).nbytes if all_count or param in on_ssd else 0
+            if param not in elsewhere and counts <= left:
+                leaving[param] = param.dtype
+                left -= counts
+        return leaving
 
     def _on_device(self, subgroups: Sequence[tuple[Subgroup, States]]) -> set[torch.Tensor]:
         return {

@@ -1,12 +1,12 @@
 """Copies of gradients in host memory, under way while the backward goes on.
 
-Memory is bounded: each parameter has one place, pinned, and what is added to it comes through two
-buffers of a subgroup each. One thread waits for the copies and adds.
+Each parameter has one place, pinned. What is added to it comes through two buffers of a subgroup
+each, and one thread waits for it and adds.
 """
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ import torch
 
 from offload.device import Moment
 from offload.device.updates import UpdateDevice
-from offload.native import ThreadPool, squared_norm
 from offload.optimizer.sharded import local_part
 
 __all__ = ["EarlyCopies", "EarlyCopy"]
@@ -31,39 +30,45 @@ class EarlyCopy:
 
     elements: torch.Tensor
     grad: torch.Tensor
-    version: int
-    square: float
-    """The sum of squares of `elements`; nan where it was not asked for."""
+    versions: tuple[int, int]
 
-    def is_of(self, grad: torch.Tensor | None, square: float | None) -> bool:
-        """Say whether `grad`, whose squares add up to `square`, is still what was copied.
+    def is_of(self, grad: torch.Tensor | None) -> bool:
+        """Say whether nobody has changed `grad` since, as far as PyTorch's counters tell."""
+        return grad is self.grad and _versions_of(grad) == self.versions
 
-        A change through `.data` leaves no other trace than the sum of squares.
-        """
-        return grad is self.grad and grad._version == self.version and square == self.square
+
+def _versions_of(grad: torch.Tensor) -> tuple[int, int]:
+    return grad._version, local_part(grad)._version  # of a DTensor these are two
 
 
 @dataclass
 class _Sent:
     grad: torch.Tensor
-    version: int
-    work: list[Future[float]]
+    versions: tuple[int, int]
+    came: Moment
+    added: list[Future[None]]
+
+    def wait(self) -> None:
+        self.came.synchronize()
+        for work in self.added:
+            work.result()
 
 
 class EarlyCopies:
     """Owns the memory on the host, until it is closed.
 
-    `releases`: what is sent again is added to what is there, instead of taking its place, and may
-    be of another type.
+    `adds`: what is sent again is added to what is there, instead of taking its place, and may be of
+    another type.
     """
 
-    def __init__(self, device: UpdateDevice, buffer_params: int, *, releases: bool) -> None:
-        self._device, self._buffer_params, self._releases = device, buffer_params, releases
-        self._pool = ThreadPool(1)
+    def __init__(self, device: UpdateDevice, buffer_params: int, *, adds: bool) -> None:
+        self._device, self._buffer_params, self._adds = device, buffer_params, adds
         self._places: dict[torch.Tensor, torch.Tensor] = {}
         self._sent: dict[torch.Tensor, _Sent] = {}
-        self._lent: set[torch.Tensor] = set()
+        # Elements that must live until they have been copied.
+        self._leaving: deque[tuple[Moment, torch.Tensor]] = deque()
         self._buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+        self._memory: list[torch.Tensor] = []
         self._pinned: list[torch.Tensor] = []
         self._worker: ThreadPoolExecutor | None = None
 
@@ -72,26 +77,31 @@ class EarlyCopies:
 
         Nothing may be on its way; what was handed out stays as it is.
         """
-        assert not self._sent
+        self.drop()
         self._give_back()
         begins, end = {}, 0
         for param, dtype in params.items():
             begins[param] = end
-            end += -(-_count(param) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        memory = self._pin(torch.empty(end, dtype=torch.uint8))
+            end += -(-_nbytes(param, dtype) // _ALIGNMENT) * _ALIGNMENT
+        memory = self._allocate(end)
         self._places = {
-            param: memory[begins[param] :][: _count(param) * dtype.itemsize].view(dtype)
+            param: memory[begins[param] :][: _nbytes(param, dtype)].view(dtype)
             for param, dtype in params.items()
         }
-        if self._releases and params:
+        if self._adds and params:
             for _ in range(_NUM_BUFFERS):
-                self._buffers.put(self._pin(torch.empty(self._buffer_params)))
+                self._buffers.put(self._allocate(4 * self._buffer_params))
 
-    def _pin(self, memory: torch.Tensor) -> torch.Tensor:
-        if memory.nbytes:
-            self._device.pin(memory.data_ptr(), memory.nbytes)
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        self._memory.append(memory)
+        if nbytes and self._device.pin(memory.data_ptr(), nbytes):
             self._pinned.append(memory)
         return memory
+
+    def memory_bytes(self) -> int:
+        """Return what the places and buffers take in host memory."""
+        return sum(memory.nbytes for memory in self._memory)
 
     def place_of(self, param: torch.Tensor) -> torch.Tensor | None:
         """Return where its elements are to be; None where it has no place."""
@@ -102,69 +112,54 @@ class EarlyCopies:
         return param in self._sent
 
     def send(self, param: torch.Tensor, flat: torch.Tensor, grad: torch.Tensor) -> None:
-        """Copy the elements `flat` of `grad`, once the computation so far has been done.
-
-        Both are kept until that has been. Raises RuntimeError where the place is still in use.
-        """
-        if param in self._lent and self._releases:
-            raise RuntimeError(
-                "a step has failed midway and still needs the gradients that it was given: call "
-                "step() again to finish it, before another backward"
-            )
+        """Copy the elements `flat` of `grad`, once the computation so far has been done."""
         place, before = self._places[param], self._sent.get(param)
-        adds = self._releases and before is not None
-        if self._releases and (adds or flat.dtype != place.dtype):
-            work = self._send_through_buffers(flat, place, adds=adds)
+        ready = self._device.ready()
+        added: list[Future[None]] = []
+        if self._adds and (before is not None or flat.dtype != place.dtype):
+            added = self._send_through_buffers(flat, place, ready, first=before is None)
+            came = before.came if before is not None else ready
         else:
-            came = self._device.copy("gradients", flat, place, (self._device.ready(),))
-            work = [self._submit(came, flat, place)]
-        work = [*before.work, *work] if before is not None else work
-        self._sent[param] = _Sent(grad, grad._version, work)
+            came = self._device.copy("gradients", flat, place, (ready,))
+            self._leaving.append((came, flat))
+        if before is not None:
+            added = [*(work for work in before.added if not _went_well(work)), *added]
+        self._sent[param] = _Sent(grad, _versions_of(grad), came, added)
+        while self._leaving and self._leaving[0][0].query():
+            self._leaving.popleft()
 
     def _send_through_buffers(
-        self, flat: torch.Tensor, place: torch.Tensor, *, adds: bool
-    ) -> list[Future[float]]:
-        ready, work = self._device.ready(), []
-        size = self._buffer_params
-        for begin in range(0, flat.numel(), size):
-            part, target = flat[begin : begin + size], place[begin : begin + size]
+        self, flat: torch.Tensor, place: torch.Tensor, ready: Moment, *, first: bool
+    ) -> list[Future[None]]:
+        work = []
+        for begin in range(0, flat.numel(), self._buffer_params):
+            part = flat[begin : begin + self._buffer_params]
             buffer = self._buffers.get()  # waits for the worker, which waits for copies
-            came = self._device.copy(
-                "gradients", part, buffer.view(flat.dtype)[: part.numel()], (ready,)
+            arrived = buffer[: part.nbytes].view(flat.dtype)
+            came = self._device.copy("gradients", part, arrived, (ready,))
+            target = place[begin : begin + self._buffer_params]
+            work.append(
+                self._thread().submit(self._settle, came, part, arrived, buffer, target, first)
             )
-            work.append(self._submit_adding(came, part, buffer, target, adds=adds))
         return work
 
-    def _submit(self, came: Moment, flat: torch.Tensor, place: torch.Tensor) -> Future[float]:
-        def settle(_source: torch.Tensor) -> float:
-            came.synchronize()
-            # Nobody can change what is released.
-            return math.nan if self._releases else squared_norm(self._pool, place)
-
-        return self._thread().submit(settle, flat)
-
-    def _submit_adding(
+    def _settle(
         self,
         came: Moment,
-        part: torch.Tensor,
+        _source: torch.Tensor,  # lives until here
+        arrived: torch.Tensor,
         buffer: torch.Tensor,
         target: torch.Tensor,
-        *,
-        adds: bool,
-    ) -> Future[float]:
-        def settle() -> float:
-            try:
-                came.synchronize()
-                arrived = buffer.view(part.dtype)[: part.numel()]
-                if adds:
-                    target.add_(arrived)
-                else:
-                    target.copy_(arrived)
-            finally:
-                self._buffers.put(buffer)
-            return math.nan
-
-        return self._thread().submit(settle)
+        first: bool,
+    ) -> None:
+        try:
+            came.synchronize()
+            if first:
+                target.copy_(arrived)
+            else:
+                target.add_(arrived)
+        finally:
+            self._buffers.put(buffer)
 
     def _thread(self) -> ThreadPoolExecutor:
         if self._worker is None:
@@ -172,42 +167,48 @@ class EarlyCopies:
         return self._worker
 
     def arrived(self) -> dict[torch.Tensor, EarlyCopy]:
-        """Wait for all that was sent, and hand it out: until `take_back`, where it is released.
+        """Wait for all that was sent and return it; it stays sent. Raises what a copy failed with.
 
-        Raises what a copy has failed with.
+        The elements are in their place: valid until something is sent there again.
         """
-        sent, self._sent = self._sent, {}
-        copies = {}
-        for param, one in sent.items():
-            square = [work.result() for work in one.work][-1]
-            copies[param] = EarlyCopy(self._places[param], one.grad, one.version, square)
-        self._lent = set(copies)
-        return copies
-
-    def take_back(self) -> None:
-        """Have the places free for other gradients."""
-        self._lent.clear()
+        for one in self._sent.values():
+            one.wait()
+        self._leaving.clear()
+        return {
+            param: EarlyCopy(self._places[param], one.grad, one.versions)
+            for param, one in self._sent.items()
+        }
 
     def drop(self) -> None:
-        """Forget what was sent."""
-        sent, self._sent = self._sent, {}
-        for one in sent.values():
-            for work in one.work:
+        """Forget what was sent, once nothing of it is on its way."""
+        for one in self._sent.values():
+            for work in one.added:
                 work.exception()  # waits
+        for moment, _ in self._leaving:
+            moment.synchronize()
+        self._leaving.clear()
+        self._sent.clear()
 
     def close(self) -> None:
         """Wait for what is on its way, and give the memory back. Idempotent."""
-        self.drop()
-        self._give_back()
-        if self._worker is not None:
-            self._worker.shutdown()
-            self._worker = None
+        try:
+            self.drop()
+        finally:
+            self._give_back()
+            if self._worker is not None:
+                self._worker.shutdown()
+                self._worker = None
 
     def _give_back(self) -> None:
         self._places, self._buffers = {}, SimpleQueue()
         while self._pinned:
             self._device.unpin(self._pinned.pop().data_ptr())
+        self._memory.clear()
 
 
-def _count(param: torch.Tensor) -> int:
-    return local_part(param).numel()
+def _nbytes(param: torch.Tensor, dtype: torch.dtype) -> int:
+    return local_part(param).numel() * dtype.itemsize
+
+
+def _went_well(work: Future[None]) -> bool:
+    return work.done() and work.exception() is None

@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 from offload.config import OptimizerConfig
+from offload.device import is_capturing
 from offload.device.updates import UpdateDevice
-from offload.native import ThreadPool, squared_norm
+from offload.native import ThreadPool, plain_sum, squared_norm
 from offload.optimizer.accepted import flat_grad
-from offload.optimizer.early_copies import EarlyCopies
-from offload.optimizer.sharded import is_as_placed, is_sharded
+from offload.optimizer.early_copies import EarlyCopies, EarlyCopy
+from offload.optimizer.sharded import is_as_placed, is_sharded, is_where_computed
 
 __all__ = ["Gradients", "StepGradients"]
 
 
 @dataclass(frozen=True)
 class StepGradients:
-    """What one step has of each parameter with a gradient."""
+    """What one step has of each parameter with a gradient, in the order of parameters."""
 
     given: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
     """Each `grad`, of those that have one."""
@@ -49,51 +50,83 @@ class Gradients:
         name = config.accumulate_dtype
         self._dtype: torch.dtype | None = None if name is None else getattr(torch, name)
         self._copies = (
-            EarlyCopies(device, config.subgroup_params, releases=self._releases)
+            EarlyCopies(device, config.subgroup_params, adds=self._releases)
             if device is not None
             else None
         )
-        self._held: dict[torch.Tensor, torch.Tensor] = {}  # released, and not copied
-        self._hooks: list[Any] = []
+        self._held: dict[torch.Tensor, torch.Tensor] = {}  # taken, and not copied
+        self._in_step = False
+        self._hooks: dict[torch.Tensor, Any] = {}
 
     def watch(self, params: Iterable[torch.Tensor]) -> None:
         """Take the gradients of these when they are accumulated, from now on."""
         if not self._releases and self._copies is None:
             return  # each is where it is used
         for param in params:
-            if param.requires_grad:
+            if param.requires_grad and param not in self._hooks:
                 hook: Any = param.register_post_accumulate_grad_hook  # not typed in torch
-                self._hooks.append(hook(self._accumulated))
+                self._hooks[param] = hook(self._accumulated)
 
     def leave_for_host(self, params: Mapping[torch.Tensor, torch.dtype]) -> None:
-        """Say which gradients leave for the host, and of what type each is accumulated there."""
+        """Say which gradients leave for the host, and of what type each is.
+
+        Nothing may have been taken of them that a step is still to use.
+        """
         if self._copies is not None:
             self._copies.make_room({param: self._dtype or dtype for param, dtype in params.items()})
 
+    # ---- the backward ------------------------------------------------------------------------
+
     def _accumulated(self, param: torch.Tensor) -> None:
-        alone = is_sharded(param) or not _has_other_ranks()
-        if not alone:
+        reason = self._why_not_early(param)
+        if reason and self._releases:
+            param.grad = None  # this backward is to be run again, and not to be added to
+            raise RuntimeError(reason)
+        if reason or param.grad is None or not is_as_placed(param.grad, param):
+            return
+        with torch.no_grad():
             if self._releases:
-                raise RuntimeError(
-                    f"early_gradients=True takes the gradient of a parameter of shape "
-                    f"{tuple(param.shape)} before other ranks' are added to it; leave it out with "
-                    "DistributedDataParallel, or use FSDP2"
-                )
-            return  # the others' will change it
-        if param.grad is not None and is_as_placed(param.grad, param):
-            with torch.no_grad():
                 self._take(param, param.grad)
+            else:
+                self._copy(param, param.grad)
+
+    def _why_not_early(self, param: torch.Tensor) -> str:
+        what = f"the gradient of a parameter of shape {tuple(param.shape)}"
+        if self._in_step and self._releases:
+            return (
+                "a step has failed midway: call step() again to finish it with the gradients that "
+                "it has, and run this backward after that"
+            )
+        if not is_sharded(param) and _has_other_ranks():
+            return (
+                f"early_gradients=True takes {what} before other ranks' are added to it; leave it "
+                "out with DistributedDataParallel, or use FSDP2"
+            )
+        if not is_where_computed(param):
+            return (
+                f"early_gradients=True takes {what} while it may still be on its way to the host; "
+                "leave it out with CPUOffloadPolicy"
+            )
+        if is_capturing():
+            return f"early_gradients=True takes {what} once, and not in a CUDA graph's replays"
+        return ""
+
+    def _copy(self, param: torch.Tensor, grad: torch.Tensor) -> None:
+        place = None if self._copies is None else self._copies.place_of(param)
+        if place is None or grad.layout != torch.strided or grad.dtype != place.dtype:
+            return  # the step takes it, or says why not
+        assert self._copies is not None
+        self._copies.send(param, flat_grad(param, grad), grad)
 
     def _take(self, param: torch.Tensor, grad: torch.Tensor) -> None:
         flat = flat_grad(param, grad)
         if self._copies is not None and self._leaves(param, flat, self._copies):
             self._copies.send(param, flat, grad)
-        elif self._releases and param in self._held:
+        elif param in self._held:
             self._held[param].add_(flat)
-        elif self._releases:
+        else:
             self._held[param] = flat if self._dtype is None else flat.to(self._dtype)
-        if self._releases:
-            param.grad = None
+        param.grad = None
 
     def _leaves(self, param: torch.Tensor, flat: torch.Tensor, copies: EarlyCopies) -> bool:
         if param in self._held:
@@ -104,39 +137,35 @@ class Gradients:
         # Of whatever type the first one is, as on a device, unless one is asked for.
         return place.dtype == flat.dtype or self._dtype is not None
 
+    # ---- the step ----------------------------------------------------------------------------
+
     @torch.no_grad()
     def of_step(self, params: Sequence[torch.Tensor]) -> StepGradients:
-        """Return all gradients; those that were taken are used up.
+        """Return all gradients; what was taken stays until `use_up`.
 
-        Raises RuntimeError for a gradient that cannot be used, or whose copy has failed.
+        Raises RuntimeError for a gradient that cannot be used, or what a copy failed with.
         """
-        for param in params:
-            if self._releases and param.grad is not None and self._was_taken(param):
-                self._take(param, param.grad)  # given by hand, to what has been taken before
+        self.watch(params)  # those that were frozen before
         left = {
             param: flat_grad(param, param.grad) for param in params if param.grad is not None
-        }  # before anything is used up
+        }  # before anything is taken
+        for param in params if self._releases else ():
+            if param.grad is not None:
+                self._take(param, param.grad)
         copies = self._copies.arrived() if self._copies is not None else {}
-        held, self._held = self._held, {}
         found = StepGradients()
         for param in params:  # in their order, in which norms are added
             if self._releases and param in copies:
                 found.flat[param] = found.on_host[param] = copies[param].elements
-            elif param in held:
-                found.flat[param] = held[param]
+            elif param in self._held:
+                found.flat[param] = self._held[param]
             elif param in left:
                 assert param.grad is not None
                 found.given[param], found.flat[param] = param.grad, left[param]
         found.squares.update(self._squares(found))
         if not self._releases:
-            for param, copy in copies.items():
-                if copy.is_of(param.grad, found.squares.get(param)):
-                    found.on_host[param] = copy.elements
+            found.on_host.update(self._unchanged(copies, found))
         return found
-
-    def _was_taken(self, param: torch.Tensor) -> bool:
-        sent = self._copies is not None and self._copies.has_sent(param)
-        return sent or param in self._held
 
     def _squares(self, found: StepGradients) -> dict[torch.Tensor, float]:
         # One sum in one order: the same wherever the gradients are.
@@ -150,10 +179,34 @@ class Gradients:
         squares_of = {**dict(zip(far, squares, strict=True)), **near}
         return {param: squares_of[param] for param in found.flat}
 
+    def _unchanged(
+        self, copies: Mapping[torch.Tensor, EarlyCopy], found: StepGradients
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        """Return the copies of which the gradient is still the same.
+
+        A change through `.data` is not counted, but leaves another sum, or sum of squares.
+        """
+        same = [param for param, copy in copies.items() if copy.is_of(param.grad)]
+        if not same:
+            return {}
+        assert self._device is not None
+        sums = self._device.plain_sums(self._pool, [found.flat[param] for param in same])
+        elements = {param: copies[param].elements for param in same}
+        return {
+            param: elements[param]
+            for param, total in zip(same, sums, strict=True)
+            if plain_sum(self._pool, elements[param]) == total
+            and squared_norm(self._pool, elements[param]) == found.squares[param]
+        }
+
+    def use_up(self) -> None:
+        """Say that a step has begun with what `of_step` returned: no later one is to have it."""
+        self._in_step = True
+        self.drop()
+
     def take_back(self) -> None:
-        """Say that the last step's are not used any more."""
-        if self._copies is not None:
-            self._copies.take_back()
+        """Say that the step is done with its gradients."""
+        self._in_step = False
 
     def drop(self) -> None:
         """Forget what has been taken."""
@@ -161,10 +214,14 @@ class Gradients:
         if self._copies is not None:
             self._copies.drop()
 
+    def memory_bytes(self) -> int:
+        """Return what is set aside for gradients in host memory beside a device."""
+        return self._copies.memory_bytes() if self._copies is not None else 0
+
     def close(self) -> None:
         """Take nothing any more, and give the memory back. Idempotent."""
         while self._hooks:
-            self._hooks.pop().remove()
+            self._hooks.popitem()[1].remove()
         self._held = {}
         if self._copies is not None:
             self._copies.close()

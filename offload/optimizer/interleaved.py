@@ -141,8 +141,9 @@ class Interleaved:
                 slot, gone = free.popleft()
                 number = waiting.popleft()
                 came = self._fetch_grads(jobs[number], slot, [began, *gone])
-                # Its other half may still be on its way, where no gradient is to come after it.
-                coming.append((number, slot, [*gone, *came]))
+                # Its other half may still be on its way, and from a step that failed midway as
+                # well, where no gradient is to come after it.
+                coming.append((number, slot, [began, *gone, *came]))
             number, slot, came = coming.popleft()
             for near in [number, *(each for each, _, _ in coming)][:2]:
                 jobs[near].states.prefetch()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,10 @@ class Subgroup:
     def count(self) -> int:
         """How many parameters."""
         return self.pieces[-1].at + self.pieces[-1].end - self.pieces[-1].begin
+
+    def has_any(self, params: Container[torch.Tensor]) -> bool:
+        """Say whether a piece is of one of `params`."""
+        return any(piece.param in params for piece in self.pieces)
 
     @property
     def num_rows(self) -> int:

@@ -6,6 +6,8 @@ import errno
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from offload.config import OptimizerConfig
 from offload.native import FaultPlan
 from offload.optimizer.device_side import DeviceSide
@@ -92,6 +94,7 @@ class Placement:
         # next one, which begins with it.
         staged = slots - 1 - self.ahead
         self._most_staged = min(self._most_staged, staged) if self._most_staged else staged
+        self._evict(self._most_staged)
 
     def updated(self, states: States) -> None:
         """Say that these have a new version, which stays staged while there is room."""
@@ -100,7 +103,25 @@ class Placement:
         if states in self._staged:
             self._staged.remove(states)
         self._staged.append(states)
-        while len(self._staged) > self._most_staged:
+        self._evict(self._most_staged)
+
+    def begin(self, states: States) -> torch.Tensor:
+        """Return `states.begin()`; what has stayed staged goes where it is in the way.
+
+        Raises OSError where there is no room all the same, or they cannot be read.
+        """
+        while not states.prefetch() and self._staged:
+            self._evict(len(self._staged) - 1)
+        try:
+            return states.begin()
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._staged:
+                raise
+            self._evict(0)
+            return states.begin()
+
+    def _evict(self, most: int) -> None:
+        while len(self._staged) > most:
             self._staged[0].evict()
             self._staged.popleft()
 

@@ -18,6 +18,7 @@ __all__ = [
     "as_placed",
     "is_as_placed",
     "is_sharded",
+    "is_where_computed",
     "local_part",
     "require_unsharded",
     "sum_over_ranks",
@@ -63,6 +64,13 @@ def as_placed(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
 
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def is_where_computed(param: torch.Tensor) -> bool:
+    """Say whether a parameter is where its gradient comes from: not so with CPUOffloadPolicy."""
+    if not is_sharded(param):
+        return True
+    return bool(param.device_mesh.device_type == param.device.type)  # type: ignore[attr-defined]
 
 
 def require_unsharded(params: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -33,8 +33,8 @@ def renew_master(master_param: torch.Tensor, param: torch.Tensor) -> None:
 class States(Protocol):
     """The fp32 rows of one subgroup."""
 
-    def prefetch(self) -> None:
-        """Begin to read them, where there is room."""
+    def prefetch(self) -> bool:
+        """Begin to read them, unless they are here; False where there is no room."""
 
     def read(self) -> torch.Tensor:
         """Return the rows, (`num_rows`, `count`), to be looked at only."""
@@ -64,8 +64,9 @@ class HostStates:
     def __init__(self, subgroup: Subgroup, device: torch.device | None = None) -> None:
         self._rows = torch.zeros(subgroup.num_rows, subgroup.count, device=device)
 
-    def prefetch(self) -> None:
+    def prefetch(self) -> bool:
         """Do nothing: they are here."""
+        return True
 
     def read(self) -> torch.Tensor:
         """Return them."""
@@ -107,10 +108,11 @@ class SsdStates:
         """The present ones, where their write has failed."""
         self._next: tuple[Extent, Buffer, torch.Tensor] | None = None
 
-    def prefetch(self) -> None:
-        """Begin to read them into staging."""
-        if self._present is not None and self._staged is None and self._next is None:
-            self._present.prefetch()
+    def prefetch(self) -> bool:
+        """Begin to read them into staging, unless they are there; False where it has no room."""
+        if self._present is None or self._staged is not None or self._next is not None:
+            return True
+        return self._present.prefetch()
 
     def read(self) -> torch.Tensor:
         """Return them, in staging for as long as the tensor lives; raises OSError when lost."""

@@ -273,6 +273,8 @@ void the_norm_has_one_order() {
       if (fast == nullptr) continue;
       CHECK_EQ(fast->block_norm(values.data(), DType::kFloat32, some),
                adam_version("scalar")->block_norm(values.data(), DType::kFloat32, some));
+      CHECK_EQ(fast->block_sum(values.data(), DType::kFloat32, some),
+               adam_version("scalar")->block_sum(values.data(), DType::kFloat32, some));
     }
   }
 }

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offload.native import AdamSettings, ThreadPool, adam_path, adam_update, squared_norm
+from offload.native import AdamSettings, ThreadPool, adam_path, adam_update, plain_sum, squared_norm
 
 # What torch does at the end of an array is not vectorized, and rounds elsewhere.
 WHOLE_VECTORS = 4 * 16 * 64
@@ -103,6 +103,10 @@ def test_the_norm_is_that_of_double_precision(pool: ThreadPool) -> None:
         exact = values.double().square().sum().item()
         assert math.isclose(squared_norm(pool, values), exact, rel_tol=1e-12)
         assert squared_norm(ThreadPool(1), values) == squared_norm(pool, values)
+        assert plain_sum(ThreadPool(1), values) == plain_sum(pool, values)
+        assert plain_sum(pool, -values) == -plain_sum(pool, values)
+        total = float(values.double().sum())
+        assert math.isclose(plain_sum(pool, values), total, rel_tol=1e-9, abs_tol=1e-9)
         values[77_777] = math.nan
         assert math.isnan(squared_norm(pool, values))
     assert squared_norm(pool, torch.empty(0)) == 0

@@ -17,7 +17,14 @@ import offload
 from offload.device import cuda
 from offload.device.cuda_updates import CudaUpdates
 from offload.device.updates import Arrays
-from offload.native import NORM_BLOCK, AdamSettings, ThreadPool, adam_update, squared_norm
+from offload.native import (
+    NORM_BLOCK,
+    AdamSettings,
+    ThreadPool,
+    adam_update,
+    plain_sum,
+    squared_norm,
+)
 from offload.optimizer.interleaved import Interleaved, Job
 from offload.optimizer.layout import lay_out
 from offload.optimizer.states import HostStates
@@ -73,9 +80,12 @@ class HostKernels:
         assert stream == Stream.cuda_stream
         adam_update(self._pool, settings, step, clip=clip, **vars(arrays))
 
-    def block_norms(self, values: torch.Tensor, sums: torch.Tensor, *, stream: int) -> None:
+    def block_sums(
+        self, values: torch.Tensor, sums: torch.Tensor, *, squares: bool, stream: int
+    ) -> None:
+        total = squared_norm if squares else plain_sum
         for number, block in enumerate(values.split(NORM_BLOCK)):
-            sums[number] = squared_norm(self._pool, block)
+            sums[number] = total(self._pool, block)
 
 
 @pytest.fixture
@@ -102,8 +112,9 @@ class Runtime:
         self.pinned.add(address)
         return 0
 
-    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         self.pinned.remove(address)
+        return 0
 
 
 def open_device() -> CudaUpdates:
@@ -254,4 +265,5 @@ def test_norms_are_the_hosts_for_every_size(log: list[Any]) -> None:
     ]
     values = [torch.randn(size) for size in sizes]
     assert device.squared_norms(pool, values) == [squared_norm(pool, each) for each in values]
+    assert device.plain_sums(pool, values) == [plain_sum(pool, each) for each in values]
     assert device.squared_norms(pool, []) == []

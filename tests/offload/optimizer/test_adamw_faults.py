@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from offload.device.emulated_updates import EmulatedUpdates
 from offload.native import FaultPlan, FaultRule
 from tests.offload.optimizer.test_adamw import STEPS, require_equal, run, states_of
+from tests.offload.optimizer.test_gradients import backward, require_same, trained
 
 Make = Callable[..., Any]
+
+
+@pytest.fixture
+def device() -> Iterator[EmulatedUpdates]:
+    """An emulated device."""
+    made = EmulatedUpdates()
+    yield made
+    made.close()
 
 
 def fault(op: str, first: int, **how: Any) -> FaultPlan:
@@ -101,3 +111,87 @@ def test_a_failed_write_loses_nothing_whenever_it_is_noticed(
             place = next(at for at, param in enumerate(params) if param is piece.param)
             expected = others[place] if number in done else before[place]
             assert torch.equal(piece.of(piece.param), piece.of(expected))
+
+
+@pytest.mark.parametrize("with_device", [False, True])
+def test_a_backward_cannot_mix_with_the_gradients_of_a_failed_step(
+    adamw: Make, parameters: Make, device: EmulatedUpdates, with_device: bool
+) -> None:
+    params, others = parameters(), parameters()
+    optimizer = adamw(
+        params,
+        placement="ssd",
+        early_gradients=True,
+        emulated_device=device if with_device else None,
+        io_engine=FaultPlan(rules=[FaultRule(op="read", first=5, count=1, action="error")]),
+    )
+    other = adamw(others)
+    failed = 0
+    for step in range(4):
+        backward(params, step)
+        backward(others, step)
+        other.step()
+        other.zero_grad()
+        try:
+            optimizer.step()
+        except OSError:
+            failed += 1
+            with pytest.raises(RuntimeError, match="call step\\(\\) again"):
+                backward(params, 77)
+            assert all(param.grad is None for param in params)
+            optimizer.step(lambda: pytest.fail("a step that is finished needs no closure"))
+        optimizer.zero_grad()
+    assert failed == 1
+    assert all(map(torch.equal, params, others))
+
+
+@pytest.mark.parametrize("with_device", [False, True])
+def test_a_step_that_cannot_begin_keeps_the_gradients(
+    adamw: Make, parameters: Make, device: EmulatedUpdates, with_device: bool
+) -> None:
+    beside = {"emulated_device": device, "update_schedule": "host"} if with_device else {}
+    params, others = parameters(), parameters()
+    optimizer, other = adamw(params, early_gradients=True, **beside), adamw(others)
+    trained(optimizer, params, steps=1)
+    trained(other, others, steps=1)
+    backward(params, 9)
+    backward(others, 9)
+    lr, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], "fast"
+    with pytest.raises(ValueError, match="fast"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    other.step()
+    other.zero_grad()
+    require_same(trained(optimizer, params, steps=2), trained(other, others, steps=2))
+
+
+def test_parts_without_gradients_take_no_staging_from_others(
+    adamw: Make, parameters: Make, give_grads: Make
+) -> None:
+    params, others = parameters(), parameters()
+    optimizer, other = adamw(params, placement="ssd"), adamw(others)
+    for trains in (range(5), range(5), range(5, 9), range(5, 9), range(4, 6), range(9)):
+        for mine, step in ((params, optimizer.step), (others, other.step)):
+            give_grads(mine, 1)
+            for number, param in enumerate(mine):
+                if number not in trains:
+                    param.grad = None
+            step()
+        optimizer.state_dict()
+    assert all(map(torch.equal, params, others))
+    counters = optimizer._placement.counters()
+    assert counters["native_peak_bytes"] <= optimizer.config.staging_bytes
+
+
+def test_larger_subgroups_that_come_later_find_room(
+    adamw: Make, parameters: Make, give_grads: Make
+) -> None:
+    results = []
+    for placement in ("ssd", "host"):
+        params, more = parameters(), parameters(torch.bfloat16, seed=1)
+        optimizer = adamw(params, placement=placement)
+        run(optimizer, params, give_grads, range(3))
+        optimizer.add_param_group({"params": more})  # with a master copy each
+        results.append(run(optimizer, [*params, *more], give_grads, range(3, 9)))
+    assert all(map(torch.equal, *results))

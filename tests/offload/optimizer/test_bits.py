@@ -14,9 +14,9 @@ import torch
 import offload
 from offload.device import emulated_updates, updates
 from offload.device.emulated_updates import EmulatedRates, EmulatedUpdates
-from offload.native import ThreadPool, adam_update, squared_norm
+from offload.native import ThreadPool, adam_update, plain_sum, squared_norm
 from offload.optimizer import adamw as adamw_module
-from offload.optimizer import early_copies, gradients
+from offload.optimizer import gradients
 from tests.offload.optimizer.test_adamw import states_of
 
 Make = Callable[..., Any]
@@ -65,11 +65,12 @@ def train(spill_dir: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
     def make(shapes: Any, dtype: torch.dtype, steps: int, case: Case) -> list[torch.Tensor]:
         version, place, accumulation, max_norm, subgroup_params = case
         update = functools.partial(adam_update, version=version)
-        norm = functools.partial(squared_norm, version=version)
         for module in (adamw_module, updates, emulated_updates):
             monkeypatch.setattr(module, "adam_update", update)
-        for other in (gradients, early_copies, emulated_updates):
-            monkeypatch.setattr(other, "squared_norm", norm)
+        for total in (squared_norm, plain_sum):
+            for user in (gradients, emulated_updates):
+                chosen = functools.partial(total, version=version)
+                monkeypatch.setattr(user, total.__name__, chosen)
         generator = torch.Generator().manual_seed(0)
         params = [
             torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
