@@ -133,7 +133,8 @@ class ZeroInfinity:
                 "offload_optimizer": {
                     "device": "nvme",
                     "nvme_path": sizes.directory,
-                    "buffer_count": 4,
+                    # Of each of four tensors: one read, one in work, one written, one spare.
+                    "buffer_count": 16,
                     "pipeline_read": True,
                     "pipeline_write": True,
                 },
