@@ -230,7 +230,10 @@ def shares_of(placement: str) -> dict[str, float]:
     if not isinstance(placement, str):
         raise ValueError(f"placement={placement!r} is no tier's name, nor shares of tiers")
     if "=" not in placement:
-        return {canonical_tier(placement, "placement"): 1.0}
+        try:
+            return {canonical_tier(placement.lower(), "placement"): 1.0}
+        except ValueError as error:
+            raise ValueError(f"{error}; or auto, or shares as in 'host=0.4,ssd=0.6'") from None
     shares: dict[str, float] = {}
     for part in placement.split(","):
         name, _, share = part.partition("=")

@@ -35,6 +35,12 @@ class CudaUpdates(UpdateDevice):
         self._untimed: dict[str, deque[tuple[Any, Any, float]]] = {name: deque() for name in QUEUES}
         self._sums = dict.fromkeys((*QUEUES, "host"), (0.0, 0.0))
 
+    def free_bytes(self) -> int:
+        """Return what CUDA has left, and what the caching allocator holds unused."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        return int(free + reserved - torch.cuda.memory_allocated(self.device))
+
     def ready(self) -> Moment:
         """Return an event on the current stream."""
         moment: Moment = self._record(torch.cuda.current_stream(self.device))

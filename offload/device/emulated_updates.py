@@ -34,7 +34,8 @@ _DIRECTION = {"states in": 1, "parameters": 1, "states out": 0, "gradients": 0}
 class EmulatedRates:
     """What an emulated device and its host do in a second.
 
-    `jitter`: the largest part by which a task takes more or less, drawn from `seed`.
+    `jitter`: the largest part by which a task takes more or less, drawn from `seed`. `memory_bytes`
+    is what the device says it has left.
     """
 
     device_params_per_s: float = math.inf
@@ -43,6 +44,7 @@ class EmulatedRates:
     to_host_bytes_per_s: float = math.inf
     jitter: float = 0.0
     seed: int = 0
+    memory_bytes: int = 1 << 62
 
 
 class _Wire:
@@ -183,6 +185,10 @@ class EmulatedUpdates(UpdateDevice):
 
     def _factor(self) -> float:
         return 1 + self._rates.jitter * self._chance.uniform(-1, 1)
+
+    def free_bytes(self) -> int:
+        """Return what was said; without end by default."""
+        return self._rates.memory_bytes
 
     def ready(self) -> Moment:
         """Return the present: whatever was computed has been."""

@@ -39,6 +39,10 @@ class UpdateDevice(ABC):
         self.device = device
 
     @abstractmethod
+    def free_bytes(self) -> int:
+        """Return how much memory a tensor could still be given there."""
+
+    @abstractmethod
     def ready(self) -> Moment:
         """Return the computation as far as the calling thread has queued it."""
 

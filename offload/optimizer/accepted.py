@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from offload.config import OptimizerConfig
 from offload.device.cuda_updates import CudaUpdates
 from offload.device.updates import UpdateDevice
-from offload.native import AdamSettings
+from offload.native import AdamSettings, ThreadPool
 from offload.optimizer.layout import flat_view
 from offload.optimizer.sharded import as_placed, local_part
 from perfmodel.plan import require_known
@@ -21,6 +22,7 @@ __all__ = [
     "TORCHS",
     "flat_grad",
     "listed",
+    "pool_of",
     "require_norm",
     "require_settings",
     "require_trainable",
@@ -32,6 +34,7 @@ __all__ = [
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # How to compute: no question here.
 _HINTS = ("foreach", "fused")
+_OF_ALL_GROUPS = {field.name for field in fields(OptimizerConfig)}
 _NOT_OFFERED = ("amsgrad", "capturable", "differentiable")
 TORCHS: dict[str, Any] = {
     **dict.fromkeys(_HINTS),
@@ -60,7 +63,8 @@ def without_torchs(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(group: Mapping[str, Any]) -> AdamSettings:
-    """Return what the arithmetic needs of a parameter group."""
+    """Return what the arithmetic needs of a parameter group. Raises as `require_settings`."""
+    require_settings(group)
     beta1, beta2 = group["betas"]
     return AdamSettings(
         lr=float(group["lr"]),
@@ -83,7 +87,12 @@ def require_settings(group: Mapping[str, Any]) -> None:
         _require_none(key, group[key])
     if not group["decoupled_weight_decay"]:
         raise ValueError("decoupled_weight_decay=False is Adam's, not AdamW's; it is not offered")
-    beta1, beta2 = group["betas"]
+    for key in group.keys() & _OF_ALL_GROUPS:
+        raise ValueError(f"{key} is a setting of the whole AdamW, and not of a parameter group")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r} are not two numbers")
+    beta1, beta2 = betas
     for key, value, most in (
         ("lr", group["lr"], math.inf),
         ("eps", group["eps"], math.inf),
@@ -110,6 +119,18 @@ def require_norm(max_norm: float | None) -> None:
     require_number("max_norm", max_norm)
     if not 0 < max_norm < math.inf:
         raise ValueError(f"max_norm={max_norm!r} is not a norm to clip to; give more than 0")
+
+
+def pool_of(config: OptimizerConfig) -> ThreadPool:
+    """Return the threads that update on the host. Raises ValueError for CPUs that are not there."""
+    allowed = os.sched_getaffinity(0)
+    if not allowed.issuperset(config.cpus):
+        raise ValueError(
+            f"cpus={config.cpus} are not all this process's: it may use "
+            f"{', '.join(map(str, sorted(allowed)))}"
+        )
+    threads = config.threads or len(config.cpus) or torch.get_num_threads()
+    return ThreadPool(threads, config.cpus)
 
 
 def listed(params: Iterable[Any]) -> list[Any]:

@@ -13,10 +13,11 @@ import torch
 
 from offload.config import OptimizerConfig
 from offload.device.updates import UpdateDevice
-from offload.native import FaultPlan, ThreadPool, adam_update
+from offload.native import FaultPlan, adam_update
 from offload.optimizer.accepted import (
     TORCHS,
     listed,
+    pool_of,
     require_norm,
     require_settings,
     require_trainable,
@@ -87,8 +88,7 @@ class AdamW(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.total_norm = 0.0
         """Of all gradients of the last step, before clipping."""
-        threads = self.config.threads or len(self.config.cpus) or torch.get_num_threads()
-        self._pool = ThreadPool(threads, self.config.cpus)
+        self._pool = pool_of(self.config)
         self._subgroups: list[tuple[Subgroup, States]] = []
         self._steps: dict[torch.Tensor, int] = {}
         self._versions: dict[torch.Tensor, int] = {}  # of parameters that have a master copy
@@ -246,6 +246,7 @@ class AdamW(torch.optim.Optimizer):
                 clip=update.clip,
             )
             update.pieces.add((number, place))
+            update.has_changed = True
         states.commit()
         update.done.add(number)
         self._placement.updated(states)
@@ -339,17 +340,13 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "param_groups": groups, "state": steps})
         self._half_loaded = True
         self._steps = {param: int(each["step"]) for param, each in saved.items()}
-        self._versions = {
-            param: param._version for param, each in saved.items() if "master_param" in each
-        }
+        # Whoever trained on from the checkpoint may have changed parameters and not their copies.
+        self._versions = {}
         spread(self._subgroups, saved, source(saved))
         self._half_loaded = False
 
     def memory_bytes(self) -> int:
-        """Return what the states take in memory between steps, staging included.
-
-        And what is set aside there for gradients that leave a device early.
-        """
+        """Return what states, staging and early gradients take in memory between steps."""
         states_bytes = sum(states.memory_bytes() for _, states in self._subgroups)
         return states_bytes + self._placement.native_bytes() + self._gradients.memory_bytes()
 
@@ -369,8 +366,16 @@ class AdamW(torch.optim.Optimizer):
         if self.device_side is not None:
             self.device_side.settle()
 
+    def __getstate__(self) -> Any:
+        """Refuse to be copied or pickled, with the memory and the files that are its own."""
+        raise TypeError("AdamW cannot be copied or pickled; use state_dict() or save()")
+
     def _require_whole(self, *, loading: bool = False) -> None:
         self._require_open()
+        if self._unfinished is not None and (loading or not self._unfinished.has_changed):
+            self._unfinished.uncount(self._steps, self.state)
+            self._gradients.take_back()
+            self._unfinished = None
         if self._half_loaded and not loading:
             raise RuntimeError("a checkpoint was loaded in part; load it, or another one, first")
         if self._unfinished is not None:

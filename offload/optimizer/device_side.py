@@ -54,6 +54,10 @@ class DeviceSide:
             self._pinned.append(rows.data_ptr())
         return states
 
+    def free_bytes(self) -> int:
+        """Return how much memory the device has left."""
+        return self._device.free_bytes()
+
     def settle(self) -> None:
         """Wait until states that the device has updated are where the host may look at them."""
         if self._engine is not None:
@@ -87,6 +91,7 @@ class DeviceSide:
                     update.done.add(number)
                 else:
                     jobs[number] = job
+        update.has_changed = True  # or may have
         self._engine.run(jobs, update.clip, update.done)
 
     def _job(self, subgroup: Subgroup, states: States, update: Update) -> Job | None:

@@ -14,6 +14,7 @@ from offload.optimizer.device_side import DeviceSide
 from offload.optimizer.layout import Subgroup
 from offload.optimizer.states import HostStates, SsdStates, States
 from offload.tiers import SsdTier
+from offload.tiers.memory import available_bytes
 
 __all__ = ["Placement"]
 
@@ -59,16 +60,37 @@ class Placement:
                 out.append(subgroup)
             resident.append(taken + subgroup.nbytes / 2 > on_device)
             taken += subgroup.nbytes
+        in_memory = [*zip(subgroups[len(out) :], resident[len(out) :], strict=True)]
+        self._require_memory(in_memory)
         states: list[States] = []
         if self._tier is not None and out:
             self._take_room(self._tier, [subgroup.nbytes for subgroup in out])
             states += [SsdStates(subgroup, self._tier) for subgroup in out]
-        for subgroup, stays in zip(subgroups[len(states) :], resident[len(states) :], strict=True):
+        for subgroup, stays in in_memory:
             if self._side is not None:
                 states.append(self._side.states_of(subgroup, resident=stays))
             else:
                 states.append(HostStates(subgroup))
         return states
+
+    def _require_memory(self, subgroups: Sequence[tuple[Subgroup, bool]]) -> None:
+        """Raise MemoryError where states need more than there is now, on the host or a device."""
+        there = {
+            "host": available_bytes(),
+            "device": self._side.free_bytes() if self._side is not None else available_bytes(),
+        }
+        for tier, stays in (("host", False), ("device", True)):
+            nbytes = sum(
+                subgroup.nbytes
+                for subgroup, resident in subgroups
+                if (resident and self._side is not None) is stays
+            )
+            if nbytes > there[tier]:
+                raise MemoryError(
+                    f"placement={self._config.placement!r} puts {nbytes} bytes of states on the "
+                    f"{tier}, where {there[tier]} are available; give a part to another tier, as "
+                    "in 'host=0.4,ssd=0.6'"
+                )
 
     def _take_room(self, tier: SsdTier, sizes: Sequence[int]) -> None:
         staging, largest = tier.arena.nbytes, max(sizes)

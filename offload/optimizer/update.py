@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 
@@ -32,10 +33,22 @@ class Update:
         self.clip = clip
         self.stale = stale
         """Parameters whose master copy is to be made anew."""
+        self.has_changed = False
+        """Whether any of the states have."""
         self.done: set[int] = set()
         """Numbers of subgroups that are updated, on their way or there."""
         self.pieces: set[tuple[int, int]] = set()
         """Numbers of a subgroup not done, and of its pieces that are."""
+
+    def uncount(
+        self, steps: dict[torch.Tensor, int], state: MutableMapping[Any, dict[str, Any]]
+    ) -> None:
+        """Have this step, which has changed nothing or is to be replaced, not be begun."""
+        for param in self.gradients.flat:
+            steps[param] -= 1
+            state[param]["step"] = torch.tensor(float(steps[param]))
+            if not steps[param]:
+                del steps[param], state[param]
 
     def require_unchanged(self) -> None:
         """Raise RuntimeError where a gradient is another one than when the step began."""

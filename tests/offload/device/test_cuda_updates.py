@@ -100,6 +100,9 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, str]]]
     monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: compute)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1 << 40, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 0)
     Runtime.pinned.clear()
     yield notes
     assert not Runtime.pinned

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -338,5 +340,20 @@ def test_updates_run_on_the_chosen_cpus_only(adamw: Make, parameters: Make) -> N
     adamw(parameters(), threads=None, cpus=[cpu])
     (own,) = set(os.listdir("/proc/self/task")) - before
     assert os.sched_getaffinity(int(own)) == {cpu}
-    with pytest.raises(OSError, match="1000"):
+    with pytest.raises(ValueError, match=rf"cpus=\(1000,\).*may use {cpu}"):
         adamw(parameters(), cpus=[1000])
+
+
+def test_it_is_not_copied_and_its_settings_are_not_a_groups(adamw: Make, parameters: Make) -> None:
+    params = parameters()
+    optimizer = adamw(params)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            copied(optimizer)
+    with pytest.raises(ValueError, match="placement is a setting of the whole AdamW"):
+        adamw([{"params": params, "placement": "ssd"}])
+    with pytest.raises(ValueError, match=r"betas=0\.9 are not two numbers"):
+        adamw(params, betas=0.9)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="lr=None is no number"):
+        optimizer.step()

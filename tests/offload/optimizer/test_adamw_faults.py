@@ -195,3 +195,42 @@ def test_larger_subgroups_that_come_later_find_room(
         optimizer.add_param_group({"params": more})  # with a master copy each
         results.append(run(optimizer, [*params, *more], give_grads, range(3, 9)))
     assert all(map(torch.equal, *results))
+
+
+def test_a_step_that_has_changed_nothing_keeps_nobody_from_saving(
+    adamw: Make, parameters: Make, give_grads: Make
+) -> None:
+    params, others = parameters(), parameters()
+    counted = parameters()
+    whole = adamw(counted, placement="ssd")
+    run(whole, counted, give_grads, range(1))
+    written = int(whole._placement.counters()["write_bytes"])
+    optimizer = adamw(params, placement="ssd", ssd_write_bytes_per_day=24 * (written + 1))
+    other = adamw(others)
+    run(optimizer, params, give_grads, range(1))
+    run(other, others, give_grads, range(1))
+    give_grads(params, 1)
+    with pytest.raises(OSError, match=r"ssd_write_bytes_per_day.*; 0 of 10 subgroups"):
+        optimizer.step()
+    require_equal(states_of(optimizer), states_of(other))
+    optimizer.load_state_dict(other.state_dict())
+
+
+def test_a_checkpoint_takes_the_place_of_a_step_half_done(
+    adamw: Make, parameters: Make, give_grads: Make
+) -> None:
+    params, others = parameters(), parameters()
+    optimizer, other = adamw(params, placement="ssd", io_engine=fault("read", 4)), adamw(others)
+    with pytest.raises(OSError, match="subgroups are updated"):
+        run(optimizer, params, give_grads, range(3))
+    run(other, others, give_grads, range(2))
+    with torch.no_grad():
+        for mine, theirs in zip(params, others, strict=True):
+            mine.copy_(theirs)
+    optimizer.load_state_dict(other.state_dict())
+    found, expected = (
+        run(each, mine, give_grads, range(2, 5))
+        for each, mine in ((optimizer, params), (other, others))
+    )
+    assert all(map(torch.equal, found, expected))
+    require_equal(states_of(optimizer), states_of(other))

@@ -168,3 +168,31 @@ def test_a_checkpoint_that_was_loaded_in_part_is_not_trained_on(
     tier.stage = stage
     broken.load_state_dict(saved)
     require_equal(states_of(broken), saved["state"])
+
+
+@pytest.mark.parametrize("model_first", [False, True])
+def test_what_torch_has_trained_on_is_not_undone(
+    adamw: Make, parameters: Make, give_grads: Make, model_first: bool
+) -> None:
+    params = parameters(torch.bfloat16)
+    first = adamw(params, lr=0.1)
+    run(first, params, give_grads, range(2))
+    torchs = torch.optim.AdamW(params, lr=0.1)  # carries the master copies along, unchanged
+    torchs.load_state_dict(first.state_dict())
+    weights = run(torchs, params, give_grads, range(2, 5))
+    there = parameters(torch.bfloat16)
+    second = adamw(there, lr=0.1)
+
+    def load_model() -> None:
+        with torch.no_grad():
+            for param, weight in zip(there, weights, strict=True):
+                param.copy_(weight)
+
+    if model_first:
+        load_model()
+    second.load_state_dict(torchs.state_dict())
+    if not model_first:
+        load_model()
+    second.param_groups[0]["lr"] = 0.0
+    run(second, there, give_grads, range(5, 6))
+    assert all(map(torch.equal, there, weights))

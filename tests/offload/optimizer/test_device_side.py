@@ -10,6 +10,7 @@ import torch
 
 from offload.device.emulated_updates import EmulatedRates, EmulatedUpdates
 from offload.native import FaultPlan, FaultRule
+from offload.optimizer import placement
 from perfmodel.schedules.updates import plan_updates
 from tests.offload.optimizer.test_adamw import require_equal, run, states_of
 
@@ -158,3 +159,17 @@ def test_the_planned_schedule_is_by_measured_rates(
 def test_an_unknown_schedule_is_refused(adamw: Make, parameters: Make, name: str) -> None:
     with pytest.raises(ValueError, match=f"update_schedule='{name}' is not known"):
         adamw(parameters(), update_schedule=name)
+
+
+def test_states_that_do_not_fit_are_refused_at_once(
+    adamw: Make, parameters: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = EmulatedUpdates(EmulatedRates(memory_bytes=10_000))
+    with pytest.raises(MemoryError, match=r"device=1.*on the device, where 10000 are"):
+        adamw(parameters(), emulated_device=device, placement="device=1")
+    adamw(parameters(), emulated_device=device, placement="host").close()
+    device.close()
+    monkeypatch.setattr(placement, "available_bytes", lambda: 5000)
+    with pytest.raises(MemoryError, match=r"bytes of states on the host, where 5000 are available"):
+        adamw(parameters())
+    adamw(parameters(), placement="ssd")
