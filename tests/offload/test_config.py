@@ -20,7 +20,7 @@ def test_the_settings_are_those_of_the_plan() -> None:
 def test_the_constructor_takes_every_setting_with_its_default() -> None:
     parameters = inspect.signature(offload.ActivationOffload).parameters
     fields = dataclasses.fields(config.ActivationsConfig)
-    # The last is no setting, but what stands in for a machine.
-    assert list(parameters) == [*[field.name for field in fields], "emulated_device"]
+    # The last are no settings: what stands in for a machine, and what is told to be unknown.
+    assert list(parameters) == [*[field.name for field in fields], "emulated_device", "unknown"]
     for field in fields:
         assert parameters[field.name].default == field.default
