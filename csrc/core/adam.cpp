@@ -75,7 +75,7 @@ struct Share {
 };
 
 // Calls work(first, end) for all of `count` elements, each thread going through memory in one run:
-// that is read a tenth faster than parts that threads take in turns.
+// that is read faster than parts that threads take in turns.
 void for_each_run(ThreadPool& pool, std::size_t count,
                   const std::function<void(std::size_t, std::size_t)>& work) {
   const std::size_t num_parts = (count + kTaken - 1) / kTaken;

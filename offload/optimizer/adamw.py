@@ -53,10 +53,10 @@ class AdamW(torch.optim.Optimizer):
     else has changed of a parameter is taken over into its copy at the next step. `placement` and
     the settings after it are those of `OptimizerConfig`. With `early_gradients` a step uses up the
     gradients, and a backward that is not to count is followed by this `zero_grad()`, not the
-    model's. `max_norm` clips the norm of all gradients
-    together. A step whose gradients are not all finite is skipped and counted in `skipped_steps`.
-    `fused` and `foreach` are taken and mean nothing. Parameters of a GPU are updated there
-    and here, as `update_schedule` says. `emulated_device` has those of the CPU treated so; it stays
+    model's. `max_norm` clips the norm of all gradients together. A step whose gradients are not all
+    finite is skipped and counted in `skipped_steps`. `fused` and `foreach` are taken and mean
+    nothing. Parameters of a GPU are updated there and here, as `update_schedule` says.
+    `emulated_device` has those of the CPU treated so; it stays
     its owner's.
 
     Raises ValueError for a wrong setting or a parameter that cannot be trained so, OSError with
@@ -372,7 +372,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _require_whole(self, *, loading: bool = False) -> None:
         self._require_open()
-        if self._unfinished is not None and (loading or not self._unfinished.has_changed):
+        if self._unfinished is not None and (loading or self._unfinished.can_begin_again()):
             self._unfinished.uncount(self._steps, self.state)
             self._gradients.take_back()
             self._unfinished = None

@@ -40,6 +40,10 @@ class Update:
         self.pieces: set[tuple[int, int]] = set()
         """Numbers of a subgroup not done, and of its pieces that are."""
 
+    def can_begin_again(self) -> bool:
+        """Say whether nothing has changed, and parameters still have all gradients themselves."""
+        return not self.has_changed and self.gradients.given.keys() == self.gradients.flat.keys()
+
     def uncount(
         self, steps: dict[torch.Tensor, int], state: MutableMapping[Any, dict[str, Any]]
     ) -> None:

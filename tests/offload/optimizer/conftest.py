@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import offload
+from offload.device.emulated_updates import EmulatedRates, EmulatedUpdates
 
 SHAPES = ((3,), (7, 5), (1,), (2, 3, 4), (129, 31), (64, 64), (3, 128), (5, 1, 9), (1000,))
 
@@ -38,6 +39,14 @@ def give_grads() -> Callable[..., None]:
             param.grad = grad.to(param.dtype)
 
     return give
+
+
+@pytest.fixture
+def device() -> Iterator[EmulatedUpdates]:
+    """An emulated device."""
+    made = EmulatedUpdates(EmulatedRates(to_host_bytes_per_s=1e8, to_device_bytes_per_s=1e8))
+    yield made
+    made.close()
 
 
 @pytest.fixture

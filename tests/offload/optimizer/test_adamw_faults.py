@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,14 +14,6 @@ from tests.offload.optimizer.test_adamw import STEPS, require_equal, run, states
 from tests.offload.optimizer.test_gradients import backward, require_same, trained
 
 Make = Callable[..., Any]
-
-
-@pytest.fixture
-def device() -> Iterator[EmulatedUpdates]:
-    """An emulated device."""
-    made = EmulatedUpdates()
-    yield made
-    made.close()
 
 
 def fault(op: str, first: int, **how: Any) -> FaultPlan:
@@ -213,6 +205,26 @@ def test_a_step_that_has_changed_nothing_keeps_nobody_from_saving(
     with pytest.raises(OSError, match=r"ssd_write_bytes_per_day.*; 0 of 10 subgroups"):
         optimizer.step()
     require_equal(states_of(optimizer), states_of(other))
+
+
+def test_saving_does_not_cost_a_step_the_gradients_that_it_took(
+    adamw: Make, parameters: Make
+) -> None:
+    counted, params = parameters(), parameters()
+    whole = adamw(counted, placement="ssd")
+    trained(whole, counted, steps=1)
+    written = int(whole._placement.counters()["write_bytes"])
+    optimizer = adamw(
+        params, placement="ssd", early_gradients=True, ssd_write_bytes_per_day=24 * (written + 1)
+    )
+    backward(params, 0)
+    optimizer.step()
+    backward(params, 1)
+    for _ in range(2):  # the step is still there to be finished, gradients and all
+        with pytest.raises(OSError, match="0 of 10 subgroups"):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match="half done"):
+            optimizer.state_dict()
 
 
 def test_a_checkpoint_takes_the_place_of_a_step_half_done(

@@ -5,27 +5,19 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import offload
-from offload.device.emulated_updates import EmulatedRates, EmulatedUpdates
+from offload.device.emulated_updates import EmulatedUpdates
 from tests.offload.optimizer.test_adamw import require_equal, states_of
 
 Make = Callable[..., Any]
 SCHEDULES = ("host", "device", "share=0.5")
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture
-def device() -> Iterator[EmulatedUpdates]:
-    """An emulated device."""
-    made = EmulatedUpdates(EmulatedRates(to_host_bytes_per_s=1e8, to_device_bytes_per_s=1e8))
-    yield made
-    made.close()
 
 
 def backward(params: list[torch.nn.Parameter], number: int) -> None:
