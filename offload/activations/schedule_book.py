@@ -34,8 +34,9 @@ _RELIED_ON = 0.8
 _MOST_PATIENT = 64
 # A way that became so much slower or faster is planned for again after a fraction of that.
 _MUCH, _IMPATIENT = 1.0, 8
-# A step that waits for more than this part of itself was not planned to.
-_WAITS = 0.05
+# A step that waits for more than this part of itself was not planned to. First steps are slow: what
+# was recorded of them gives transfers more time than there is later.
+_WAITS = 0.01
 # A pause between two forwards, to validate say, shall not count.
 _PERIODS = 9
 # After so many backwards without a measurement a little goes out to have one.
@@ -57,7 +58,7 @@ class _Entry:
     recordings: int = 0
     unlike: int = 0
     """How many backwards in a row waited, though by the plan none does, or had another depth."""
-    trust: int = 4
+    trust: int = 2
     """After so many of them the step is recorded anew."""
     uses: int = 0
     """Of the plan. Planning takes time: each plan is followed at least `patience` times."""

@@ -71,15 +71,29 @@ def slow_and_usual_steps(it: ScheduleBook) -> Plan:
 def test_a_step_unlike_the_others_is_recorded_again_once_its_plan_has_others_wait() -> None:
     it, order = book(), list(reversed(range(REGIONS)))
     plan = slow_and_usual_steps(it)
-    for waited in (0.3, 0.3, 0.3, 0.0, 0.3, 0.3, 0.3):
+    for waited in (0.3, 0.0, 0.3, 0.005, 0.02):
         it.learn(SIZES, order, None, 1, None, waited)
         assert renewed(it, SIZES).confirmed, "now and then a step waits"
-    it.learn(SIZES, order, None, 1, None, 0.3)
+    it.learn(SIZES, order, None, 1, None, 0.02)
     assert not renewed(it, SIZES).confirmed
     it.learn(SIZES, order, recorded(), 1, None, 0.3)
     again = renewed(it, SIZES)
     assert again.confirmed
     assert again.tiers.count("ssd") < plan.tiers.count("ssd") / 2
+
+
+def test_a_step_that_waits_whatever_is_planned_is_recorded_ever_more_rarely() -> None:
+    it, order = book(), list(reversed(range(REGIONS)))
+    for _ in range(2):
+        learn(it, SIZES)
+        it.observe(ssd=drive(TOTAL))
+        renewed(it, SIZES)
+    recordings = 0
+    for _ in range(1000):
+        anew = not renewed(it, SIZES).confirmed
+        recordings += anew
+        it.learn(SIZES, order, recorded() if anew else None, 1, None, 0.3)
+    assert 5 <= recordings <= 25
 
 
 def test_another_depth_than_the_recorded_one_is_recorded_as_well() -> None:
@@ -88,7 +102,7 @@ def test_another_depth_than_the_recorded_one_is_recorded_as_well() -> None:
         learn(it, SIZES)
         it.observe(ssd=drive(TOTAL))
         renewed(it, SIZES)
-    for _ in range(4):
+    for _ in range(2):
         it.learn(SIZES, order, None, 4)
     assert not renewed(it, SIZES).confirmed
     learn(it, SIZES, depth=4)
