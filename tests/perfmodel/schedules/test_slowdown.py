@@ -117,6 +117,19 @@ def test_a_limit_out_of_reach_gets_the_least_peak_and_no_more_time_than_that_tak
     assert 0 < found.slowdown < 40
 
 
+def test_tensors_needed_right_after_each_other_fit_whatever_the_drive() -> None:
+    # Of a real step of 0.2 s, at the end of a fast forward with a drive of 24 MB/s.
+    mib, count = 1 << 20, 24
+    tensors = [
+        SavedTensor(mib, 4e-3 * n, 0.2 - 2e-4 * n, 0.2 - 2e-4 * (n - 1)) for n in range(count)
+    ]
+    trace = Trace(tuple(tensors))
+    channel = Channel(tier="ssd", write_bytes_per_s=24e6, read_bytes_per_s=24e6)
+    plan = plan_activations(trace, [channel], Limits(), 4 * mib)
+    assert plan.peak_bytes > 4 * mib
+    assert slowed_to_fit(plan, trace, [channel], Limits(), 4 * mib).peak_bytes <= 4 * mib
+
+
 def test_a_slowdown_that_is_none_is_refused() -> None:
     trace = Trace((SavedTensor(1, 0, 1, 2),))
     for wrong in (-0.1, math.inf, math.nan):
