@@ -30,13 +30,14 @@ from offload.optimizer.checkpoint import (
     Saved,
     assembled,
     from_memory,
+    groups_of,
     require_fitting,
     spread,
 )
 from offload.optimizer.checkpoint_file import CheckpointFile, save_states
 from offload.optimizer.device_side import DeviceSide
 from offload.optimizer.gradients import Gradients
-from offload.optimizer.layout import Piece, Subgroup, lay_out, needs_master
+from offload.optimizer.layout import Piece, Subgroup, lay_out, needs_master, require_as_laid_out
 from offload.optimizer.placement import Placement
 from offload.optimizer.sharded import require_unsharded, sum_over_ranks
 from offload.optimizer.states import States, renew_master
@@ -56,8 +57,7 @@ class AdamW(torch.optim.Optimizer):
     model's. `max_norm` clips the norm of all gradients together. A step whose gradients are not all
     finite is skipped and counted in `skipped_steps`. `fused` and `foreach` are taken and mean
     nothing. Parameters of a GPU are updated there and here, as `update_schedule` says.
-    `emulated_device` has those of the CPU treated so; it stays
-    its owner's.
+    `emulated_device` has those of the CPU treated so; it stays its owner's.
 
     Raises ValueError for a wrong setting or a parameter that cannot be trained so, OSError with
     errno and path for a directory that cannot be used or has too little space.
@@ -161,6 +161,7 @@ class AdamW(torch.optim.Optimizer):
     def _begun(self) -> Update | None:
         """Return what this step is to do, or None when it does nothing."""
         self._require_whole()
+        require_as_laid_out(subgroup for subgroup, _ in self._subgroups)
         gradients = self._gradients.of_step(self._params())
         square = sum_over_ranks(gradients.squares)
         self.total_norm = math.sqrt(square) if math.isfinite(square) else square
@@ -327,7 +328,7 @@ class AdamW(torch.optim.Optimizer):
         if self.device_side is not None:
             self.device_side.settle()
         params = self._params()
-        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        groups = [{**self.defaults, **group} for group in groups_of(state_dict)]
         for group in groups:
             require_settings(group)
         saved = require_fitting(state_dict, params)

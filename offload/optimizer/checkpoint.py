@@ -12,7 +12,7 @@ from offload.optimizer.layout import ROWS, Piece, Subgroup, flat_view, needs_mas
 from offload.optimizer.sharded import as_placed, local_part
 from offload.optimizer.states import States
 
-__all__ = ["Fill", "Saved", "assembled", "from_memory", "require_fitting", "spread"]
+__all__ = ["Fill", "Saved", "assembled", "from_memory", "groups_of", "require_fitting", "spread"]
 
 Saved = dict[torch.Tensor, dict[str, torch.Tensor]]
 """Of each parameter its states by name, as `torch.optim.AdamW` calls them."""
@@ -79,6 +79,16 @@ def _like(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if value.stride() != param.stride():
         value = torch.empty_like(param, dtype=value.dtype).copy_(value)
     return flat_view(value)
+
+
+def groups_of(state_dict: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return the parameter groups of a checkpoint; ValueError where it is no optimizer's."""
+    for key in ("param_groups", "state"):
+        if key not in state_dict:
+            has = ", ".join(map(repr, list(state_dict)[:5])) or "nothing"
+            raise ValueError(f"the checkpoint has no {key!r}, as an optimizer's has; it has {has}")
+    groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
+    return groups
 
 
 def require_fitting(state_dict: Mapping[str, Any], params: Sequence[torch.Tensor]) -> Saved:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from offload.optimizer.sharded import local_part
 
-__all__ = ["ROWS", "Piece", "Subgroup", "flat_view", "lay_out", "needs_master", "rows_of"]
+__all__ = [
+    "ROWS",
+    "Piece",
+    "Subgroup",
+    "flat_view",
+    "lay_out",
+    "needs_master",
+    "require_as_laid_out",
+    "rows_of",
+]
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq")
 ROWS = (*STATE_NAMES, "master_param")
@@ -63,6 +72,8 @@ class Piece:
     begin: int
     end: int
     at: int
+    kind: tuple[torch.Size, torch.dtype, torch.device]
+    """Of the parameter when it was laid out."""
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the piece's part of what is like its parameter."""
@@ -134,7 +145,7 @@ def _cut(params: Sequence[torch.nn.Parameter], size: int) -> Iterator[list[Piece
         begin, count = 0, local_part(param).numel()
         while begin < count:
             end = min(count, begin + size - at)
-            pieces.append(Piece(param, begin, end, at))
+            pieces.append(Piece(param, begin, end, at, _kind_of(param)))
             at += end - begin
             begin = end
             if at == size:
@@ -142,3 +153,20 @@ def _cut(params: Sequence[torch.nn.Parameter], size: int) -> Iterator[list[Piece
                 pieces, at = [], 0
     if pieces:
         yield pieces
+
+
+def _kind_of(param: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return param.shape, param.dtype, param.device
+
+
+def require_as_laid_out(subgroups: Iterable[Subgroup]) -> None:
+    """Raise RuntimeError where a parameter has become another since, by `.to()` or `.data` say."""
+    for piece in (piece for subgroup in subgroups for piece in subgroup.pieces):
+        now = _kind_of(piece.param)
+        if now != piece.kind:
+            (shape, dtype, device), (was_shape, was_dtype, was_device) = now, piece.kind
+            raise RuntimeError(
+                f"a parameter that was {was_dtype} of shape {tuple(was_shape)} on {was_device} "
+                f"when its AdamW was made is now {dtype} of shape {tuple(shape)} on {device}; "
+                "change the model first, and make the AdamW of what it has become"
+            )

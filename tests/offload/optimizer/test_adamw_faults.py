@@ -245,3 +245,24 @@ def test_a_checkpoint_takes_the_place_of_a_step_half_done(
     )
     assert all(map(torch.equal, found, expected))
     require_equal(states_of(optimizer), states_of(other))
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to(torch.bfloat16), lambda t: t.reshape(-1)[:-1]])
+def test_a_parameter_that_became_another_is_refused_before_anything_is_changed(
+    adamw: Make, parameters: Make, give_grads: Make, change: Callable[..., Any]
+) -> None:
+    params = parameters()
+    optimizer = adamw(params)
+    run(optimizer, params, give_grads, range(2))
+    before = [param.detach().clone() for param in params]
+    states = states_of(optimizer)
+    params[-1].data = change(params[-1].data)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="when its AdamW was made is now"):
+        optimizer.step()
+    assert all(map(torch.equal, params[:-1], before[:-1]))
+    params[-1].data = before[-1].clone()
+    require_equal(states_of(optimizer), states)
+    run(optimizer, params, give_grads, range(2, 3))
+    assert not torch.equal(params[-1], before[-1])

@@ -196,3 +196,11 @@ def test_what_torch_has_trained_on_is_not_undone(
     second.param_groups[0]["lr"] = 0.0
     run(second, there, give_grads, range(5, 6))
     assert all(map(torch.equal, there, weights))
+
+
+@pytest.mark.parametrize("wrong", [{}, {"model": {}}, {"param_groups": []}])
+def test_what_is_no_optimizers_checkpoint_is_refused_by_name(
+    adamw: Make, parameters: Make, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"the checkpoint has no '(param_groups|state)'"):
+        adamw(parameters()).load_state_dict(wrong)
