@@ -22,9 +22,9 @@ TREES = ("csrc", "offload", "perfmodel", "examples", "benchmarks", "tests")
 # Lowest first; what stands on one line is beside each other. A new module gets its place here.
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "perfmodel": (
-        ("plan",),
-        ("machine", "workload", "endurance"),
-        ("memory", "timeline"),
+        ("units", "plan"),
+        ("machine", "model", "endurance", "tape"),
+        ("model_configs", "layers", "memory", "timeline"),
         ("schedules",),
         ("planner",),
         ("cli",),
