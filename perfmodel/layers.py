@@ -14,11 +14,26 @@ from functools import partial
 from perfmodel.model import Model
 from perfmodel.tape import Tape, TapeWriter, Value
 
-__all__ = ["Shape", "tape_of"]
+__all__ = ["CPU", "CUDA", "Kernels", "Shape", "tape_of"]
 
 _INDEX_BYTES = 8
 # Sums along channels are kept in fp32.
 _STATISTIC_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """What PyTorch has one kernel for, and what it keeps there."""
+
+    fused_attention: bool = True
+    """Scores are not stored; without: as `softmax(q @ k) @ v` has it, with dropout between."""
+    fused_rms_norm: bool = False
+    mask_bytes: int = 0
+    """Of an element that dropout chose; 0: as much as the element."""
+
+
+CPU = Kernels()
+CUDA = Kernels(fused_rms_norm=True, mask_bytes=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +46,7 @@ class Shape:
     """Of an activation and of a parameter as it is computed with."""
     predicted_share: float = 1.0
     """Which part of all positions reaches the head: BERT's guesses 0.15 of them."""
+    kernels: Kernels = CPU
 
     @property
     def tokens(self) -> int:
@@ -90,15 +106,15 @@ class _Layers:
         )
 
     def _norm(self, x: Value) -> Value:
-        if self._model.norm == "rms":
+        layer = self._model.norm == "layer"
+        if not layer and not self._shape.kernels.fused_rms_norm:
             return self._rms_norm(x)
-        hidden = self._model.hidden_size
         return self._writer.run(
-            "layer norm",
+            "layer norm" if layer else "rms norm",
             [x],
             saves=[x],
-            keeps_bytes=2 * self._statistic_bytes(x),
-            param_bytes=self._params(2 * hidden),
+            keeps_bytes=(1 + layer) * self._statistic_bytes(x),
+            param_bytes=self._params((1 + layer) * self._model.hidden_size),
         )
 
     def _statistic_bytes(self, x: Value) -> int:
@@ -126,7 +142,10 @@ class _Layers:
     def _dropout(self, x: Value) -> Value:
         if not self._model.dropout:
             return x
-        return self._writer.run("dropout", [x], keeps_bytes=x.nbytes)
+        shape = self._shape
+        mask_bytes = shape.kernels.mask_bytes or shape.element_bytes
+        keeps_bytes = x.nbytes // shape.element_bytes * mask_bytes
+        return self._writer.run("dropout", [x], keeps_bytes=keeps_bytes)
 
     def _add(self, *summands: Value) -> Value:
         return self._writer.run("add", summands, passes=True)
@@ -203,16 +222,28 @@ class _Layers:
         model, shape = self._model, self._shape
         # Scores and their sum over values, of half of all pairs where each sees those before it.
         flops = 4.0 * shape.tokens * shape.seq_len * model.query_size * (0.5 if causal else 1.0)
-        mixed = self._writer.run(
-            "attention",
-            [q, k, v],
-            saves=[q, k, v],
-            saves_output=True,
-            keeps_bytes=shape.tokens * model.num_heads * _STATISTIC_BYTES,
-            matmul_flops=flops,
-        )
+        if shape.kernels.fused_attention:
+            mixed = self._writer.run(
+                "attention",
+                [q, k, v],
+                saves=[q, k, v],
+                saves_output=True,
+                keeps_bytes=shape.tokens * model.num_heads * _STATISTIC_BYTES,
+                matmul_flops=flops,
+            )
+        else:
+            mixed = self._plain_attention(q, k, v)
         output_bias = model.attention_bias if model.output_bias is None else model.output_bias
         return self._linear(mixed, model.query_size, model.hidden_size, bias=output_bias)
+
+    def _plain_attention(self, q: Value, k: Value, v: Value) -> Value:
+        run, shape = self._writer.run, self._shape
+        pairs = shape.tokens * shape.seq_len
+        nbytes = pairs * self._model.num_heads * shape.element_bytes
+        flops = 2.0 * pairs * self._model.query_size
+        scores = run("scores", [q, k], nbytes, saves=[q, k], matmul_flops=flops)
+        chosen = self._dropout(run("softmax", [scores], saves_output=True))
+        return run("mix", [chosen, v], q.nbytes, saves=[chosen, v], matmul_flops=flops)
 
     def _perceptron(self, x: Value) -> Value:
         model, writer = self._model, self._writer

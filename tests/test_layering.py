@@ -23,7 +23,7 @@ TREES = ("csrc", "offload", "perfmodel", "examples", "benchmarks", "tests")
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "perfmodel": (
         ("units", "plan"),
-        ("machine", "model", "endurance", "tape"),
+        ("machine", "model", "endurance", "tape", "published"),
         ("model_configs", "layers", "memory", "timeline"),
         ("schedules",),
         ("planner",),

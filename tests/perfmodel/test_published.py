@@ -1,0 +1,115 @@
+"""Published formulas, against what their authors print, and ours against them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from perfmodel.layers import CUDA, Shape, tape_of
+from perfmodel.model import Model
+from perfmodel.published import (
+    deepspeed_zero2_bytes,
+    deepspeed_zero3_bytes,
+    layer_activation_bytes,
+)
+
+# Korthikanti et al., table 3: heads, hidden, layers, tensor ranks, batch; sequences of 2048.
+CASES = {
+    "22B": (64, 6144, 48, 8, 4),
+    "175B (GPT-3)": (96, 12288, 96, 8, 1),
+    "530B (MT-NLG)": (128, 20480, 105, 8, 1),
+    "1T": (160, 25600, 128, 8, 1),
+}
+
+
+# What the functions of DeepSpeed 0.19.8 return for these arguments.
+@pytest.mark.parametrize(
+    ("arguments", "host", "device"),
+    [
+        ((2_851_000_000, 8, 2, True), 273_696_000_000, 5_702_000_000),
+        ((2_851_000_000, 8, 2, False), 136_848_000_000, 8_909_375_000),
+        ((6_738_415_616, 1, 1, True), 161_721_974_784, 13_476_831_232),
+    ],
+)
+def test_zero_2_states_are_those_of_deepspeeds_estimator(
+    arguments: tuple[int, int, int, bool], host: int, device: int
+) -> None:
+    params, devices, nodes, offload = arguments
+    found = deepspeed_zero2_bytes(params, devices, nodes, cpu_offload=offload)
+    assert (found.host_bytes, found.device_bytes) == (host, device)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "switches", "host", "device"),
+    [
+        ((2_851_000_000, 32_000_000, 8, 2), (1, 1, 1), 38_488_500_000, 128_000_000),
+        ((2_851_000_000, 32_000_000, 8, 2), (1, 0, 0), 136_848_000_000, 484_375_000),
+        ((2_851_000_000, 32_000_000, 4, 1), (0, 0, 1), 768_000_000, 12_957_500_000),
+        ((6_738_415_616, 131_072_000, 3, 4), (0, 0, 0), 121_291_481_088, 10_631_911_424),
+    ],
+)
+def test_zero_3_states_are_those_of_deepspeeds_estimator(
+    sizes: tuple[int, int, int, int], switches: tuple[int, int, int], host: int, device: int
+) -> None:
+    offload, offload_params, zero_init = map(bool, switches)
+    found = deepspeed_zero3_bytes(
+        *sizes, cpu_offload=offload, cpu_offload_params=offload_params, zero_init=zero_init
+    )
+    assert (found.host_bytes, found.device_bytes) == (host, device)
+
+
+def test_estimators_agree_with_deepspeeds_own_where_it_is_installed() -> None:
+    stage3 = pytest.importorskip("deepspeed.runtime.zero.stage3")
+    stage2 = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
+    for params, devices, nodes, offload in ((123_457, 3, 4, True), (6_738_415_616, 8, 1, False)):
+        two = deepspeed_zero2_bytes(params, devices, nodes, cpu_offload=offload)
+        theirs = stage2.estimate_zero2_model_states_mem_needs(params, devices, nodes, offload)
+        assert (two.host_bytes, two.device_bytes) == theirs
+        three = deepspeed_zero3_bytes(params, 99, devices, nodes, cpu_offload=offload)
+        theirs = stage3.estimate_zero3_model_states_mem_needs(params, 99, devices, nodes, offload)
+        assert (three.host_bytes, three.device_bytes) == theirs[:2]
+
+
+def test_selective_recompute_saves_what_its_paper_says() -> None:
+    # Section 5: with it, GPT-3's layers need 70 % less memory, and MT-NLG's 65 %.
+    for name, percent in (("175B (GPT-3)", 70), ("530B (MT-NLG)", 65)):
+        heads, hidden, _, _, batch = CASES[name]
+        whole = layer_activation_bytes(2048, batch, hidden, heads)
+        selective = layer_activation_bytes(2048, batch, hidden, heads, recompute="selective")
+        assert round(100 * (1 - selective / whole)) == percent
+    assert layer_activation_bytes(2048, 1, 12288, 96) == 2048 * 12288 * (34 + 80)
+    full = layer_activation_bytes(2048, 1, 12288, 96, 8, sequence=True, recompute="full")
+    assert full == 2 * 2048 * 12288
+    with pytest.raises(ValueError, match="recompute='some'"):
+        layer_activation_bytes(1, 1, 1, 1, recompute="some")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layers_tape_saves_what_the_published_formula_says(name: str) -> None:
+    heads, hidden, _, _, batch = CASES[name]
+    kernels = replace(CUDA, fused_attention=False)
+    shape = Shape(batch=batch, seq_len=2048, element_bytes=2, kernels=kernels)
+    sizes = [
+        tape_of(
+            Model(
+                num_layers=layers,
+                hidden_size=hidden,
+                num_heads=heads,
+                vocab_size=51200,
+                dropout=0.1,
+            ),
+            shape,
+        ).saved_bytes()
+        for layers in (1, 2)
+    ]
+    statistics = 2 * 2 * 4 * batch * 2048  # means and deviations of two norms, which it leaves out
+    formula = layer_activation_bytes(2048, batch, hidden, heads)
+    assert sizes[1] - sizes[0] == formula + statistics
+    fused = replace(shape, kernels=CUDA)
+    assert (
+        tape_of(
+            Model(num_layers=1, hidden_size=hidden, num_heads=heads, vocab_size=512), fused
+        ).saved_bytes()
+        < sizes[0]
+    )
