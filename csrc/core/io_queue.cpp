@@ -44,7 +44,7 @@ IoQueue::IoQueue(std::unique_ptr<IoEngine> engine, Options options)
 IoQueue::~IoQueue() {
   if (fork_generation_ != fork_generation()) {
     // The thread exists only in the parent, and so do the kernel's ends of the engine.
-    thread_.detach();
+    if (thread_.joinable()) thread_.detach();  // a queue that was closed before has none
     [[maybe_unused]] IoEngine* left = engine_.release();
     return;
   }
