@@ -111,10 +111,9 @@ double total(ThreadPool& pool, const void* values, DType dtype, std::size_t coun
   return sum_of_blocks(sums);
 }
 
-}  // namespace
-
-AdamConstants make_adam_constants(const AdamSettings& settings, std::uint64_t step,
-                                  double grad_scale, double clip) {
+// Not inlined, so that none of it is computed before the mode of its caller is set.
+[[gnu::noinline]] AdamConstants constants_of(const AdamSettings& settings, std::uint64_t step,
+                                             double grad_scale, double clip) {
   const double correction1 = 1 - std::pow(settings.beta1, static_cast<double>(step));
   const double correction2 = 1 - std::pow(settings.beta2, static_cast<double>(step));
   const double factor = clip / grad_scale;
@@ -131,6 +130,14 @@ AdamConstants make_adam_constants(const AdamSettings& settings, std::uint64_t st
   constants.root_correction = static_cast<float>(std::sqrt(correction2));
   constants.eps = static_cast<float>(settings.eps);
   return constants;
+}
+
+}  // namespace
+
+AdamConstants make_adam_constants(const AdamSettings& settings, std::uint64_t step,
+                                  double grad_scale, double clip) {
+  const PlainArithmetic plain;
+  return constants_of(settings, step, grad_scale, clip);
 }
 
 void adam_update(ThreadPool& pool, const AdamConstants& constants, const AdamArrays& arrays,

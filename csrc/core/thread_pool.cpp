@@ -30,7 +30,7 @@ void bind_to(std::thread& thread, const std::vector<int>& cpus) {
 }  // namespace
 
 ThreadPool::ThreadPool(unsigned num_threads, const std::vector<int>& cpus)
-    : fork_generation_(fork_generation()), num_threads_(num_threads) {
+    : fork_generation_(fork_generation()), num_threads_(num_threads), bound_(!cpus.empty()) {
   if (num_threads == 0) throw std::invalid_argument("num_threads must be at least 1, not 0");
   State& state = *state_.operator->();
   state.threads.reserve(num_threads);
@@ -96,7 +96,7 @@ void ThreadPool::run(std::size_t count, const std::function<void(std::size_t)>& 
     throw std::runtime_error("a forked child has none of its parent's threads; make new ones");
   }
   if (count == 0) return;
-  if (count == 1) {
+  if (count == 1 && !bound_) {  // the caller may be on another processor than is allowed
     work(0);
     return;
   }

@@ -24,9 +24,9 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   // Calls work(0) to work(count - 1), each once, in any order, and returns when all have returned.
-  // A single one is called on the caller's thread. The first exception is thrown here, after the
-  // rest was left out. One caller at a time, others wait, and `work` must not call this. Throws in
-  // a forked child, which has no threads.
+  // A single one is called on the caller's thread, unless the pool has CPUs of its own. The first
+  // exception is thrown here, after the rest was left out. One caller at a time, others wait, and
+  // `work` must not call this. Throws in a forked child, which has no threads.
   void run(std::size_t count, const std::function<void(std::size_t)>& work);
 
   unsigned num_threads() const { return num_threads_; }
@@ -52,6 +52,7 @@ class ThreadPool {
 
   const int fork_generation_;
   const unsigned num_threads_;
+  const bool bound_;
   ParentOwned<State> state_;
 };
 

@@ -66,6 +66,10 @@ void threads_stay_on_their_cpus() {
   std::atomic<int> elsewhere{0};
   pool.run(64, [&](std::size_t) { elsewhere += ::sched_getcpu() != first; });
   CHECK_EQ(elsewhere.load(), 0);
+  // Nor is a single piece of work done by the caller, who may be anywhere.
+  std::thread::id worker;
+  pool.run(1, [&](std::size_t) { worker = std::this_thread::get_id(); });
+  CHECK(worker != std::this_thread::get_id());
 }
 
 void what_cannot_be_had_is_refused() {
