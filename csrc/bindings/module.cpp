@@ -231,6 +231,7 @@ void bind_spill(py::module_& module) {
       .def("close", &Spill::close, NoGil())
       .def("stats", &spill_stats)
       .def("raise_write_error", &Spill::raise_write_error)
+      .def("forget_write_error", &Spill::forget_write_error)
       .def(
           "page_cache_bytes", [](const Spill& self) { return self.file().page_cache_bytes(); },
           NoGil())

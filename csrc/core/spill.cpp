@@ -339,6 +339,12 @@ std::optional<IoError> Spill::write_error() const {
   return space_->write_error;
 }
 
+void Spill::forget_write_error() {
+  std::lock_guard lock(space_->mutex);
+  space_->write_error.reset();
+  space_->write_failed.store(false);
+}
+
 void Spill::raise_write_error() const {
   if (const auto error = write_error()) throw *error;
 }

@@ -153,6 +153,8 @@ class Spill : public std::enable_shared_from_this<Spill> {
   // The first failed write other than a full drive, if any: its tensor is lost.
   std::optional<IoError> write_error() const;
   void raise_write_error() const;
+  // Of somebody who has kept what could not be written: nothing is lost.
+  void forget_write_error();
   const SpillFile& file() const { return *file_; }
   const std::string& engine_name() const { return engine_name_; }
   const std::string& engine_reason() const { return engine_reason_; }

@@ -224,7 +224,10 @@ class SsdTier:
                 f"{counters['limit_bytes']} ({bound}), and {spill.free_bytes} are free on the drive"
             )
         if self._refused_bytes:
-            reasons.append("the writes of the last 24 hours are used up (ssd_write_bytes_per_day)")
+            reasons.append(
+                "ssd_write_bytes_per_day lets no more through yet: a 24th of it may be written at "
+                "once, and the rest evenly over the day"
+            )
         return reasons
 
     def set_limit(self, nbytes: int) -> None:
@@ -239,6 +242,11 @@ class SsdTier:
         """Start the small writes that still wait for company."""
         for spill in self._spills:
             spill.flush()
+
+    def forget_write_errors(self) -> None:
+        """Go on after writes that have failed, whose bytes their owner has kept."""
+        for spill in self._spills:
+            spill.forget_write_error()
 
     def drain(self) -> None:
         """Wait until nothing is queued or in flight."""
