@@ -13,7 +13,7 @@ import torch
 
 from offload.config import OptimizerConfig
 from offload.device.updates import UpdateDevice
-from offload.native import FaultPlan, adam_update
+from offload.native import FaultPlan
 from offload.optimizer.accepted import (
     TORCHS,
     listed,
@@ -37,10 +37,11 @@ from offload.optimizer.checkpoint import (
 from offload.optimizer.checkpoint_file import CheckpointFile, save_states
 from offload.optimizer.device_side import DeviceSide
 from offload.optimizer.gradients import Gradients
+from offload.optimizer.host_side import HostSide
 from offload.optimizer.layout import Piece, Subgroup, lay_out, needs_master, require_as_laid_out
 from offload.optimizer.placement import Placement
-from offload.optimizer.sharded import require_unsharded, sum_over_ranks
-from offload.optimizer.states import States, renew_master
+from offload.optimizer.sharded import local_part, require_unsharded, sum_over_ranks
+from offload.optimizer.states import States
 from offload.optimizer.update import Update
 
 __all__ = ["AdamW"]
@@ -88,20 +89,21 @@ class AdamW(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.total_norm = 0.0
         """Of all gradients of the last step, before clipping."""
-        self._pool = pool_of(self.config)
+        pool = pool_of(self.config)
         self._subgroups: list[tuple[Subgroup, States]] = []
         self._steps: dict[torch.Tensor, int] = {}
-        self._versions: dict[torch.Tensor, int] = {}  # of parameters that have a master copy
+        self._versions: dict[torch.Tensor, tuple[int, int]] = {}  # when master copies were made
         self._unfinished: Update | None = None
         self._half_loaded = False
         params = listed(params)
         self._own_device = updates_beside(params) if emulated_device is None else None
         device = self._own_device or emulated_device
         self.device_side = (  # None without a device
-            DeviceSide(device, self._pool, self.config) if device is not None else None
+            DeviceSide(device, pool, self.config) if device is not None else None
         )
-        self._gradients = Gradients(device, self._pool, self.config)
+        self._gradients = Gradients(device, pool, self.config)
         self._placement = Placement(self.config, faults, self.device_side)
+        self._host_side = HostSide(pool, self._placement)
         self._finalizer = weakref.finalize(
             self, _close, self._gradients, self._placement, self._own_device
         )
@@ -184,7 +186,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _is_foreign(self, param: torch.Tensor) -> bool:
         """Say whether somebody else has written the parameter since its master copy was made."""
-        return self._versions.get(param) != param._version
+        return self._versions.get(param) != _written(param)
 
     def _finish(self, update: Update) -> None:
         update.require_unchanged()
@@ -192,7 +194,7 @@ class AdamW(torch.optim.Optimizer):
             if self.device_side is not None:
                 self.device_side.finish(update, self._subgroups, self._gradients)
             else:
-                self._update_all(update)
+                self._host_side.finish(update, self._subgroups)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -205,52 +207,12 @@ class AdamW(torch.optim.Optimizer):
             self._placement.settle()
         self._gradients.take_back()
         self._versions.update(
-            (param, param._version) for param in update.gradients.flat if self._has_master(param)
+            (param, _written(param)) for param in update.gradients.flat if self._has_master(param)
         )
-
-    def _update_all(self, update: Update) -> None:
-        order = self._placement.order([states for _, states in self._subgroups])
-        flat = update.gradients.flat
-        update.done |= {at for at in order if not self._subgroups[at][0].has_any(flat)}
-        todo = [number for number in order if number not in update.done]
-        for place, number in enumerate(todo):
-            for near in todo[place : place + 1 + self._placement.ahead]:
-                self._subgroups[near][1].prefetch()
-            self._update(number, *self._subgroups[number], update)
-        self._placement.turn()
 
     def _has_master(self, param: torch.Tensor) -> bool:
         """Say whether a parameter has a copy that is trained in its stead."""
         return needs_master(param) or self.device_side is not None
-
-    def _update(self, number: int, subgroup: Subgroup, states: States, update: Update) -> None:
-        flat = update.gradients.flat
-        pieces = [piece for piece in subgroup.pieces if piece.param in flat]
-        rows = self._placement.begin(states)
-        settings = update.settings[subgroup.group]
-        for place, piece in enumerate(pieces):
-            if (number, place) in update.pieces:
-                continue
-            param = piece.of(piece.param.detach())
-            state = [piece.inside(row) for row in rows]
-            if subgroup.has_master and piece.param in update.stale:
-                renew_master(state[2], param)
-            adam_update(
-                self._pool,
-                settings,
-                update.steps[piece.param],
-                grad=flat[piece.param][piece.begin : piece.end],
-                master_param=state[2] if subgroup.has_master else param,
-                exp_avg=state[0],
-                exp_avg_sq=state[1],
-                param=param if subgroup.has_master else None,
-                clip=update.clip,
-            )
-            update.pieces.add((number, place))
-            update.has_changed = True
-        states.commit()
-        update.done.add(number)
-        self._placement.updated(states)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that were taken included."""
@@ -324,9 +286,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _take_over(self, state_dict: Mapping[str, Any], source: Callable[[Saved], Fill]) -> None:
         """Load a checkpoint whose elements `source` brings; those of `state_dict` are not used."""
-        self._require_whole(loading=True)
-        if self.device_side is not None:
-            self.device_side.settle()
+        self._require_open()
         params = self._params()
         groups = [{**self.defaults, **group} for group in groups_of(state_dict)]
         for group in groups:
@@ -338,18 +298,25 @@ class AdamW(torch.optim.Optimizer):
             for number, param in zip(numbers, params, strict=True)
             if param in saved
         }
-        super().load_state_dict({**state_dict, "param_groups": groups, "state": steps})
+        fill = source(saved)
+        # Nothing was wrong so far, and a step that is half done is still one.
+        self._require_whole(loading=True)
+        if self.device_side is not None:
+            self.device_side.settle()
         self._half_loaded = True
+        super().load_state_dict({**state_dict, "param_groups": groups, "state": steps})
         self._steps = {param: int(each["step"]) for param, each in saved.items()}
         # Whoever trained on from the checkpoint may have changed parameters and not their copies.
         self._versions = {}
-        spread(self._subgroups, saved, source(saved))
+        spread(self._subgroups, saved, fill)
         self._half_loaded = False
 
     def memory_bytes(self) -> int:
-        """Return what states, staging and early gradients take in memory between steps."""
+        """Return what states, all staging and early gradients take in memory between steps."""
         states_bytes = sum(states.memory_bytes() for _, states in self._subgroups)
-        return states_bytes + self._placement.native_bytes() + self._gradients.memory_bytes()
+        moving_bytes = self.device_side.memory_bytes() if self.device_side is not None else 0
+        held_bytes = self._placement.native_bytes() + self._gradients.memory_bytes()
+        return states_bytes + moving_bytes + held_bytes
 
     # ---- the end ----------------------------------------------------------------------------
 
@@ -360,10 +327,12 @@ class AdamW(torch.optim.Optimizer):
     def _require_open(self) -> None:
         if not self._finalizer.alive:
             raise RuntimeError("this AdamW is closed; make a new one")
+        self._placement.require_owner()
 
     def _settle(self) -> None:
         """Have all states where the host may look at them, and none half done."""
         self._require_whole()
+        self._placement.settle()
         if self.device_side is not None:
             self.device_side.settle()
 
@@ -393,6 +362,11 @@ def _close(gradients: Gradients, placement: Placement, device: UpdateDevice | No
     finally:
         if device is not None:
             device.close()
+
+
+def _written(param: torch.Tensor) -> tuple[int, int]:
+    """Return what is another one once somebody has written a parameter, or given it new memory."""
+    return param._version, local_part(param).data_ptr()
 
 
 def _numbers(groups: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -48,12 +48,13 @@ def assembled(
 def spread(subgroups: Sequence[tuple[Subgroup, States]], saved: Saved, fill: Fill) -> None:
     """Take over the states that `saved` has, as `fill` brings them; all others become zero."""
     for subgroup, states in subgroups:
-        rows = states.begin()
-        rows.zero_()
+        rows = states.begin_anew()
         for piece in subgroup.pieces:
             for name, row in zip(ROWS, rows, strict=False):
                 if name in saved.get(piece.param, {}):
                     fill(piece, name, piece.inside(row))
+                elif name == ROWS[2]:  # until a step looks at it, it is what a checkpoint shows
+                    piece.inside(row).copy_(piece.of(piece.param.detach()))
         states.commit()
         states.evict()
 
@@ -83,12 +84,23 @@ def _like(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def groups_of(state_dict: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """Return the parameter groups of a checkpoint; ValueError where it is no optimizer's."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(
+            f"load_state_dict({state_dict!r:.80}) takes what state_dict() returned; what save() "
+            "wrote to a file comes back by load(path)"
+        )
     for key in ("param_groups", "state"):
         if key not in state_dict:
             has = ", ".join(map(repr, list(state_dict)[:5])) or "nothing"
             raise ValueError(f"the checkpoint has no {key!r}, as an optimizer's has; it has {has}")
     groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
     return groups
+
+
+def _require_step(number: Any, step: Any) -> None:
+    value = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
+    if not isinstance(value, (int, float)) or not 0 <= value < 2**53 or value != int(value):
+        raise ValueError(f"step {number} of the checkpoint is {step!r}, and no count of steps")
 
 
 def require_fitting(state_dict: Mapping[str, Any], params: Sequence[torch.Tensor]) -> Saved:
@@ -109,8 +121,17 @@ def require_fitting(state_dict: Mapping[str, Any], params: Sequence[torch.Tensor
             continue
         for name in ("step", *ROWS[:2]):
             if name not in states:
-                raise ValueError(f"state {number} of the checkpoint has no {name!r}")
+                raise ValueError(
+                    f"state {number} of the checkpoint has no {name!r}, as AdamW's have: give one "
+                    "that torch.optim.AdamW or this class has made"
+                )
+        _require_step(number, states["step"])
         for name in ROWS:
+            if name in states and not isinstance(states[name], torch.Tensor):
+                raise ValueError(
+                    f"{name} {number} of the checkpoint is a {type(states[name]).__name__}, "
+                    "and no tensor"
+                )
             if name in states and states[name].shape != param.shape:
                 raise ValueError(
                     f"{name} {number} of the checkpoint has the shape {tuple(states[name].shape)}, "

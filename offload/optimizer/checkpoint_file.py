@@ -1,8 +1,8 @@
 """A checkpoint of states in one file, written and read piece by piece, whatever fits in memory.
 
 The format is safetensors: 8 bytes that say how long the header is, the header in JSON, then the
-tensors' elements. The header's metadata has the optimizer's groups, the steps, and a CRC32C of each
-tensor.
+tensors' elements. The header's metadata has the optimizer's groups, the steps, a CRC32C of each
+tensor, and one of the header itself.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 100_000_000  # as safetensors has it
 _CHUNK_BYTES = 16 << 20
 _NO_SUM = "00000000"
+_HEADER_SUM = '"header_crc32c": "{}"'
 
 
 @contextlib.contextmanager
@@ -111,10 +112,12 @@ class _Writer:
         self._write(memoryview(self._header()), 0)
 
     def _header(self) -> bytes:
-        metadata = {**self._metadata, "crc32c": json.dumps(self._sums)}
+        sums = {"crc32c": json.dumps(self._sums), "header_crc32c": _NO_SUM}
+        metadata = {**self._metadata, **sums}
         header = json.dumps({"__metadata__": metadata, **self._entries}).encode()
         header += b" " * (-len(header) % _LENGTH_BYTES)
-        return len(header).to_bytes(_LENGTH_BYTES, "little") + header
+        whole = len(header).to_bytes(_LENGTH_BYTES, "little") + header
+        return _with_sum(whole, _NO_SUM, f"{_crc_of(whole):08x}")
 
     def _write(self, data: memoryview, offset: int) -> None:
         try:
@@ -191,6 +194,15 @@ def _entries(
     return entries
 
 
+def _crc_of(data: bytes) -> int:
+    held = bytearray(data)
+    return crc32c(torch.frombuffer(held, dtype=torch.uint8).data_ptr(), len(held), 0)
+
+
+def _with_sum(header: bytes, old: str, new: str) -> bytes:
+    return header.replace(_HEADER_SUM.format(old).encode(), _HEADER_SUM.format(new).encode(), 1)
+
+
 def _data_bytes(entries: Mapping[str, Any]) -> int:
     return max((entry["data_offsets"][1] for entry in entries.values()), default=0)
 
@@ -242,10 +254,16 @@ class CheckpointFile:
         if not 0 < length <= min(size - _LENGTH_BYTES, _MOST_HEADER_BYTES):
             raise self._unknown("has no header")
         try:
-            header = json.loads(os.pread(self._file, length, _LENGTH_BYTES))
+            raw = os.pread(self._file, _LENGTH_BYTES + length, 0)
+            header = json.loads(raw[_LENGTH_BYTES:])
             metadata = header.pop("__metadata__")
             if metadata["format"] != FORMAT:
                 raise self._unknown(f"has the format {metadata['format']!r}, not {FORMAT!r}")
+            saved = metadata["header_crc32c"]
+            found = f"{_crc_of(_with_sum(raw, saved, _NO_SUM)):08x}"
+            if found != saved:
+                said = f"its header has the CRC32C {found}, but {saved} was saved"
+                raise OSError(errno.EBADMSG, said, str(self._path))
             self._sums = {
                 name: int(crc, 16) for name, crc in json.loads(metadata["crc32c"]).items()
             }
@@ -253,7 +271,9 @@ class CheckpointFile:
             self._steps: dict[str, int] = json.loads(metadata["steps"])
             self._entries: dict[str, Any] = header
             data_bytes = _data_bytes(header)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeError) as error:
+        except (json.JSONDecodeError, UnicodeError) as error:
+            raise self._unknown(f"has a header that is damaged ({error})") from error
+        except (KeyError, TypeError, AttributeError) as error:
             raise self._unknown(f"has a header without {error}") from error
         self._first_byte = _LENGTH_BYTES + length
         if self._first_byte + data_bytes != size:

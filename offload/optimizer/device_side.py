@@ -13,7 +13,6 @@ from offload.optimizer.calibration import measure_rates
 from offload.optimizer.gradients import Gradients, StepGradients
 from offload.optimizer.interleaved import Interleaved, Job
 from offload.optimizer.layout import Piece, Subgroup
-from offload.optimizer.sharded import local_part
 from offload.optimizer.states import HostStates, SsdStates, States, renew_master
 from offload.optimizer.update import Update
 from perfmodel.schedules.updates import UpdateRates, UpdateSchedule, named_schedule, plan_updates
@@ -41,9 +40,6 @@ class DeviceSide:
 
     def states_of(self, subgroup: Subgroup, *, resident: bool) -> States:
         """Return the states of a subgroup on the device, or in host memory that is pinned."""
-        if self._engine is not None:  # its schedule was for fewer
-            self._engine.close()
-            self._engine = None
         if resident:
             states = HostStates(subgroup, self._device.device)
             self._resident.add(states)
@@ -53,6 +49,12 @@ class DeviceSide:
         if self._device.pin(rows.data_ptr(), rows.nbytes):
             self._pinned.append(rows.data_ptr())
         return states
+
+    def replan(self) -> None:
+        """Have the next step be planned anew, for subgroups that are more than there were."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     def free_bytes(self) -> int:
         """Return how much memory the device has left."""
@@ -80,7 +82,7 @@ class DeviceSide:
         )
         if self._engine is None:
             self._plan([subgroups[number] for number in order])
-            gradients.leave_for_host(self._leaving(subgroups))
+            gradients.leave_for_host(self._leaving(subgroups, gradients))
             self._bring_back(update.gradients, subgroups)
         assert self._engine is not None
         jobs: dict[int, Job] = {}
@@ -92,7 +94,7 @@ class DeviceSide:
                 else:
                     jobs[number] = job
         update.has_changed = True  # or may have
-        self._engine.run(jobs, update.clip, update.done)
+        self._engine.run(jobs, update.clip, update)
 
     def _job(self, subgroup: Subgroup, states: States, update: Update) -> Job | None:
         flat, on_host = update.gradients.flat, update.gradients.on_host
@@ -124,9 +126,9 @@ class DeviceSide:
         )
 
     def _leaving(
-        self, subgroups: Sequence[tuple[Subgroup, States]]
-    ) -> dict[torch.Tensor, torch.dtype]:
-        """Return parameters of which no piece is updated on the device, and their types.
+        self, subgroups: Sequence[tuple[Subgroup, States]], gradients: Gradients
+    ) -> list[torch.Tensor]:
+        """Return parameters of which no piece is updated on the device.
 
         As many as there may be host memory for.
         """
@@ -139,11 +141,13 @@ class DeviceSide:
         }
         all_count = self._gradient_bytes is not None
         left = self._staging_bytes if self._gradient_bytes is None else self._gradient_bytes
-        leaving: dict[torch.Tensor, torch.dtype] = {}
+        if all_count or on_ssd:
+            left -= gradients.buffer_bytes
+        leaving: list[torch.Tensor] = []
         for param in dict.fromkeys(piece.param for each, _ in subgroups for piece in each.pieces):
-            counts = local_part(param).nbytes if all_count or param in on_ssd else 0
+            counts = gradients.host_bytes_of(param) if all_count or param in on_ssd else 0
             if param not in elsewhere and counts <= left:
-                leaving[param] = param.dtype
+                leaving.append(param)
                 left -= counts
         return leaving
 
@@ -181,6 +185,10 @@ class DeviceSide:
         self._engine = Interleaved(
             self._device, self._pool, max(sizes), buffers=self.schedule.buffers, slots=_SLOTS
         )
+
+    def memory_bytes(self) -> int:
+        """Return what is set aside on both sides for what is on its way."""
+        return self._engine.memory_bytes() if self._engine is not None else 0
 
     def close(self) -> None:
         """Give the pinned memory back."""

@@ -18,7 +18,7 @@ from offload.device import Moment
 from offload.device.updates import UpdateDevice
 from offload.optimizer.sharded import local_part
 
-__all__ = ["EarlyCopies", "EarlyCopy"]
+__all__ = ["EarlyCopies", "EarlyCopy", "place_bytes"]
 
 _ALIGNMENT = 64
 _NUM_BUFFERS = 2
@@ -82,7 +82,7 @@ class EarlyCopies:
         begins, end = {}, 0
         for param, dtype in params.items():
             begins[param] = end
-            end += -(-_nbytes(param, dtype) // _ALIGNMENT) * _ALIGNMENT
+            end += place_bytes(param, dtype)
         memory = self._allocate(end)
         self._places = {
             param: memory[begins[param] :][: _nbytes(param, dtype)].view(dtype)
@@ -98,6 +98,11 @@ class EarlyCopies:
         if nbytes and self._device.pin(memory.data_ptr(), nbytes):
             self._pinned.append(memory)
         return memory
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What there is beside the places, for what is added to them."""
+        return 4 * self._buffer_params * _NUM_BUFFERS if self._adds else 0
 
     def memory_bytes(self) -> int:
         """Return what the places and buffers take in host memory."""
@@ -204,6 +209,11 @@ class EarlyCopies:
         while self._pinned:
             self._device.unpin(self._pinned.pop().data_ptr())
         self._memory.clear()
+
+
+def place_bytes(param: torch.Tensor, dtype: torch.dtype) -> int:
+    """Return what the place of a gradient of this type takes."""
+    return -(-_nbytes(param, dtype) // _ALIGNMENT) * _ALIGNMENT
 
 
 def _nbytes(param: torch.Tensor, dtype: torch.dtype) -> int:

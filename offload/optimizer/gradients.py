@@ -8,6 +8,7 @@ and what later backwards add is added where it lies, in `accumulate_dtype`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from offload.device import is_capturing
 from offload.device.updates import UpdateDevice
 from offload.native import ThreadPool, plain_sum, squared_norm
 from offload.optimizer.accepted import flat_grad
-from offload.optimizer.early_copies import EarlyCopies, EarlyCopy
+from offload.optimizer.early_copies import EarlyCopies, EarlyCopy, place_bytes
 from offload.optimizer.sharded import is_as_placed, is_sharded, is_where_computed
 
 __all__ = ["Gradients", "StepGradients"]
@@ -49,17 +50,25 @@ class Gradients:
         self._releases = config.early_gradients
         name = config.accumulate_dtype
         self._dtype: torch.dtype | None = None if name is None else getattr(torch, name)
+        buffer_params = config.subgroup_params
+        if config.gradient_bytes is not None:  # of which buffers take no more than a quarter
+            buffer_params = max(1, min(buffer_params, config.gradient_bytes // 32))
         self._copies = (
-            EarlyCopies(device, config.subgroup_params, adds=self._releases)
-            if device is not None
-            else None
+            EarlyCopies(device, buffer_params, adds=self._releases) if device is not None else None
         )
         self._held: dict[torch.Tensor, torch.Tensor] = {}  # taken, and not copied
         self._in_step = False
         self._hooks: dict[torch.Tensor, Any] = {}
 
-    def watch(self, params: Iterable[torch.Tensor]) -> None:
+    def watch(self, params: Sequence[torch.Tensor]) -> None:
         """Take the gradients of these when they are accumulated, from now on."""
+        if any(_taken_by_another(param, self) for param in params):
+            warnings.warn(
+                "an AdamW with early_gradients=True takes gradients of these parameters, so that "
+                "another one finds none: close() it first",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         if not self._releases and self._copies is None:
             return  # each is where it is used
         for param in params:
@@ -67,13 +76,22 @@ class Gradients:
                 hook: Any = param.register_post_accumulate_grad_hook  # not typed in torch
                 self._hooks[param] = hook(self._accumulated)
 
-    def leave_for_host(self, params: Mapping[torch.Tensor, torch.dtype]) -> None:
-        """Say which gradients leave for the host, and of what type each is.
+    def host_bytes_of(self, param: torch.Tensor) -> int:
+        """Return what the gradient of a parameter takes that leaves for the host."""
+        return place_bytes(param, self._dtype or param.dtype)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What host memory is taken beside, where any gradient leaves."""
+        return self._copies.buffer_bytes if self._copies is not None else 0
+
+    def leave_for_host(self, params: Iterable[torch.Tensor]) -> None:
+        """Say which gradients leave for the host.
 
         Nothing may have been taken of them that a step is still to use.
         """
         if self._copies is not None:
-            self._copies.make_room({param: self._dtype or dtype for param, dtype in params.items()})
+            self._copies.make_room({param: self._dtype or param.dtype for param in params})
 
     # ---- the backward ------------------------------------------------------------------------
 
@@ -232,3 +250,12 @@ def _has_other_ranks() -> bool:
     if not distributed.is_available() or not distributed.is_initialized():
         return False
     return distributed.get_world_size() > 1
+
+
+def _taken_by_another(param: torch.Tensor, own: Gradients) -> bool:
+    """Say whether another optimizer takes the gradient of a parameter away."""
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    owners = [getattr(hook, "__self__", None) for hook in hooks.values()]
+    return any(
+        isinstance(owner, Gradients) and owner is not own and owner._releases for owner in owners
+    )

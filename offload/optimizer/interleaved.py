@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from offload.device import Moment
 from offload.device.updates import Arrays, UpdateDevice
 from offload.native import AdamSettings, ThreadPool
+from offload.optimizer.interruption import Uninterrupted
 from offload.optimizer.layout import Piece
 from offload.optimizer.states import States, renew_master
 
-__all__ = ["Interleaved", "Job"]
+__all__ = ["Interleaved", "Job", "Progress"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Job:
     grad_of: Callable[[Piece], torch.Tensor]
     on_host_of: Callable[[Piece], torch.Tensor | None] = lambda _piece: None
     stale: Sequence[Piece] = ()
+
+
+class Progress(Protocol):
+    """How far a step has come, so that another one can go on from there after an error."""
+
+    done: set[int]
+    """Numbers of subgroups that are updated, on their way or there."""
+    pieces: set[tuple[int, int]]
+    """Numbers of a subgroup not done, and of its pieces that are."""
 
 
 class Interleaved:
@@ -65,6 +76,10 @@ class Interleaved:
         device.pin(self._slots.data_ptr(), self._slots.nbytes)
         self._written: deque[States] = deque()
 
+    def memory_bytes(self) -> int:
+        """Return what the buffers on both sides take."""
+        return self._slots.nbytes + sum(buffer.nbytes for buffer, _ in self._free)
+
     def close(self) -> None:
         """Give the memory back, once nothing comes or goes."""
         try:
@@ -78,28 +93,36 @@ class Interleaved:
             moment.synchronize()
         self._left.clear()
 
-    def run(self, jobs: Mapping[int, Job], clip: float, done: set[int]) -> None:
-        """Update all of them, in their order; the numbers of those updated are added to `done`.
+    def run(self, jobs: Mapping[int, Job], clip: float, progress: Progress) -> None:
+        """Update all of them, in their order, but for what `progress` says has been.
 
         The caller's computation goes on only once that has been done. Raises OSError where states
         on the SSD cannot be read or have no room; those on the device are updated all the same.
         """
         began = self._device.ready()
-        pending = self._queue_device([*jobs.values()], clip, began)
-        done.update(number for number, job in jobs.items() if job.place != "host")
+        pending: list[Moment] = []
         here = {number: job for number, job in jobs.items() if job.place == "host"}
         try:
-            self._update_host(here, clip, began, pending, done)
+            with Uninterrupted() as signals:
+                self._queue_device(jobs, clip, began, pending, progress)
+                signals.deliver()
+                self._update_host(here, clip, began, pending, progress, signals)
         finally:
             for moment in pending:
                 self._device.hold(moment)
             self._settle(0)
 
-    def _queue_device(self, jobs: Sequence[Job], clip: float, began: Moment) -> list[Moment]:
-        pending: list[Moment] = []
-        for job in jobs:
+    def _queue_device(
+        self,
+        jobs: Mapping[int, Job],
+        clip: float,
+        began: Moment,
+        pending: list[Moment],
+        progress: Progress,
+    ) -> None:
+        for number, job in jobs.items():
             if job.place == "resident":
-                pending += self._update(job, job.states.begin(), clip, (began,))
+                pending += self._update(number, job, job.states.begin(), clip, (began,), progress)
             elif job.place == "moved":
                 buffer, after = self._free[0]  # which it stays, should something here fail
                 far = job.states.begin()
@@ -107,21 +130,31 @@ class Interleaved:
                 if job.states in self._left:  # as they were after the last step
                     after = (*after, self._left[job.states])
                 came = self._device.copy("states in", far, near, after)
-                updated = self._update(job, near, clip, (began, came))
+                updated = self._update(number, job, near, clip, (began, came), progress)
                 self._left[job.states] = left = self._device.copy("states out", near, far, updated)
                 self._free.popleft()
                 self._free.append((buffer, (left,)))
                 pending.append(left)
-        return pending
+            if job.place != "host":
+                progress.done.add(number)
 
     def _update(
-        self, job: Job, rows: torch.Tensor, clip: float, after: tuple[Moment, ...]
+        self,
+        number: int,
+        job: Job,
+        rows: torch.Tensor,
+        clip: float,
+        after: tuple[Moment, ...],
+        progress: Progress,
     ) -> tuple[Moment, ...]:
         """Queue the update of a subgroup whose states are on the device when `after` has come."""
-        for piece in job.pieces:
+        for place, piece in enumerate(job.pieces):
+            if job.place == "resident" and (number, place) in progress.pieces:
+                continue  # of one that moves, nothing has come back from a step that failed
             arrays = _arrays(piece, rows, job.grad_of(piece), piece.of(piece.param.detach()))
             step = job.steps[piece.param]
             done = self._device.update(job.settings, step, arrays, clip=clip, after=after)
+            progress.pieces.add((number, place))
             after = (done,)
         return after
 
@@ -131,7 +164,8 @@ class Interleaved:
         clip: float,
         began: Moment,
         pending: list[Moment],
-        done: set[int],
+        progress: Progress,
+        signals: Uninterrupted,
     ) -> None:
         free: deque[tuple[torch.Tensor, list[Moment]]] = deque((slot, []) for slot in self._slots)
         coming: deque[tuple[int, torch.Tensor, list[Moment]]] = deque()
@@ -149,11 +183,11 @@ class Interleaved:
                 jobs[near].states.prefetch()
             for moment in came:
                 moment.synchronize()
-            gone = self._update_here(jobs[number], slot, clip)
-            done.add(number)
-            pending += gone
+            gone = self._update_here(number, jobs[number], slot, clip, pending, progress)
+            progress.done.add(number)
             free.append((slot, gone))
             self._settle(1)
+            signals.deliver()
 
     def _settle(self, most: int) -> None:
         """Wait until no more than `most` of those written are on their way to the SSD."""
@@ -171,12 +205,22 @@ class Interleaved:
             moments.append(self._device.copy("gradients", grad, target, after))
         return moments
 
-    def _update_here(self, job: Job, slot: torch.Tensor, clip: float) -> list[Moment]:
+    def _update_here(
+        self,
+        number: int,
+        job: Job,
+        slot: torch.Tensor,
+        clip: float,
+        pending: list[Moment],
+        progress: Progress,
+    ) -> list[Moment]:
         gone = []
         rows = job.states.begin()
-        for piece in job.stale:
-            renew_master(piece.inside(rows[2]), piece.of(piece.param.detach()))
-        for piece in job.pieces:
+        for place, piece in enumerate(job.pieces):
+            if (number, place) in progress.pieces:
+                continue
+            if piece in job.stale:
+                renew_master(piece.inside(rows[2]), piece.of(piece.param.detach()))
             on_device = piece.of(piece.param.detach())
             grad = job.on_host_of(piece)
             if grad is None:
@@ -186,14 +230,20 @@ class Interleaved:
             step = job.steps[piece.param]
             self._device.update_on_host(self._pool, job.settings, step, arrays, clip=clip)
             gone.append(self._device.copy("parameters", param, on_device, ()))
+            pending.append(gone[-1])
+            progress.pieces.add((number, place))
         job.states.commit()
         self._written.append(job.states)
         return gone
 
 
 def _within(half: torch.Tensor, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
-    """Return a piece's place in half a slot, as elements of `dtype`."""
-    return half.view(dtype)[piece.at : piece.at + piece.end - piece.begin]
+    """Return a piece's place in half a slot, as elements of `dtype`.
+
+    It begins where those of the widest type would: pieces of several types are beside each other.
+    """
+    count = piece.end - piece.begin
+    return half[piece.at : piece.at + count].view(dtype)[:count]
 
 
 def _arrays(piece: Piece, rows: torch.Tensor, grad: torch.Tensor, param: torch.Tensor) -> Arrays:

@@ -64,6 +64,10 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+"""Shape, strides, type and device of a parameter."""
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """Elements `begin` to `end` of a parameter, or of this rank's part, at `at` of its subgroup."""
@@ -72,7 +76,7 @@ class Piece:
     begin: int
     end: int
     at: int
-    kind: tuple[torch.Size, torch.dtype, torch.device]
+    kind: Kind
     """Of the parameter when it was laid out."""
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -155,8 +159,8 @@ def _cut(params: Sequence[torch.nn.Parameter], size: int) -> Iterator[list[Piece
         yield pieces
 
 
-def _kind_of(param: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return param.shape, param.dtype, param.device
+def _kind_of(param: torch.Tensor) -> Kind:
+    return param.shape, tuple(local_part(param).stride()), param.dtype, param.device
 
 
 def require_as_laid_out(subgroups: Iterable[Subgroup]) -> None:
@@ -164,9 +168,12 @@ def require_as_laid_out(subgroups: Iterable[Subgroup]) -> None:
     for piece in (piece for subgroup in subgroups for piece in subgroup.pieces):
         now = _kind_of(piece.param)
         if now != piece.kind:
-            (shape, dtype, device), (was_shape, was_dtype, was_device) = now, piece.kind
             raise RuntimeError(
-                f"a parameter that was {was_dtype} of shape {tuple(was_shape)} on {was_device} "
-                f"when its AdamW was made is now {dtype} of shape {tuple(shape)} on {device}; "
-                "change the model first, and make the AdamW of what it has become"
+                f"a parameter that was {_said(piece.kind)} when its AdamW was made is now "
+                f"{_said(now)}; change the model first, and make the AdamW of what it has become"
             )
+
+
+def _said(kind: Kind) -> str:
+    shape, strides, dtype, device = kind
+    return f"{dtype} of shape {tuple(shape)} with strides {strides} on {device}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +16,7 @@ from offload.optimizer.layout import Subgroup
 from offload.optimizer.states import HostStates, SsdStates, States
 from offload.tiers import SsdTier
 from offload.tiers.memory import available_bytes
+from perfmodel.plan import PAGE_BYTES
 
 __all__ = ["Placement"]
 
@@ -22,6 +24,11 @@ PAD_BYTES = 8192  # that each takes in staging beside its own
 # One comes, one is in work, one goes.
 _LEAST_SUBGROUPS = 3
 _MOST_AHEAD = 8
+
+
+def on_drive(nbytes: int) -> int:
+    """Return what so many bytes take in a file: whole pages."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 class Placement:
@@ -37,6 +44,7 @@ class Placement:
         side: DeviceSide | None = None,
     ) -> None:
         self._config, self._side = config, side
+        self._process = os.getpid()
         self._shares = config.shares
         self._tier = SsdTier(config, faults) if "ssd" in self._shares else None
         self._needed_bytes = 0  # on the SSD
@@ -46,8 +54,18 @@ class Placement:
         self._staged: deque[SsdStates] = deque()  # updated, in this order
         self._backwards = False
 
+    def require_owner(self) -> None:
+        """Raise RuntimeError in a forked child, which has no part in what is on the SSD."""
+        if self._tier is not None and self._process != os.getpid():
+            raise RuntimeError(
+                f"the states of this AdamW belong to process {self._process}; a forked child has "
+                "to make its own"
+            )
+
     def states_of(self, subgroups: Sequence[Subgroup]) -> list[States]:
         """Return the states of each, all zero. Raises OSError where the SSD has too few bytes."""
+        if self._side is not None:
+            self._side.replan()  # its schedule is for fewer
         total = sum(subgroup.nbytes for subgroup in subgroups)
         # The first part on the SSD: what is in memory is updated while the last of it is written.
         on_ssd = self._shares.get("ssd", 0.0) * total
@@ -97,11 +115,12 @@ class Placement:
         slots = staging // (largest + PAD_BYTES)
         if slots < _LEAST_SUBGROUPS:
             raise ValueError(
-                f"staging_bytes={staging} cannot hold {_LEAST_SUBGROUPS} subgroups of {largest} "
-                "bytes; give more, or a smaller subgroup_params"
+                f"staging_bytes={staging} is too little: {_LEAST_SUBGROUPS} subgroups of {largest} "
+                f"bytes need {_LEAST_SUBGROUPS * (largest + PAD_BYTES)}, padding included; give "
+                "that, or a smaller subgroup_params"
             )
         # The old version stays until the new one is there.
-        needed_bytes, limit = self._needed_bytes + 2 * sum(sizes), tier.limit_bytes()
+        needed_bytes, limit = self._needed_bytes + 2 * sum(map(on_drive, sizes)), tier.limit_bytes()
         if needed_bytes > limit:
             raise OSError(
                 errno.ENOSPC,

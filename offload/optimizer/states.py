@@ -45,6 +45,9 @@ class States(Protocol):
         The same until it is committed.
         """
 
+    def begin_anew(self) -> torch.Tensor:
+        """Return the rows of a new version, all zero, whatever has become of the present one."""
+
     def commit(self) -> None:
         """Have the new version take the place of the present one."""
 
@@ -75,6 +78,10 @@ class HostStates:
     def begin(self) -> torch.Tensor:
         """Return them."""
         return self._rows
+
+    def begin_anew(self) -> torch.Tensor:
+        """Return them, all zero."""
+        return self._rows.zero_()
 
     def commit(self) -> None:
         """Do nothing: they are what they are."""
@@ -131,15 +138,25 @@ class SsdStates:
             there = self._staged
             if there is None and self._present is not None:
                 there = self._present.fetch()
-            tier = self._tier
-            extent = tier.stage(self._nbytes, 0) if there is None else tier.restage(there)
-            if not isinstance(extent, Extent):
-                raise OSError(errno.ENOSPC, "; ".join(tier.why_full()))
-            buffer = extent.staged()
-            rows = self._over(buffer)
+            rows = self._begun(there)
             if there is None:
                 rows.copy_(self.read())
-            self._next = extent, buffer, rows
+        assert self._next is not None
+        return self._next[2]
+
+    def begin_anew(self) -> torch.Tensor:
+        """Return zeros, in staging; what is on the SSD is not read. Raises OSError as `begin`."""
+        rows = self._begun(self._staged) if self._next is None else self._next[2]
+        return rows.zero_()
+
+    def _begun(self, there: Buffer | None) -> torch.Tensor:
+        """Begin a new version in staging, in the present one's where that is `there`."""
+        tier = self._tier
+        extent = tier.stage(self._nbytes, 0) if there is None else tier.restage(there)
+        if not isinstance(extent, Extent):
+            raise OSError(errno.ENOSPC, "; ".join(tier.why_full()))
+        buffer = extent.staged()
+        self._next = extent, buffer, self._over(buffer)
         return self._next[2]
 
     def commit(self) -> None:
@@ -157,6 +174,7 @@ class SsdStates:
         except OSError as error:
             self._kept = self._over(self._staged).clone()
             self._present = self._staged = None
+            self._tier.forget_write_errors()
             said = (
                 f"{self._nbytes} bytes of optimizer states stay in memory, since their write failed"
             )

@@ -60,5 +60,6 @@ class Update:
             if param.grad is not grad or grad._version != self._versions[param]:
                 raise RuntimeError(
                     f"the gradient of a parameter of shape {tuple(param.shape)} has changed since "
-                    "a step failed midway, and that step cannot be finished without it"
+                    "a step failed midway, which cannot be finished without it; put it back and "
+                    "call step() again, or load() a checkpoint, which takes that step's place"
                 )

@@ -236,7 +236,7 @@ def test_a_parameter_that_somebody_else_changed_is_trained_from_what_it_is(
         ({"placement": "host=0.4,ssd=0.5"}, "add up to 0.9, not to 1"),
         ({"placement": "host=0.4,host=0.6"}, "stands there once"),
         ({"placement": "host=x,ssd=1"}, "'host=x'"),
-        ({"placement": "ssd=1.0", "staging_bytes": 1 << 14}, "staging_bytes=16384 cannot hold"),
+        ({"placement": "ssd=1.0", "staging_bytes": 1 << 14}, "staging_bytes=16384 is too little"),
         ({"threads": 0}, "threads=0"),
         ({"staging_byte": 1}, "did you mean 'staging_bytes'"),
         ({"learning_rate": 1}, r"AdamW.learning_rate is not a setting .* lr, "),

@@ -15,8 +15,7 @@ import offload
 from offload.device import emulated_updates, updates
 from offload.device.emulated_updates import EmulatedRates, EmulatedUpdates
 from offload.native import ThreadPool, adam_update, plain_sum, squared_norm
-from offload.optimizer import adamw as adamw_module
-from offload.optimizer import gradients
+from offload.optimizer import gradients, host_side
 from tests.offload.optimizer.test_adamw import states_of
 
 Make = Callable[..., Any]
@@ -65,7 +64,7 @@ def train(spill_dir: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
     def make(shapes: Any, dtype: torch.dtype, steps: int, case: Case) -> list[torch.Tensor]:
         version, place, accumulation, max_norm, subgroup_params = case
         update = functools.partial(adam_update, version=version)
-        for module in (adamw_module, updates, emulated_updates):
+        for module in (host_side, updates, emulated_updates):
             monkeypatch.setattr(module, "adam_update", update)
         for total in (squared_norm, plain_sum):
             for user in (gradients, emulated_updates):

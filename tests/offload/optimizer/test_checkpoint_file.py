@@ -136,7 +136,11 @@ def other_format(data: bytearray) -> bytes:
         (lambda data: bytes(data[:7]), ValueError, "has no header"),
         (lambda data: b"", ValueError, "has no header"),
         (lambda data: b"\xff" * 200, ValueError, "has no header"),
-        (lambda data: bytes(data[:8]) + b"[" + bytes(data[9:]), ValueError, "header without"),
+        (
+            lambda data: bytes(data[:8]) + b"[" + bytes(data[9:]),
+            ValueError,
+            "header that is damaged",
+        ),
         (other_format, ValueError, "'offload.AdamW 9', not 'offload.AdamW 1'"),
     ],
 )

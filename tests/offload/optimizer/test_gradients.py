@@ -328,7 +328,7 @@ def test_host_memory_for_gradients_is_bounded(
 ) -> None:
     others = parameters()
     expected = trained(adamw(others), others, micro_batches=2)
-    for most in (0, 10_000, None):
+    for most, dtype in ((0, None), (10_000, None), (10_000, "float32"), (None, None)):
         params = parameters()
         optimizer = adamw(
             params,
@@ -336,12 +336,13 @@ def test_host_memory_for_gradients_is_bounded(
             emulated_device=device,
             update_schedule="host",
             gradient_bytes=most,
+            accumulate_dtype=dtype,
         )
-        before = optimizer.memory_bytes()
         require_same(trained(optimizer, params, micro_batches=2), expected)
         buffers = 2 * 4 * optimizer.config.subgroup_params
-        needed = sum(-(-4 * param.numel() // 64) * 64 for param in params)
-        taken = optimizer.memory_bytes() - before
-        assert taken <= (needed if most is None else most) + buffers
+        needed = sum(-(-4 * param.numel() // 64) * 64 for param in params) + buffers
+        taken = optimizer._gradients.memory_bytes()
+        assert taken <= (needed if most is None else most)
         assert (taken > 0) is (most != 0)
+        assert optimizer.memory_bytes() > taken + 12 * sum(param.numel() for param in params)
         optimizer.close()

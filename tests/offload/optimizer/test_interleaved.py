@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,9 +64,9 @@ def trained(
             Job(place, states, subgroup.pieces, SETTINGS, number, grad_of)
             for subgroup, place, states in zip(subgroups, schedule.places, rows, strict=True)
         ]
-        done: set[int] = set()
-        engine.run(dict(enumerate(jobs)), 0.5, done)
-        assert done == set(range(len(jobs)))
+        progress = SimpleNamespace(done=set(), pieces=set())
+        engine.run(dict(enumerate(jobs)), 0.5, progress)
+        assert progress.done == set(range(len(jobs)))
     engine.close()
     return [*(param.detach() for param in params), *(states.read() for states in rows)]
 
