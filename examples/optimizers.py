@@ -28,8 +28,8 @@ def add_optimizer_flags(add: Callable[..., object]) -> None:
     """List the flags that say where the optimizer's states lie."""
     kinds = one_of("torch", "offload")
     add("--optimizer", type=kinds, default="torch", help="torch, or offload for --optimizer-*")
-    where = "host, device, ssd (in --offload-path), or shares: host=0.4,ssd=0.6"
-    add("--optimizer-placement", type=placement, default="host", metavar="WHERE", help=where)
+    where = "auto (host), host, device, ssd (in --offload-path), or shares: host=0.4,ssd=0.6"
+    add("--optimizer-placement", type=placement, metavar="WHERE", help=where)
 
 
 def make_optimizer(
@@ -45,7 +45,7 @@ def make_optimizer(
     if args.optimizer == "torch":
         # Fused, because the default makes temporary copies of all gradients.
         return torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
-    where = args.optimizer_placement
+    where = args.optimizer_placement or "auto"
     path = args.offload_path if "ssd" in where or "nvme" in where else ()
     return offload.AdamW(
         groups,
@@ -55,6 +55,8 @@ def make_optimizer(
         path=path,
         subgroup_params=1 << 20,
         staging_bytes=args.staging_bytes,
+        spill_bytes=args.spill_bytes,
+        ssd_write_bytes_per_day=args.ssd_write_bytes_per_day,
         io_engine=args.io_engine,
     )
 

@@ -113,6 +113,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--heads {args.heads}: llama turns pairs, so hidden / heads must be even")
     if args.model == "t5" and args.seq_len < 2:
         parser.error(f"--seq-len {args.seq_len}: t5 reads one half and writes the other; take more")
+    if args.optimizer_placement is not None and args.optimizer != "offload":
+        parser.error("--optimizer-placement is nothing to --optimizer torch; use it with offload")
     if args.memory_bytes is not None and args.offload in ("none", "recompute"):
         parser.error(f"--memory-bytes is nothing to --offload {args.offload}; use it with auto")
     if args.dropout >= 1:

@@ -89,7 +89,7 @@ def require_block(key: str, value: int) -> None:
 def require_flag(key: str, value: object) -> None:
     """Raise ValueError unless `value` is true or false."""
     if not isinstance(value, bool):
-        raise ValueError(f"{key}={value!r} is not allowed; use true or false")
+        raise ValueError(f"{key}={value!r} is not allowed; use True or False (in JSON true, false)")
 
 
 def require_known(section: str, given: Iterable[str], known: Sequence[str]) -> None:
@@ -147,7 +147,8 @@ class ActivationsConfig:
     spill_bytes: int | None = None
     """Limit of the spill file in each directory; None: half of what is free when it is opened."""
     ssd_write_bytes_per_day: int | None = None
-    """The most to be written in each directory in any 24 hours of this process; None: no bound.
+    """The most to be written in each directory in any 24 hours of this process, a 24th of it at
+    once and the rest evenly over the day; None: no bound.
     Ranks that share a drive share what it can take."""
     keep_bytes: int | None = None
     """How much may stay in memory when the SSD is full; None: no bound. Beyond it: OSError."""
@@ -299,7 +300,8 @@ class OptimizerConfig:
     spill_bytes: int | None = None
     """Limit of the file in each directory; None: half of what is free when it is opened."""
     ssd_write_bytes_per_day: int | None = None
-    """The most to be written in each directory in any 24 hours of this process; None: no bound."""
+    """The most to be written in each directory in any 24 hours of this process, a 24th of it at
+    once and the rest evenly over the day; None: no bound. A step that needs more is an error."""
     early_gradients: bool = False
     """Take each gradient as the backward accumulates it, and leave `grad` None: it is on its way to
     where it is used, and what clips or scales gradients from outside finds none."""
