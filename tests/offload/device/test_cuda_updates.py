@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -167,7 +168,7 @@ def steps_of(device: CudaUpdates, count: int, log: list[Any]) -> list[list[Any]]
             )
             for subgroup, states in zip(subgroups, rows, strict=True)
         ]
-        engine.run(dict(enumerate(jobs)), 1.0, set())
+        engine.run(dict(enumerate(jobs)), 1.0, SimpleNamespace(done=set(), pieces=set()))
         notes.append([*log])
     log.clear()
     engine.close()
