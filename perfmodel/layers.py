@@ -85,6 +85,7 @@ class _Layers:
             with writer.block():
                 x = self._layer(x, encoded, causal=model.causal)
         self._head(x)
+        writer.hold([x])
         return writer.tape(inputs)
 
     # ---- operators ---------------------------------------------------------------------------
@@ -161,10 +162,12 @@ class _Layers:
             shared_params="tokens" if model.tied or model.encoder_layers else "",
         )
         if model.positions == "learned":
+            positions = max(model.max_positions, self._shape.seq_len)
             x = writer.run(
                 "add positions",
                 [x],
-                param_bytes=self._params(self._shape.seq_len * model.hidden_size),
+                param_bytes=self._params(positions * model.hidden_size),
+                backward_workspace_bytes=self._params(self._shape.seq_len * model.hidden_size),
                 shared_params="positions" if model.encoder_layers else "",
                 passes=True,
             )
@@ -177,11 +180,16 @@ class _Layers:
         if encoded is not None:
             parts.append(partial(self._cross_attention, encoded=encoded))
         parts.append(self._perceptron)
+        given = x
         for part in parts:
             if self._model.norm_last:
                 x = self._norm(self._add(x, self._dropout(part(x))))
             else:
-                x = self._add(x, self._dropout(part(self._norm(x))))
+                normed = self._norm(x)
+                out = part(normed)
+                self._writer.hold([normed])  # by whoever called the part with it
+                x = self._add(x, self._dropout(out))
+        self._writer.hold([given])
         return x
 
     def _self_attention(self, x: Value, *, causal: bool) -> Value:
@@ -234,7 +242,9 @@ class _Layers:
         else:
             mixed = self._plain_attention(q, k, v)
         output_bias = model.attention_bias if model.output_bias is None else model.output_bias
-        return self._linear(mixed, model.query_size, model.hidden_size, bias=output_bias)
+        out = self._linear(mixed, model.query_size, model.hidden_size, bias=output_bias)
+        self._writer.hold([q, k, v, mixed])
+        return out
 
     def _plain_attention(self, q: Value, k: Value, v: Value) -> Value:
         run, shape = self._writer.run, self._shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from perfmodel.tape import Operator, Tape, Value
@@ -46,14 +46,20 @@ class StepBytes:
 
 
 def step_bytes(
-    tape: Tape, recompute: Collection[int] = (), *, gradients_stay: bool = False
+    tape: Tape,
+    recompute: Collection[int] = (),
+    *,
+    gradients_stay: bool = False,
+    leaves: Callable[[Value], bool] = lambda _: False,
 ) -> StepBytes:
     """Go through a step, whose blocks with the numbers in `recompute` are run again.
 
     Counts what a step adds: tensors of the model and of the optimizer, and gradients that there are
-    already, are none of it. `gradients_stay`: there are none before, so that those stay.
+    already, are none of it. `gradients_stay`: there are none before, so that those stay. `leaves`
+    says which saved tensors go elsewhere, an operator after they were saved, and come back into
+    memory that is counted elsewhere.
     """
-    return _Step(tape, frozenset(recompute), gradients_stay).run()
+    return _Step(tape, frozenset(recompute), gradients_stay, leaves).run()
 
 
 class _Gradient:
@@ -67,8 +73,17 @@ class _Gradient:
 
 
 class _Step:
-    def __init__(self, tape: Tape, recompute: frozenset[int], gradients_stay: bool) -> None:
-        self._tape, self._gradients_stay = tape, gradients_stay
+    def __init__(
+        self,
+        tape: Tape,
+        recompute: frozenset[int],
+        gradients_stay: bool,
+        leaves: Callable[[Value], bool],
+    ) -> None:
+        self._tape, self._gradients_stay, self._leaves = tape, gradients_stay, leaves
+        self._to_leave: list[Value] = []  # once the next operator has saved
+        self._left: set[Value] = set()
+        self._lingering: set[Value] = set()  # have left, and are still used
         self._block_of = {
             at: block
             for number, block in enumerate(tape.blocks)
@@ -89,17 +104,26 @@ class _Step:
         last_use = self._last_uses(range(len(operators)))
         for at, operator in enumerate(operators):
             block = blocks.get(at)
+            reads = {value.storage for value in operator.reads}
+            saves_first = any(value.storage in reads for value in operator.saves)
+            if saves_first and block is None:  # inputs are saved before the operator runs
+                self._let_leave(at, last_use)
             self._forward(operator, saves=block is None)
+            if operator.saves and not saves_first and block is None:
+                self._let_leave(at, last_use)
             if block is not None and at == block[0]:
                 self._save(self._inputs_of(block))
                 self._saved_bytes += RANDOM_STATE_BYTES
             self._let_go(at, last_use)
+        self._let_leave(len(operators), last_use)
+        self._to_leave.clear()
         saved_bytes = self._saved_bytes
+        loss_at = max(at for at, operator in enumerate(operators) if operator.writes)
         for at in reversed(range(len(operators))):
             block = blocks.get(at)
             if block is not None and at == block[-1]:
                 self._run_again(block)
-            self._backward(operators[at], loss=at == len(operators) - 1)
+            self._backward(operators[at], loss=at == loss_at)
             if block is not None and at == block[0]:
                 self._unsave(self._inputs_of(block))
                 self._saved_bytes -= RANDOM_STATE_BYTES
@@ -129,24 +153,50 @@ class _Step:
     def _let_go(self, at: int, last_use: dict[Value, int]) -> None:
         operator = self._tape.operators[at]
         for storage in {value.storage for value in (*operator.reads, *operator.writes)}:
-            if last_use[storage] <= at and self._alive.get(storage) == 0:
+            if last_use[storage] > at:
+                continue
+            if storage in self._lingering:
+                self._lingering.discard(storage)
+                self._other_bytes -= storage.nbytes
+            elif self._alive.get(storage) == 0:
                 self._other_bytes -= storage.nbytes
                 del self._alive[storage]
 
+    def _let_leave(self, at: int, last_use: dict[Value, int]) -> None:
+        """Have what was saved before the last operator leave; that one's may still be written."""
+        saved = (
+            {value.storage for value in self._tape.operators[at].saves}
+            if at < len(self._tape.operators)
+            else set()
+        )
+        for storage in [value for value in self._to_leave if value not in saved]:
+            self._to_leave.remove(storage)
+            self._left.add(storage)
+            self._saved_bytes -= storage.nbytes
+            if last_use[storage] >= at:
+                self._lingering.add(storage)
+                self._other_bytes += storage.nbytes
+
     def _save(self, values: Iterable[Value]) -> None:
-        for storage in [value.storage for value in values]:
-            if storage in self._alive:
-                if not self._alive[storage]:
-                    self._other_bytes -= storage.nbytes
-                    self._saved_bytes += storage.nbytes
-                self._alive[storage] += 1
+        for value in values:
+            storage = value.storage
+            if storage not in self._alive:
+                continue
+            if not self._alive[storage]:
+                self._other_bytes -= storage.nbytes
+                self._saved_bytes += storage.nbytes
+                self._to_leave.append(storage)
+            self._alive[storage] += 1
+            # A small part that stays keeps all of it.
+            if not self._leaves(value) and storage in self._to_leave:
+                self._to_leave.remove(storage)
 
     def _unsave(self, values: Iterable[Value]) -> None:
         for storage in [value.storage for value in values]:
             if storage in self._alive:
                 self._alive[storage] -= 1
                 if not self._alive[storage]:
-                    self._saved_bytes -= storage.nbytes
+                    self._saved_bytes -= storage.nbytes * (storage not in self._left)
                     del self._alive[storage]
 
     # ---- blocks that are run again -------------------------------------------------------------

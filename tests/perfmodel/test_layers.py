@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import offload
 from examples.memory import StepMemory
 from examples.models import MODELS, ModelConfig, call, recompute
 from perfmodel.layers import Shape, tape_of
@@ -103,6 +105,29 @@ def test_the_peak_of_a_step_is_predicted_from_its_shape(kind: str, size: Any, mo
     predicted = step_bytes(tape, again).worst.nbytes
     peak = measured_peak(kind, size, recompute if again else call)
     assert predicted == pytest.approx(peak, rel=BOUNDS[kind])
+
+
+LARGE = 64 << 10  # of saved tensors that leave
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_peak_of_a_step_whose_large_tensors_leave_is_predicted(
+    kind: str, size: Any, spill_dir: Path
+) -> None:
+    tape = tape_of(model_of(kind, size), shape_of(kind, size))
+    predicted = step_bytes(tape, leaves=lambda value: value.nbytes >= LARGE).worst.nbytes
+    model, tokens = trained(kind, size, call)
+    with offload.ActivationOffload(
+        path=spill_dir, schedule="all", min_tensor_bytes=LARGE, staging_bytes=64 << 20
+    ) as act:
+        for _ in range(2):
+            with StepMemory() as memory:
+                with act.forward():
+                    loss = model(*tokens)
+                loss.backward()
+                del loss
+    assert predicted == pytest.approx(memory.peak_bytes, rel=max(0.01, 2 * BOUNDS[kind]))
 
 
 @pytest.mark.parametrize("kind", MODELS)
