@@ -38,6 +38,7 @@ from offload.optimizer.checkpoint_file import CheckpointFile, save_states
 from offload.optimizer.device_side import DeviceSide
 from offload.optimizer.gradients import Gradients
 from offload.optimizer.host_side import HostSide
+from offload.optimizer.interruption import Uninterrupted
 from offload.optimizer.layout import Piece, Subgroup, lay_out, needs_master, require_as_laid_out
 from offload.optimizer.placement import Placement
 from offload.optimizer.sharded import local_part, require_unsharded, sum_over_ranks
@@ -146,18 +147,20 @@ class AdamW(torch.optim.Optimizer):
         An error leaves the step half done, and says how far it came: another call finishes it, with
         the same gradients, which must not have changed; it does not call `closure`. Raises OSError
         for a failing drive, RuntimeError for a sparse gradient or one of another type, or changed
-        gradients.
+        gradients. A signal's handler runs between two subgroups, or at the end of a whole step:
+        what it raises there loses nothing.
         """
         loss = None
         self._require_open()
         if closure is not None and self._unfinished is None:
             with torch.enable_grad():
                 loss = closure()
-        if self._unfinished is None:
-            self._unfinished = self._begun()
-        if self._unfinished is not None:
-            self._finish(self._unfinished)
-            self._unfinished = None
+        with Uninterrupted() as signals:
+            if self._unfinished is None:
+                self._unfinished = self._begun()
+            if self._unfinished is not None:
+                self._finish(self._unfinished, signals)
+                self._unfinished = None
         return loss
 
     def _begun(self) -> Update | None:
@@ -188,13 +191,13 @@ class AdamW(torch.optim.Optimizer):
         """Say whether somebody else has written the parameter since its master copy was made."""
         return self._versions.get(param) != _written(param)
 
-    def _finish(self, update: Update) -> None:
+    def _finish(self, update: Update, signals: Uninterrupted) -> None:
         update.require_unchanged()
         try:
             if self.device_side is not None:
-                self.device_side.finish(update, self._subgroups, self._gradients)
+                self.device_side.finish(update, self._subgroups, self._gradients, signals)
             else:
-                self._host_side.finish(update, self._subgroups)
+                self._host_side.finish(update, self._subgroups, signals)
         except OSError as error:
             raise OSError(
                 error.errno,

@@ -12,6 +12,7 @@ from offload.native import ThreadPool
 from offload.optimizer.calibration import measure_rates
 from offload.optimizer.gradients import Gradients, StepGradients
 from offload.optimizer.interleaved import Interleaved, Job
+from offload.optimizer.interruption import Uninterrupted
 from offload.optimizer.layout import Piece, Subgroup
 from offload.optimizer.states import HostStates, SsdStates, States, renew_master
 from offload.optimizer.update import Update
@@ -70,6 +71,7 @@ class DeviceSide:
         update: Update,
         subgroups: Sequence[tuple[Subgroup, States]],
         gradients: Gradients,
+        signals: Uninterrupted,
     ) -> None:
         """Do what is left of an update. Raises OSError where states cannot be read.
 
@@ -94,7 +96,7 @@ class DeviceSide:
                 else:
                     jobs[number] = job
         update.has_changed = True  # or may have
-        self._engine.run(jobs, update.clip, update)
+        self._engine.run(jobs, update.clip, update, signals)
 
     def _job(self, subgroup: Subgroup, states: States, update: Update) -> Job | None:
         flat, on_host = update.gradients.flat, update.gradients.on_host

@@ -20,22 +20,26 @@ class HostSide:
     def __init__(self, pool: ThreadPool, placement: Placement) -> None:
         self._pool, self._placement = pool, placement
 
-    def finish(self, update: Update, subgroups: Sequence[tuple[Subgroup, States]]) -> None:
+    def finish(
+        self,
+        update: Update,
+        subgroups: Sequence[tuple[Subgroup, States]],
+        signals: Uninterrupted,
+    ) -> None:
         """Do what is left of an update. Raises OSError where states cannot be read or written.
 
-        A signal's handler runs between two subgroups, where it may raise and nothing is lost.
+        Also what `signals` raise, between two subgroups, where nothing is lost.
         """
         order = self._placement.order([states for _, states in subgroups])
         flat = update.gradients.flat
         update.done |= {at for at in order if not subgroups[at][0].has_any(flat)}
         todo = [number for number in order if number not in update.done]
-        with Uninterrupted() as signals:
-            for place, number in enumerate(todo):
-                for near in todo[place : place + 1 + self._placement.ahead]:
-                    subgroups[near][1].prefetch()
-                self._update(number, *subgroups[number], update)
-                signals.deliver()
-            self._placement.turn()
+        for place, number in enumerate(todo):
+            signals.deliver()
+            for near in todo[place : place + 1 + self._placement.ahead]:
+                subgroups[near][1].prefetch()
+            self._update(number, *subgroups[number], update)
+        self._placement.turn()
 
     def _update(self, number: int, subgroup: Subgroup, states: States, update: Update) -> None:
         flat = update.gradients.flat

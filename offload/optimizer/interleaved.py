@@ -93,7 +93,9 @@ class Interleaved:
             moment.synchronize()
         self._left.clear()
 
-    def run(self, jobs: Mapping[int, Job], clip: float, progress: Progress) -> None:
+    def run(
+        self, jobs: Mapping[int, Job], clip: float, progress: Progress, signals: Uninterrupted
+    ) -> None:
         """Update all of them, in their order, but for what `progress` says has been.
 
         The caller's computation goes on only once that has been done. Raises OSError where states
@@ -103,10 +105,8 @@ class Interleaved:
         pending: list[Moment] = []
         here = {number: job for number, job in jobs.items() if job.place == "host"}
         try:
-            with Uninterrupted() as signals:
-                self._queue_device(jobs, clip, began, pending, progress)
-                signals.deliver()
-                self._update_host(here, clip, began, pending, progress, signals)
+            self._queue_device(jobs, clip, began, pending, progress)
+            self._update_host(here, clip, began, pending, progress, signals)
         finally:
             for moment in pending:
                 self._device.hold(moment)
@@ -178,6 +178,7 @@ class Interleaved:
                 # Its other half may still be on its way, and from a step that failed midway as
                 # well, where no gradient is to come after it.
                 coming.append((number, slot, [began, *gone, *came]))
+            signals.deliver()
             number, slot, came = coming.popleft()
             for near in [number, *(each for each, _, _ in coming)][:2]:
                 jobs[near].states.prefetch()
@@ -187,7 +188,6 @@ class Interleaved:
             progress.done.add(number)
             free.append((slot, gone))
             self._settle(1)
-            signals.deliver()
 
     def _settle(self, most: int) -> None:
         """Wait until no more than `most` of those written are on their way to the SSD."""

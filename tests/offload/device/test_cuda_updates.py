@@ -27,6 +27,7 @@ from offload.native import (
     squared_norm,
 )
 from offload.optimizer.interleaved import Interleaved, Job
+from offload.optimizer.interruption import Uninterrupted
 from offload.optimizer.layout import lay_out
 from offload.optimizer.states import HostStates
 
@@ -168,7 +169,8 @@ def steps_of(device: CudaUpdates, count: int, log: list[Any]) -> list[list[Any]]
             )
             for subgroup, states in zip(subgroups, rows, strict=True)
         ]
-        engine.run(dict(enumerate(jobs)), 1.0, SimpleNamespace(done=set(), pieces=set()))
+        progress = SimpleNamespace(done=set(), pieces=set())
+        engine.run(dict(enumerate(jobs)), 1.0, progress, Uninterrupted())
         notes.append([*log])
     log.clear()
     engine.close()

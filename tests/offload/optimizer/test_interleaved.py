@@ -13,6 +13,7 @@ import torch
 from offload.device.emulated_updates import EmulatedRates, EmulatedUpdates
 from offload.native import AdamSettings, ThreadPool
 from offload.optimizer.interleaved import Interleaved, Job
+from offload.optimizer.interruption import Uninterrupted
 from offload.optimizer.layout import Piece, lay_out
 from offload.optimizer.states import HostStates
 from perfmodel.schedules.updates import UpdateSchedule, share_schedule, stride_schedule
@@ -65,7 +66,7 @@ def trained(
             for subgroup, place, states in zip(subgroups, schedule.places, rows, strict=True)
         ]
         progress = SimpleNamespace(done=set(), pieces=set())
-        engine.run(dict(enumerate(jobs)), 0.5, progress)
+        engine.run(dict(enumerate(jobs)), 0.5, progress, Uninterrupted())
         assert progress.done == set(range(len(jobs)))
     engine.close()
     return [*(param.detach() for param in params), *(states.read() for states in rows)]
