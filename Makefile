@@ -9,7 +9,8 @@ JOBS := $(shell nproc)
 SPILL := build/spill
 NATIVE := $(wildcard csrc/core/* csrc/bindings/* csrc/cuda/*)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.h tests/csrc/*.cpp)
-BENCHMARKS := io hooks activations bandwidth rok planning adam states interleaved published_sweeps
+BENCHMARKS := io hooks activations bandwidth rok planning adam states interleaved published_sweeps \
+	predicted_memory
 
 .PHONY: install train test lint format bench sanitize soak gpu clean
 

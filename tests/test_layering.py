@@ -25,6 +25,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("units", "plan"),
         ("machine", "model", "endurance", "tape", "published"),
         ("model_configs", "layers", "memory", "timeline"),
+        ("plain_models",),
         ("schedules",),
         ("planner",),
         ("cli",),

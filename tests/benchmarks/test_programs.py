@@ -306,3 +306,12 @@ def test_the_published_sweeps_are_fitted_where_the_error_is_least() -> None:
     )
     assert plain < fit.predict("7B", 10) < fit.predict("7B", 2)
     assert fit.predict("20B", 0, 0.5) == pytest.approx(2 * fit.predict("20B", 0), rel=0.1)
+
+
+def test_predicted_memory_is_held_against_measured(
+    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("record") / "predicted_memory.json"
+    found = record_of("predicted_memory", spill_dir, out, "--models", "gpt", "--sizes", "1")
+    assert len(found["samples"]) == 3
+    assert found["met"] is True

@@ -14,6 +14,7 @@ from examples.models import MODELS, ModelConfig, call, recompute
 from perfmodel.layers import Shape, tape_of
 from perfmodel.memory import step_bytes
 from perfmodel.model import Model
+from perfmodel.plain_models import plain_model, plain_shape
 
 # batch, sequence, hidden, layers, heads, vocabulary, dropout: logits, layers or neither dominate.
 SIZES = [
@@ -29,45 +30,20 @@ BOUNDS = {"bert": 0.02, "gpt": 0.001, "llama": 0.001, "t5": 0.001}
 def model_of(kind: str, size: Any) -> Model:
     """Describe a model of `examples.models`."""
     _, seq_len, hidden, layers, heads, vocab, dropout = size
-    group = next(n for n in (4, 3, 2, 1) if heads % n == 0)
-    more: dict[str, dict[str, Any]] = {
-        "gpt": {},
-        "bert": {"norm_last": True, "causal": False},
-        "t5": {
-            "encoder_layers": layers,
-            "norm": "rms",
-            "attention_bias": False,
-            "ffn_bias": False,
-            "activation": "relu",
-        },
-        "llama": {
-            "norm": "rms",
-            "positions": "rotary",
-            "attention_bias": False,
-            "ffn_bias": False,
-            "gated": True,
-            "activation": "silu",
-            "num_kv_heads": heads // group,
-            "ffn_size": -(-8 * hidden // 3 // 32) * 32,
-        },
-    }
-    return Model(
+    return plain_model(
+        kind,
         num_layers=layers,
         hidden_size=hidden,
         num_heads=heads,
+        seq_len=seq_len,
         vocab_size=vocab,
-        max_positions=seq_len,
         dropout=dropout,
-        **more[kind],
     )
 
 
 def shape_of(kind: str, size: Any) -> Shape:
     batch, seq_len, *_ = size
-    share = 0.15 if kind == "bert" else 1.0
-    return Shape(
-        batch=batch, seq_len=seq_len // 2 if kind == "t5" else seq_len, predicted_share=share
-    )
+    return plain_shape(kind, batch=batch, seq_len=seq_len)
 
 
 def trained(kind: str, size: Any, run: Any) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
