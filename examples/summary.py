@@ -102,7 +102,7 @@ def conclusion(
     )
     if stats is None:
         return
-    kept = f"{stats.kept_bytes / MIB:,.0f} MiB found no space on the SSD and stayed; "
+    kept = f"{stats.kept_bytes / MIB:,.0f} MiB had no room on the SSD, or no writes left; "
     yield (
         f"{stats.offloaded_bytes / MIB:,.0f} MiB were offloaded; "
         f"{kept if stats.kept_bytes else ''}"

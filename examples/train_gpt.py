@@ -331,7 +331,7 @@ def run(args: argparse.Namespace, command: str) -> int:
             flag = "--offload-path"
             act = resources.enter_context(open_offload(args))
         except OSError as error:
-            problem = f"{flag} {error.filename or ''}: {error.strerror}; name another"
+            problem = f"{flag} {error.filename or ''}: {error.strerror}; or name another"
             if error.filename in ("io_uring", "posix"):
                 problem = f"--io-engine {args.io_engine}: {error.strerror}; use --io-engine auto"
         except (ValueError, MemoryError) as error:

@@ -41,7 +41,9 @@ def canonical_tier(name: str, key: str = "tier") -> str:
     if tier not in TIERS:
         is_path = "/" in name
         hint = (
-            "; a directory is given as path=" if is_path else nearest(name, [*TIERS, *TIER_ALIASES])
+            "; a directory is given as path="
+            if is_path
+            else nearest(name.lower(), [*TIERS, *TIER_ALIASES])
         )
         raise ValueError(f"{key}={name!r} is not a tier; allowed: {', '.join(TIERS)}{hint}")
     return tier
