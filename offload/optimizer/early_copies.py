@@ -141,7 +141,11 @@ class EarlyCopies:
             part = flat[begin : begin + self._buffer_params]
             buffer = self._buffers.get()  # waits for the worker, which waits for copies
             arrived = buffer[: part.nbytes].view(flat.dtype)
-            came = self._device.copy("gradients", part, arrived, (ready,))
+            try:
+                came = self._device.copy("gradients", part, arrived, (ready,))
+            except BaseException:
+                self._buffers.put(buffer)  # or the next ones would wait for it for ever
+                raise
             target = place[begin : begin + self._buffer_params]
             work.append(
                 self._thread().submit(self._settle, came, part, arrived, buffer, target, first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,7 +39,7 @@ def test_a_backward_does_not_wait_for_its_copies() -> None:
     param = torch.nn.Parameter(torch.zeros(1000))
     gradients = Gradients(device, ThreadPool(1), OptimizerConfig(early_gradients=True))
     gradients.watch([param])
-    gradients.leave_for_host({param: torch.float32})
+    gradients.leave_for_host([param])
     (param * 2).sum().backward()  # comes back although nothing has been copied
     assert param.grad is None
     device.go.set()
@@ -73,9 +74,7 @@ def test_any_order_of_backwards_gives_the_sums(
     config = OptimizerConfig(early_gradients=True, accumulate_dtype=accumulate, subgroup_params=100)
     gradients = Gradients(device, ThreadPool(1), config)
     gradients.watch(params)
-    gradients.leave_for_host(
-        {param: param.dtype for number, param in enumerate(params) if number in leaving}
-    )
+    gradients.leave_for_host([param for number, param in enumerate(params) if number in leaving])
     for step in plan:
         sums: dict[torch.Tensor, torch.Tensor] = {}
         for number in step:
@@ -94,5 +93,29 @@ def test_any_order_of_backwards_gives_the_sums(
             assert found.squares[param] == squared_norm(ThreadPool(1), expected)
         gradients.use_up()
         gradients.take_back()
+    gradients.close()
+    device.close()
+
+
+def test_copies_that_fail_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = EmulatedUpdates()
+    param = torch.nn.Parameter(torch.zeros(1000))
+    gradients = Gradients(device, ThreadPool(1), OptimizerConfig(early_gradients=True))
+    gradients.watch([param])
+    gradients.leave_for_host([param])
+    param.sum().backward()
+    copy = device.copy
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("the device has gone")
+
+    monkeypatch.setattr(device, "copy", failing)
+    for _ in range(5):  # more often than there are buffers
+        with pytest.raises(RuntimeError, match="the device has gone"):
+            param.sum().backward()
+        param.grad = None
+    monkeypatch.setattr(device, "copy", copy)
+    param.sum().backward()
+    assert torch.equal(gradients.of_step([param]).flat[param], torch.full((1000,), 2.0))
     gradients.close()
     device.close()
