@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from perfmodel.units import parse_bytes
+
 __all__ = ["TIERS", "ActivationsConfig", "OptimizerConfig", "canonical_tier"]
 
 TIERS = ("device", "host", "ssd")
@@ -55,7 +57,16 @@ def require_bytes(key: str, value: object, *, minimum: int = 0) -> None:
     if not whole or not minimum <= value <= MOST_BYTES:  # type: ignore[operator]
         raise ValueError(
             f"{key}={value!r} is not a size; it must be a whole number of bytes, at least {minimum}"
+            f"{_in_bytes(value)}"
         )
+
+
+def _in_bytes(value: object) -> str:
+    """Return what a size with its unit is in bytes, to be said."""
+    try:
+        return f": {parse_bytes(value)}" if isinstance(value, str) else ""
+    except ValueError:
+        return ""
 
 
 def require_number(key: str, value: object, least: float, most: float) -> None:

@@ -22,7 +22,8 @@ TREES = ("csrc", "offload", "perfmodel", "examples", "benchmarks", "tests")
 # Lowest first; what stands on one line is beside each other. A new module gets its place here.
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "perfmodel": (
-        ("units", "plan"),
+        ("units",),
+        ("plan",),
         ("machine", "model", "endurance", "tape", "published"),
         ("model_configs", "layers", "memory", "timeline"),
         ("plain_models",),

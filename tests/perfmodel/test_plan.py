@@ -189,3 +189,8 @@ def test_cpus_are_a_list_of_numbers(cpus: Any) -> None:
     assert OptimizerConfig(cpus=[0, 2]).cpus == (0, 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cpus="):
         OptimizerConfig(cpus=cpus)
+
+
+def test_a_size_with_a_unit_is_refused_with_the_bytes_it_stands_for() -> None:
+    with pytest.raises(ValueError, match=r"staging_bytes='64MiB' is not a size.*: 67108864$"):
+        OptimizerConfig(staging_bytes="64MiB")  # type: ignore[arg-type]
