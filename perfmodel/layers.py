@@ -57,8 +57,22 @@ class Shape:
 def tape_of(model: Model, shape: Shape) -> Tape:
     """Return the operators of a forward from tokens to the mean loss.
 
-    A model with an encoder has `shape.seq_len` tokens on either side.
+    A model with an encoder has `shape.seq_len` tokens on either side. Raises ValueError for what a
+    model has that no function here takes down.
     """
+    unknown = {
+        "num_experts": model.num_experts,
+        "parallel_residual": model.parallel_residual,
+        "head_norms": model.head_norms,
+        "norms_per_layer": model.norms_per_layer,
+        "head_transform": model.head_transform,
+        "embedding_norm": model.embedding_norm,
+        "relative positions": model.positions == "relative",
+        "embedding_size": model.embedding_size != model.hidden_size,
+        "token_types": model.token_types,
+    }
+    if found := [name for name, has in unknown.items() if has]:
+        raise ValueError(f"the bytes of a model with {', '.join(found)} cannot be counted yet")
     return _Layers(model, shape).taken_down()
 
 

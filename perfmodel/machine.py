@@ -192,6 +192,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(kinds[0]):
         return _made(kinds[0], value, where)
     if getattr(hint, "__origin__", None) is Mapping:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is an object with a rate for each type, not {value!r}")
         return {key: Curve.of(each) for key, each in value.items()}
     if isinstance(value, str) and where.endswith("_bytes"):
         return parse_bytes(value, where)

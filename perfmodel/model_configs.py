@@ -64,7 +64,7 @@ def _llama(keys: _Keys, **more: Any) -> Model:
         "tied": bool(keys("tie_word_embeddings", False)),
         "attention_bias": bool(keys("attention_bias", False)),
         "ffn_bias": bool(keys("mlp_bias", False)),
-        "dropout": float(keys("attention_dropout", 0.0)),
+        "dropout": keys("attention_dropout", 0.0),
     }
     return Model(**settings | more)
 
@@ -115,7 +115,7 @@ def _gpt2(keys: _Keys) -> Model:
         vocab_size=keys("vocab_size"),
         max_positions=keys("n_positions", 1024),
         tied=bool(keys("tie_word_embeddings", True)),
-        dropout=float(keys("resid_pdrop", 0.1)),
+        dropout=keys("resid_pdrop", 0.1),
     )
 
 
@@ -132,7 +132,7 @@ def _gpt_neox(keys: _Keys) -> Model:
         attention_bias=bool(keys("attention_bias", True)),
         vocab_size=keys("vocab_size"),
         tied=bool(keys("tie_word_embeddings", False)),
-        dropout=float(keys("hidden_dropout", 0.0)),
+        dropout=keys("hidden_dropout", 0.0),
     )
 
 
@@ -150,7 +150,7 @@ def _opt(keys: _Keys) -> Model:
         max_positions=keys("max_position_embeddings", 2048) + 2,  # an offset of its table
         embedding_size=keys("word_embed_proj_dim", keys("hidden_size")),
         tied=bool(keys("tie_word_embeddings", True)),
-        dropout=float(keys("dropout", 0.1)),
+        dropout=keys("dropout", 0.1),
     )
 
 
@@ -171,7 +171,7 @@ def _bert(keys: _Keys) -> Model:
         tied=bool(keys("tie_word_embeddings", True)),
         head_bias=True,
         head_transform=True,
-        dropout=float(keys("hidden_dropout_prob", 0.1)),
+        dropout=keys("hidden_dropout_prob", 0.1),
     )
 
 
@@ -193,7 +193,7 @@ def _t5(keys: _Keys) -> Model:
         ffn_bias=False,
         vocab_size=keys("vocab_size"),
         tied=bool(keys("tie_word_embeddings", True)),
-        dropout=float(keys("dropout_rate", 0.1)),
+        dropout=keys("dropout_rate", 0.1),
     )
 
 
@@ -227,7 +227,7 @@ def model_of_config(config: Config, name: str = "") -> Model:
         raise ValueError(f"model_type={kind!r} is not known; known: {', '.join(MODEL_TYPES)}{hint}")
     try:
         model = MODEL_TYPES[kind](_Keys(config))
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError) as error:
         raise ValueError(
             f"config.json of model_type {kind!r} has a value of no number: {error}"
         ) from None

@@ -135,3 +135,9 @@ def test_the_model_that_is_described_has_the_parameters_of_the_one_that_trains(k
     model, _ = trained(kind, size, call)
     extra = size[2] if kind == "bert" else 0  # the token that hides others
     assert model_of(kind, size).num_params + extra == sum(p.numel() for p in model.parameters())
+
+
+def test_what_no_tape_has_yet_is_refused_by_name() -> None:
+    model = Model(num_layers=1, hidden_size=8, num_heads=2, vocab_size=9, num_experts=4)
+    with pytest.raises(ValueError, match="a model with num_experts cannot be counted yet"):
+        tape_of(model, Shape(batch=1, seq_len=4))

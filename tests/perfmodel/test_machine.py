@@ -53,6 +53,7 @@ def described() -> dict[str, Any]:
         (("device", "memory_bytes_per_s"), "fast", r"'fast' is no rate"),
         (("device", "memory_bytes_per_s"), {"sizes": [2, 1], "rates": [1, 1]}, r"no curve"),
         (("device", "matmul_flops"), 1, r"device.matmul_flops is not a setting, did you mean"),
+        (("device", "matmul_flops_per_s"), 5, r"matmul_flops_per_s is an object with a rate"),
         (("devices",), 0, r"devices=0 is not a number from 1"),
     ],
 )

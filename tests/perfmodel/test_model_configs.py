@@ -156,6 +156,8 @@ def test_every_known_type_is_held_against_a_published_model() -> None:
         ({"num_hidden_layers": 0}, "num_layers=0 is not a number from 1"),
         ({"num_hidden_layers": "32"}, "num_layers='32' is not a number"),
         ({"num_attention_heads": "x"}, "value of no number"),
+        ({"num_attention_heads": 0}, "value of no number"),
+        ({"attention_dropout": "x"}, "dropout='x' is not a number"),
         ({"num_key_value_heads": 5}, "num_kv_heads=5 does not divide num_heads=32"),
         ({"hidden_act": "tanh"}, "activation='tanh' is not known; allowed"),
     ],

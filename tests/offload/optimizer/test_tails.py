@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
-COUNT, SIZE, STEPS = 1000, 7, 10
+SIZE, STEPS = 7, 10
 
 
+@pytest.mark.parametrize("count", [1000, pytest.param(15000, marks=pytest.mark.soak)])
 def test_a_step_of_tails_has_torchs_moments_and_its_parameters_within_four_ulp(
-    adamw: Callable[..., Any],
+    adamw: Callable[..., Any], count: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def values(low: float, high: float) -> list[torch.Tensor]:
-        powers = torch.empty(COUNT).uniform_(low, high, generator=generator)
+        powers = torch.empty(count).uniform_(low, high, generator=generator)
         return [10**power * torch.randn(SIZE, generator=generator) for power in powers]
 
     mine, torchs = ([torch.nn.Parameter(each.clone()) for each in values(-3, 1)] for _ in range(2))
@@ -31,7 +33,7 @@ def test_a_step_of_tails_has_torchs_moments_and_its_parameters_within_four_ulp(
         ours.step()
         theirs.step()
         states, others = ours.state_dict()["state"], theirs.state_dict()["state"]
-        for number in range(COUNT):
+        for number in range(count):
             for name in ("exp_avg", "exp_avg_sq"):
                 assert torch.equal(states[number][name], others[number][name])
         after, expected = torch.cat(mine).detach(), torch.cat(torchs).detach()
