@@ -217,21 +217,22 @@ class Interleaved:
         gone = []
         rows = job.states.begin()
         for place, piece in enumerate(job.pieces):
-            if (number, place) in progress.pieces:
-                continue
-            if piece in job.stale:
-                renew_master(piece.inside(rows[2]), piece.of(piece.param.detach()))
             on_device = piece.of(piece.param.detach())
-            grad = job.on_host_of(piece)
-            if grad is None:
-                grad = _within(slot[0], piece, job.grad_of(piece).dtype)
             param = _within(slot[1], piece, on_device.dtype)
-            arrays = _arrays(piece, rows, grad, param)
-            step = job.steps[piece.param]
-            self._device.update_on_host(self._pool, job.settings, step, arrays, clip=clip)
+            if (number, place) in progress.pieces:  # updated, but maybe not sent
+                param.copy_(piece.inside(rows[2]))
+            else:
+                if piece in job.stale:
+                    renew_master(piece.inside(rows[2]), on_device)
+                grad = job.on_host_of(piece)
+                if grad is None:
+                    grad = _within(slot[0], piece, job.grad_of(piece).dtype)
+                arrays = _arrays(piece, rows, grad, param)
+                step = job.steps[piece.param]
+                self._device.update_on_host(self._pool, job.settings, step, arrays, clip=clip)
+                progress.pieces.add((number, place))
             gone.append(self._device.copy("parameters", param, on_device, ()))
             pending.append(gone[-1])
-            progress.pieces.add((number, place))
         job.states.commit()
         self._written.append(job.states)
         return gone

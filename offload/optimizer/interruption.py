@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 
 __all__ = ["Uninterrupted"]
@@ -34,17 +35,13 @@ class Uninterrupted:
         self._pending.append((number, frame))
 
     def deliver(self) -> None:
-        """Run the handlers of the signals that have come."""
-        while self._pending:
-            number, frame = self._pending.pop(0)
-            self._handlers[number](number, frame)
+        """Run the handlers of the signals that have come: all, whatever one of them raises."""
+        with ExitStack() as stack:
+            while self._pending:
+                number, frame = self._pending.pop()  # the last is called first: of those pushed
+                stack.callback(self._handlers[number], number, frame)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.deliver()

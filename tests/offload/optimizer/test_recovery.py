@@ -312,3 +312,32 @@ def test_a_second_optimizer_is_told_that_it_finds_no_gradients(
 def test_a_file_is_told_from_a_state_dict(adamw: Make, parameters: Make, wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"comes back by load\(path\)"):
         adamw(parameters()).load_state_dict(wrong)
+
+
+def test_a_copy_that_fails_after_its_update_is_made_by_the_next_call(
+    adamw: Make,
+    parameters: Make,
+    give_grads: Make,
+    device: EmulatedUpdates,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params, others = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    optimizer = adamw(params, emulated_device=device, update_schedule="host")
+    whole = adamw(others)
+    run(whole, others, give_grads, range(3))
+    run(optimizer, params, give_grads, range(2))
+    copy, left = device.copy, [2]
+
+    def failing(name: str, *args: Any) -> Any:
+        left[0] -= name == "parameters"
+        if left[0] == 0 and name == "parameters":
+            raise OSError(5, "the link has failed")
+        return copy(name, *args)
+
+    monkeypatch.setattr(device, "copy", failing)
+    give_grads(params, 2)
+    with pytest.raises(OSError, match="the link has failed"):
+        optimizer.step()
+    optimizer.step()
+    assert all(map(torch.equal, params, others))
+    require_equal(states_of(optimizer), states_of(whole))
