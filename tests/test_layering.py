@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("units",),
         ("plan",),
         ("machine", "model", "endurance", "tape", "published"),
-        ("model_configs", "layers", "memory", "timeline"),
+        ("model_configs", "layers", "memory", "timeline", "workload"),
         ("plain_models",),
         ("schedules",),
         ("planner",),
