@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 _MOST = 1e24
+_MAY_BE_0 = frozenset(
+    ["operator_s", "update_params_per_s", "rated_bytes", "free_bytes", "processor_bytes_per_s"]
+)
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,14 @@ class Device:
     """By type, over the flops of one product."""
     memory_bytes_per_s: Curve
     """Over the bytes of one operator that reads and writes."""
-    attention_flops_per_s: Curve | None = None
-    """Of fused attention, over its flops; None: as a product of matrices."""
+    operators_per_s: Mapping[str, Curve] = field(default_factory=dict)
+    """By an operator's name, or that with ` backward`: the bytes that its forward moves over those
+    bytes, and of `attention` flops. Others: as products of matrices, and as `memory_bytes_per_s`
+    has it."""
     operator_s: float = 0.0
     """What each operator costs beside: a launch, a dispatch."""
+    update_params_per_s: float = 0.0
+    """Of AdamW in fp32; 0: as `memory_bytes_per_s` has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +131,8 @@ class Drive:
     free_bytes: int
     rated_bytes: int = 0
     """What may be written in its life (TBW); 0: not known."""
+    processor_bytes_per_s: float = 0.0
+    """What a core copies, checks and hands over in a second of its time; 0: not known."""
     path: str = ""
 
 
@@ -153,7 +162,7 @@ class Machine:
             for one in fields(part) if part is not None else ():
                 value = getattr(part, one.name)
                 if isinstance(value, (int, float)):
-                    least = 0 if one.name in ("operator_s", "rated_bytes", "free_bytes") else 1
+                    least = 0 if one.name in _MAY_BE_0 else 1
                     require_number(f"{type(part).__name__.lower()}.{one.name}", value, least, _MOST)
         require_number("network_bytes_per_s", self.network_bytes_per_s, 0, _MOST)
 

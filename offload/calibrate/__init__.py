@@ -1,0 +1,5 @@
+"""What the present machine does in a second, measured, for the performance model."""
+
+from offload.calibrate.present import calibrate
+
+__all__ = ["calibrate"]

@@ -1,0 +1,185 @@
+"""A forward and its backward on one rank, with saved tensors kept, computed again, or moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perfmodel.machine import Machine
+from perfmodel.memory import step_bytes
+from perfmodel.operator_times import OperatorTimes
+from perfmodel.schedules.activations import ActivationSchedule, plan_activations
+from perfmodel.schedules.slowdown import slowed_to_fit
+from perfmodel.schedules.stall import stall_s
+from perfmodel.schedules.trace import Channel, Limits
+from perfmodel.step_trace import StepTrace, step_trace
+from perfmodel.tape import Tape, Value
+from perfmodel.workload import Strategy
+
+__all__ = ["ActivationStep", "activation_step", "channels_of", "repeated"]
+
+_WINDOW_TENSORS = 2  # on their way at once, of the largest, where nobody says how many
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationStep:
+    """What one forward and backward take, of time and of each tier."""
+
+    forward_s: float
+    backward_s: float
+    recompute_s: float = 0.0
+    stall_s: float = 0.0
+    """Waiting for transfers."""
+    processor_s: float = 0.0
+    """What moving bytes takes of a processor that would compute meanwhile."""
+    device_bytes: int
+    """The most in use at once, parameters, their gradients and states apart."""
+    staging_bytes: int = 0
+    """Of the host, on the way to the SSD and back; on a machine without a link of the device."""
+    host_bytes: int = 0
+    ssd_bytes: int = 0
+    schedule: ActivationSchedule | None = None
+
+    @property
+    def duration_s(self) -> float:
+        """All of it."""
+        computing_s = self.forward_s + self.backward_s + self.recompute_s
+        return computing_s + self.stall_s + self.processor_s
+
+    @property
+    def moved_bytes(self) -> int:
+        """Written, and read again."""
+        return self.host_bytes + self.ssd_bytes
+
+
+def activation_step(
+    tape: Tape, times: OperatorTimes, machine: Machine, strategy: Strategy, *, effort: float = 0.2
+) -> ActivationStep:
+    """Return what a forward and backward of `tape` take on one of `machine`'s devices.
+
+    `effort`: as for `plan_activations`. Raises ValueError where the machine lacks what the
+    strategy moves tensors to.
+    """
+    forward_s, backward_s = sum(times.forward_s), sum(times.backward_s)
+    recompute = repeated(tape, strategy)
+    again_s = sum(sum(times.forward_s[at] for at in _needed(tape, block)) for block in recompute)
+    if strategy.activations in ("keep", "recompute"):
+        return ActivationStep(
+            forward_s=forward_s,
+            backward_s=backward_s,
+            recompute_s=again_s,
+            device_bytes=step_bytes(tape, recompute).worst.nbytes,
+        )
+    channel = channels_of(machine, strategy.activations)
+    found = step_trace(tape, times, strategy.min_tensor_bytes)
+    limits = _limits(machine, strategy, found)
+    schedule = _planned(found, channel, limits, strategy, effort)
+    storages = _storages(tape, strategy.min_tensor_bytes)
+    moved = {
+        storage for storage, tier in zip(storages, schedule.tiers, strict=True) if tier != "device"
+    }
+    peak = step_bytes(tape, recompute, leaves=lambda value: value.storage in moved).worst.nbytes
+    to_ssd = strategy.activations == "ssd"
+    staging = strategy.staging_bytes if to_ssd else 0
+    on_device = staging if machine.link is None else schedule.window_bytes
+    waited_s = stall_s(schedule, found.trace, [channel], limits, strategy.memory_bytes or math.inf)
+    return ActivationStep(
+        forward_s=forward_s,
+        backward_s=backward_s,
+        recompute_s=again_s,
+        stall_s=waited_s,
+        processor_s=_processor_s(machine, 2 * schedule.moved_bytes) if to_ssd else 0.0,
+        device_bytes=peak + on_device,
+        staging_bytes=staging if machine.link is not None else 0,
+        host_bytes=0 if to_ssd else schedule.moved_bytes,
+        ssd_bytes=schedule.moved_bytes if to_ssd else 0,
+        schedule=schedule,
+    )
+
+
+def repeated(tape: Tape, strategy: Strategy) -> Sequence[int]:
+    """Return the numbers of the blocks that a strategy has computed again."""
+    if strategy.recompute is not None:
+        return [number for number in strategy.recompute if number < len(tape.blocks)]
+    return range(len(tape.blocks)) if strategy.activations == "recompute" else ()
+
+
+def channels_of(machine: Machine, tier: str) -> Channel:
+    """Return one rank's way to `tier`. Raises ValueError where the machine has none."""
+    link, drive, ranks = machine.link, machine.drive, machine.devices
+    if tier == "host":
+        if link is None:
+            raise ValueError(
+                f"activations='host' would save nothing on {machine.name!r}: its device's memory "
+                "is the host's; use ssd, recompute or keep"
+            )
+        return Channel(
+            tier="host",
+            write_bytes_per_s=link.to_host_bytes_per_s,
+            read_bytes_per_s=link.to_device_bytes_per_s,
+            mixed_bytes_per_s=link.both_bytes_per_s,
+            staged=False,
+        )
+    if drive is None:
+        raise ValueError(
+            f"activations='ssd' needs a drive, and {machine.name!r} has none: add `drive` to its "
+            "machine.json (offload calibrate PATH measures it)"
+        )
+    out, back = (
+        (math.inf, math.inf)
+        if link is None
+        else (
+            link.to_host_bytes_per_s,
+            link.to_device_bytes_per_s,
+        )
+    )
+    return Channel(
+        tier="ssd",
+        write_bytes_per_s=min(drive.write_bytes_per_s / ranks, out),
+        read_bytes_per_s=min(drive.read_bytes_per_s / ranks, back),
+        mixed_bytes_per_s=drive.mixed_bytes_per_s / ranks,
+    )
+
+
+def _needed(tape: Tape, number: int) -> range:
+    """Return the operators of a block that are run again: up to the last that saves anything."""
+    block = tape.blocks[number]
+    last = max((at for at in block if tape.operators[at].saves), default=block[0])
+    return range(block[0], last + 1)
+
+
+def _limits(machine: Machine, strategy: Strategy, found: StepTrace) -> Limits:
+    largest = max((tensor.nbytes for tensor in found.trace.tensors), default=0)
+    window = math.inf if machine.link is None else float(_WINDOW_TENSORS * largest)
+    return Limits(
+        staging_bytes=strategy.staging_bytes if strategy.activations == "ssd" else math.inf,
+        window_bytes=window,
+    )
+
+
+def _planned(
+    found: StepTrace, channel: Channel, limits: Limits, strategy: Strategy, effort: float
+) -> ActivationSchedule:
+    memory_bytes = strategy.memory_bytes
+    if memory_bytes is not None:
+        memory_bytes = max(0, memory_bytes - found.small_bytes)
+    schedule = plan_activations(found.trace, [channel], limits, memory_bytes, effort=effort)
+    if memory_bytes is None:
+        return schedule
+    return slowed_to_fit(schedule, found.trace, [channel], limits, memory_bytes, effort=effort)
+
+
+def _storages(tape: Tape, least: int) -> list[Value]:
+    """Return what stands in the trace, in its order."""
+    inputs = {value.storage for value in tape.inputs}
+    saved = (value.storage for operator in tape.operators for value in operator.saves)
+    return [each for each in dict.fromkeys(saved) if each not in inputs and each.nbytes >= least]
+
+
+def _processor_s(machine: Machine, nbytes: int) -> float:
+    """Return by how much copies and checksums hold up a processor that computes as well."""
+    drive, cores = machine.drive, machine.host.cores
+    if machine.link is not None or drive is None or not drive.processor_bytes_per_s:
+        return 0.0
+    return nbytes / drive.processor_bytes_per_s / cores
