@@ -13,11 +13,9 @@ models lie within 5 % of each other; by name they are up to 47 % apart.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,65 +24,18 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.record import Claim, Interval, Record, add_record_arguments, table, write_record
-from perfmodel.schedules.updates import (
-    UpdateRates,
-    plan_updates,
-    simulate_updates,
-    stride_schedule,
+from perfmodel.replays.deep_optimizer_states import (
+    BY_STRIDE,
+    RESIDENTS,
+    SECONDS_BY_RESIDENT,
+    SHAPES,
+    STRIDES,
+    sizes_of,
 )
+from perfmodel.replays.fit import UpdateFit, fitted_updates
+from perfmodel.schedules.updates import plan_updates, simulate_updates, stride_schedule
 
 GOAL = 0.10
-NUM_GPUS, SUBGROUP = 4, 100_000_000
-STRIDES = (0, 2, 3, 4, 6, 8, 10)
-"""0: nothing moves, as in the original's baseline, ZeRO-3."""
-VOCABULARY = 50304
-
-
-class Shape(NamedTuple):
-    """Of a decoder with SwiGLU, its embeddings and its head apart from each other."""
-
-    named: float
-    hidden: int
-    feedforward: int
-    layers: int
-
-    @property
-    def params(self) -> int:
-        """Return how many there are; the norms' do not count."""
-        layer = 4 * self.hidden**2 + 3 * self.hidden * self.feedforward
-        return self.layers * layer + 2 * VOCABULARY * self.hidden
-
-
-SHAPES = {
-    "H100": {
-        "7B": Shape(7e9, 4096, 11008, 32),
-        "13B": Shape(13e9, 5120, 13824, 40),
-        "20B": Shape(20e9, 5120, 20480, 40),
-    },
-    "A100": {
-        "7B": Shape(7e9, 4096, 11008, 32),
-        "13B": Shape(13e9, 5120, 13824, 40),
-        # Layers and hidden size are published; the rest as the other one has it, 4 x hidden.
-        "20B": Shape(20e9, 4096, 16384, 64),
-    },
-}
-BY_STRIDE = {
-    "H100": {
-        "7B": (7.8, 14.2, 13.4, 12.5, 11.6, 10.9, 11.1),
-        "13B": (7.7, 13.6, 13.2, 12.2, 11.3, 10.7, 10.7),
-        "20B": (8.6, 15.3, 14.9, 14.2, 13.3, 13.0, 12.7),
-    },
-    "A100": {
-        "7B": (3.5, 5.3, 4.8, 4.8, 4.7, 4.6, 4.7),
-        "13B": (3.5, 5.0, 4.8, 4.6, 4.5, 4.4, 4.3),
-        "20B": (3.8, 5.7, 5.6, 5.3, 5.1, 5.1, 5.1),
-    },
-}
-RESIDENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-SECONDS_BY_RESIDENT = {0: (2.3, 2.0, 1.8, 1.6, 1.4, 1.2), 2: (1.3, 1.1, 1.0, 0.9, 0.8, 0.7)}
-"""Of the update of the 20-billion model on H100s, by stride."""
-# Fused updates on the device are bound by its memory: 28 bytes a parameter at some 2 TB/s.
-DEVICE_PARAMS_PER_S = 7e10
 
 
 class Point(NamedTuple):
@@ -103,74 +54,7 @@ class Point(NamedTuple):
         return self.predicted / self.published - 1
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What is not published, of each GPU's share of a machine."""
-
-    machine: str
-    plain_params_per_s: float
-    """Updated on the host where nothing moves: parameters are rounded and sent after it."""
-    host_params_per_s: float
-    """Updated on the host while that goes on beside it, as the original does when others move."""
-    link_bytes_per_s: float
-    subgroup_s: float
-
-    def rates(self, stride: int) -> UpdateRates:
-        """Return the machine; the original has one queue for both directions of the states."""
-        return UpdateRates(
-            device_params_per_s=DEVICE_PARAMS_PER_S,
-            host_params_per_s=self.host_params_per_s if stride else self.plain_params_per_s,
-            to_device_bytes_per_s=self.link_bytes_per_s,
-            to_host_bytes_per_s=self.link_bytes_per_s,
-            subgroup_s=self.subgroup_s,
-        )
-
-    def predict(self, model: str, stride: int, resident: float = 0.0) -> float:
-        """Return the node's update throughput, as it is published: see the top."""
-        shape = SHAPES[self.machine][model]
-        schedule = stride_schedule(sizes_of(shape), stride, resident=resident)
-        return shape.named / simulate_updates(schedule, self.rates(stride)).duration_s / 1e9
-
-
-def sizes_of(shape: Shape) -> tuple[int, ...]:
-    """Return the subgroups of one GPU."""
-    whole, rest = divmod(shape.params // NUM_GPUS, SUBGROUP)
-    return (SUBGROUP,) * whole + ((rest,) if rest else ())
-
-
-def fitted(machine: str) -> Fit:
-    """Return the rates with which the 7-billion model's row comes out best."""
-    row = BY_STRIDE[machine]["7B"]
-
-    def badness(values: Sequence[float]) -> float:
-        fit = Fit(machine, *values)
-        predicted = [fit.predict("7B", stride) for stride in STRIDES]
-        return sum(math.log(one / other) ** 2 for one, other in zip(predicted, row, strict=True))
-
-    start = row[0] / NUM_GPUS * 1e9
-    ends = [
-        descended(badness, [start, 1.3 * start, link_bytes_per_s, 1e-3])
-        for link_bytes_per_s in (1.5e10, 4e10)  # one valley's bottom is not the other's
-    ]
-    return Fit(machine, *min(ends, key=badness))
-
-
-def descended(badness: Callable[[Sequence[float]], float], start: Sequence[float]) -> list[float]:
-    """Return positive numbers near `start` at which `badness` is least, one at a time."""
-    found, best, step = list(start), badness(start), 0.3
-    while step > 2e-3:
-        improved = False
-        for place in range(len(found)):
-            for factor in (1 + step, 1 / (1 + step)):
-                tried = [*found]
-                tried[place] *= factor
-                if (now := badness(tried)) < best:
-                    found, best, improved = tried, now, True
-        step = step if improved else step / 2
-    return found
-
-
-def points_of(machine: str, fit: Fit) -> Iterator[Point]:
+def points_of(machine: str, fit: UpdateFit) -> Iterator[Point]:
     """Yield all that is published of a machine."""
     for model, row in BY_STRIDE[machine].items():
         for stride, published in zip(STRIDES, row, strict=True):
@@ -197,7 +81,7 @@ def speedup_error(points: Sequence[Point]) -> float:
     return statistics.median(errors)
 
 
-def gain_of_a_fraction(fit: Fit, buffers: int) -> float:
+def gain_of_a_fraction(fit: UpdateFit, buffers: int) -> float:
     """Return how many times as fast as every second subgroup the best share is."""
     rates, sizes = fit.rates(2), sizes_of(SHAPES[fit.machine]["20B"])
     best = simulate_updates(plan_updates(sizes, rates, buffers=buffers), rates).duration_s
@@ -234,7 +118,7 @@ def main() -> None:
     add_record_arguments(parser, warm_up=0)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw a PNG")
     arguments = parser.parse_args()
-    fits = {machine: fitted(machine) for machine in BY_STRIDE}
+    fits = {machine: fitted_updates(machine) for machine in BY_STRIDE}
     points = [point for machine, fit in fits.items() for point in points_of(machine, fit)]
     unseen = [point for point in points if point.model != "7B"]
     rows = [

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import activations, bandwidth, hooks, io, nine_cases, published_sweeps, rok
+from benchmarks import activations, bandwidth, hooks, io, nine_cases, rok
 from benchmarks.record import ROOT, Interval, median_interval
 
 CONTRACT = {
@@ -294,18 +294,6 @@ def test_adam_compares_bits_and_speed_with_a_pass_over_the_same_bytes(tmp_path: 
     assert {"ours", "floor", "torch", "ours again"} <= set(found["samples"])
     assert ("deepspeed" in found["samples"]) is not ("deepspeed" in found["absent"])
     assert found["facts"]["adam_path"] in {"avx512", "avx2", "scalar"}
-
-
-def test_the_published_sweeps_are_fitted_where_the_error_is_least() -> None:
-    at = published_sweeps.descended(lambda x: abs(x[0] - 5) + abs(x[1] - 0.2), [1.0, 1.0])
-    assert at == pytest.approx([5, 0.2], rel=0.01)
-    fit = published_sweeps.Fit("H100", 2.0e9, 2.5e9, 4.6e10, 1e-3)
-    plain = fit.predict("7B", 0)
-    assert plain == pytest.approx(8.0, rel=0.05), (
-        "four times as much, less what each subgroup costs"
-    )
-    assert plain < fit.predict("7B", 10) < fit.predict("7B", 2)
-    assert fit.predict("20B", 0, 0.5) == pytest.approx(2 * fit.predict("20B", 0), rel=0.1)
 
 
 def test_predicted_memory_is_held_against_measured(

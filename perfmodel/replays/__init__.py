@@ -1,0 +1,1 @@
+"""Published systems, replayed: their figures, and what the model says of the same runs."""
