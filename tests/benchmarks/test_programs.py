@@ -296,6 +296,12 @@ def test_adam_compares_bits_and_speed_with_a_pass_over_the_same_bytes(tmp_path: 
     assert found["facts"]["adam_path"] in {"avx512", "avx2", "scalar"}
 
 
+def test_published_iterations_are_predicted(tmp_path: Path) -> None:
+    found = recorded("published_iterations", tmp_path / "published_iterations.json")
+    assert found["met"] is True
+    assert all(len(each["iteration"]) == 2 for each in found["samples"].values())
+
+
 def test_predicted_memory_is_held_against_measured(
     spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
