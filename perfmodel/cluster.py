@@ -12,7 +12,7 @@ from perfmodel.endurance import DAY_S, life_days
 from perfmodel.layers import CUDA, Shape, tape_of
 from perfmodel.machine import Drive, Machine
 from perfmodel.model import Model
-from perfmodel.roofline import total_s
+from perfmodel.operator_times import operator_times
 from perfmodel.tape import Tape, Value
 from perfmodel.workload import Parallel, Workload
 
@@ -168,10 +168,11 @@ class _Costs:
         ]
         layers = len(tape.blocks)
         device, dtype = machine.device, workload.dtype
-        all_ahead_s, all_back_s = total_s(tape.operators, device, dtype)
-        ahead_s, back_s = total_s(inside, device, dtype)
+        whole = operator_times(tape.operators, device, dtype)
+        times = operator_times(inside, device, dtype)
+        ahead_s, back_s = sum(times.forward_s), sum(times.backward_s)
         runs = 2 if recompute else 1
-        ends_s = all_ahead_s + all_back_s - ahead_s - back_s
+        ends_s = whole.total_s - times.total_s
         sums_s = layers * _SUMS * (1 + runs) * self._summed_s(parallel)
         # The slowest stage has the head; embeddings cost next to nothing.
         part = 1 / parallel.pipeline

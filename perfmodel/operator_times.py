@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perfmodel.machine import Curve, Device
-from perfmodel.tape import Operator, Tape, Value
+from perfmodel.tape import Operator, Value
 
 __all__ = ["BACKWARD", "OperatorTimes", "operator_times"]
 
@@ -30,19 +31,19 @@ class OperatorTimes:
         return sum(self.forward_s) + sum(self.backward_s)
 
 
-def operator_times(tape: Tape, device: Device, dtype: str) -> OperatorTimes:
-    """Return the times of `tape` computed in `dtype`, where gradients of parameters are added up.
+def operator_times(operators: Sequence[Operator], device: Device, dtype: str) -> OperatorTimes:
+    """Return the times of a tape's `operators`, where gradients of parameters are added up.
 
-    Products of matrices take their flops, each of their two gradients as many, and all else the
-    bytes that it moves; by the device's own rate for such an operator, where it has one. Raises
-    ValueError for a type that the device has no rate for.
+    Products of matrices take their flops, each of their two gradients as many, or the bytes that
+    they move if that is longer; all else its bytes. A device's own rate for an operator comes
+    first. Raises ValueError for a `dtype` that the device has no rate for.
     """
     if dtype not in device.matmul_flops_per_s:
         known = ", ".join(device.matmul_flops_per_s)
         raise ValueError(f"dtype={dtype!r}: {device.name!r} has rates for {known}")
     times = _Times(device, device.matmul_flops_per_s[dtype])
-    backward_s = [times.backward_s(operator) for operator in reversed(tape.operators)]
-    return OperatorTimes(tuple(map(times.forward_s, tape.operators)), tuple(reversed(backward_s)))
+    backward_s = [times.backward_s(operator) for operator in reversed(operators)]
+    return OperatorTimes(tuple(map(times.forward_s, operators)), tuple(reversed(backward_s)))
 
 
 class _Times:

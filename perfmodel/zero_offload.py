@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 from perfmodel.layers import CUDA, Kernels, Shape, tape_of
 from perfmodel.machine import Machine
-from perfmodel.roofline import total_s
+from perfmodel.operator_times import operator_times
 from perfmodel.schedules.updates import UpdateRates, UpdateSchedule, simulate_updates
 from perfmodel.tape import Operator, Tape
 from perfmodel.timeline import Task, simulate
@@ -128,7 +128,8 @@ def _parts(workload: Workload, machine: Machine, schedule: UpdateSchedule) -> li
     )
     parts, begin = [], 0.0
     for operators, again in _runs(tape_of(workload.model, shape)):
-        ahead_s, back_s = total_s(operators, machine.device, workload.dtype)
+        times = operator_times(operators, machine.device, workload.dtype)
+        ahead_s, back_s = sum(times.forward_s), sum(times.backward_s)
         params = sum(each.param_bytes for each in operators) / workload.element_bytes
         end = begin + params / workload.parallel.data
         flushed = _on_the_host(schedule, begin, end)

@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("units",),
         ("plan",),
         ("machine", "model", "endurance", "tape", "published"),
-        ("model_configs", "layers", "memory", "roofline", "timeline", "workload"),
+        ("model_configs", "layers", "memory", "timeline", "workload"),
         ("plain_models", "operator_times"),
         ("schedules",),
         ("step_trace", "cluster", "zero_offload"),

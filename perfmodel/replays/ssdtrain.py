@@ -17,7 +17,7 @@ from perfmodel.layers import CUDA, Shape, tape_of
 from perfmodel.machine import Device, read_machine
 from perfmodel.memory import Moment, step_bytes
 from perfmodel.model import Model
-from perfmodel.roofline import backward_s, forward_s
+from perfmodel.operator_times import operator_times
 from perfmodel.schedules.activations import plan_activations
 from perfmodel.schedules.prefix_cut import prefix_cut
 from perfmodel.schedules.replay import KEPT, Replay
@@ -147,10 +147,9 @@ class _Paced:
 
     def __init__(self, tape: Tape, device: Device) -> None:
         operators = tape.operators
-        ahead = [forward_s(each, device, DTYPE) for each in operators]
-        back = [backward_s(each, device, DTYPE) for each in operators]
+        times = operator_times(operators, device, DTYPE)
         edges = [0.0]
-        for seconds in (*ahead, *reversed(back)):
+        for seconds in (*times.forward_s, *reversed(times.backward_s)):
             edges.append(edges[-1] + seconds)
         spans = list(pairwise(edges))
         self.step_s = edges[-1]

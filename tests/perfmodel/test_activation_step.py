@@ -21,7 +21,7 @@ LEAST = 1 << 12
 def step_of(kind: str, machine: Machine = MACHINE) -> tuple[Tape, OperatorTimes]:
     model = plain_model(kind, num_layers=4, hidden_size=256, num_heads=4, seq_len=128)
     tape = tape_of(model, plain_shape(kind, batch=4, seq_len=128))
-    return tape, operator_times(tape, machine.device, "float32")
+    return tape, operator_times(tape.operators, machine.device, "float32")
 
 
 def found(kind: str, machine: Machine = MACHINE, **chosen: object) -> ActivationStep:

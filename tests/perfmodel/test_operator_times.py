@@ -25,7 +25,7 @@ def test_a_map_takes_its_flops_once_forward_and_twice_backward() -> None:
     writer = TapeWriter()
     x = writer.value("x", 0)
     writer.run("linear", [x], 0, saves=[x], param_bytes=1000, matmul_flops=5e8)
-    times = operator_times(writer.tape(), DEVICE, "float32")
+    times = operator_times(writer.operators, DEVICE, "float32")
     assert times.forward_s == (0.5,)
     # Its parameters' gradient is added to what there is: two read, one written.
     assert times.backward_s == pytest.approx((1.0 + 3 * 1000 / MEMORY,))
@@ -35,7 +35,7 @@ def test_a_map_of_inputs_that_need_no_gradient_has_one_product_less() -> None:
     writer = TapeWriter()
     x = writer.value("tokens", 0, trained=False)
     writer.run("linear", [x], 0, saves=[x], param_bytes=1, matmul_flops=5e8)
-    assert operator_times(writer.tape(), DEVICE, "float32").backward_s[0] == pytest.approx(
+    assert operator_times(writer.operators, DEVICE, "float32").backward_s[0] == pytest.approx(
         0.5, rel=1e-4
     )
 
@@ -44,7 +44,7 @@ def test_what_is_no_product_takes_the_bytes_that_it_moves() -> None:
     writer = TapeWriter()
     x = writer.value("x", 500)
     writer.run("gelu", [x], saves=[x])
-    times = operator_times(writer.tape(), DEVICE, "float32")
+    times = operator_times(writer.operators, DEVICE, "float32")
     assert times.forward_s == pytest.approx((1000 / MEMORY,))
     assert times.backward_s == pytest.approx((2000 / MEMORY,))
 
@@ -54,7 +54,9 @@ def test_an_operators_own_rate_comes_first() -> None:
     x = writer.value("x", 500)
     writer.run("gelu", [x], saves=[x])
     rates = {"gelu": Curve((1.0,), (100.0,)), "gelu backward": Curve((1.0,), (50.0,))}
-    times = operator_times(writer.tape(), replace(DEVICE, operators_per_s=rates), "float32")
+    times = operator_times(
+        writer.tape().operators, replace(DEVICE, operators_per_s=rates), "float32"
+    )
     assert (*times.forward_s, *times.backward_s) == (10.0, 20.0)
 
 
@@ -63,7 +65,7 @@ def test_a_gradient_that_comes_twice_is_added() -> None:
     x = writer.value("x", 500)
     out = writer.run("gelu", [x], saves=[x])
     writer.run("add", [x, out], passes=True)
-    times = operator_times(writer.tape(), DEVICE, "float32")
+    times = operator_times(writer.operators, DEVICE, "float32")
     # The sum gives both the same memory; what comes back through gelu is added to it.
     assert times.backward_s == pytest.approx(((1500 + 2000) / MEMORY, 0.0))
 
@@ -75,12 +77,12 @@ def test_a_model_takes_about_twice_as_long_backward_and_longer_with_slower_memor
     model = plain_model(kind, num_layers=2, hidden_size=256, num_heads=4, seq_len=128)
     tape = tape_of(model, plain_shape(kind, batch=4, seq_len=128))
     laptop = read_machine("laptop").device
-    times = operator_times(tape, laptop, "float32")
+    times = operator_times(tape.operators, laptop, "float32")
     assert 1.5 < sum(times.backward_s) / sum(times.forward_s) < 2.5
     slower = replace(laptop, memory_bytes_per_s=Curve((1.0,), (1e9,)))
-    assert operator_times(tape, slower, "float32").total_s > times.total_s
+    assert operator_times(tape.operators, slower, "float32").total_s > times.total_s
 
 
 def test_a_type_without_a_rate_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"dtype='bfloat16': 'slow' has rates for float32"):
-        operator_times(TapeWriter().tape(), DEVICE, "bfloat16")
+        operator_times([], DEVICE, "bfloat16")

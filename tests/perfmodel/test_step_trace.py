@@ -24,7 +24,7 @@ def tape_for(kind: str) -> Tape:
 @pytest.mark.parametrize("kind", PLAIN_MODELS)
 def test_a_trace_has_the_bytes_that_its_tape_saves(kind: str) -> None:
     tape = tape_for(kind)
-    found = step_trace(tape, operator_times(tape, DEVICE, "float32"))
+    found = step_trace(tape, operator_times(tape.operators, DEVICE, "float32"))
     assert found.trace.kept_peak_bytes == step_bytes(tape).saved_bytes
     assert found.small_bytes == 0
 
@@ -32,7 +32,7 @@ def test_a_trace_has_the_bytes_that_its_tape_saves(kind: str) -> None:
 @pytest.mark.parametrize("kind", PLAIN_MODELS)
 def test_what_is_too_small_is_counted_and_left_out(kind: str) -> None:
     tape = tape_for(kind)
-    times = operator_times(tape, DEVICE, "float32")
+    times = operator_times(tape.operators, DEVICE, "float32")
     least = 1 << 14
     found = step_trace(tape, times, least)
     assert found.small_bytes
@@ -44,7 +44,7 @@ def test_what_is_too_small_is_counted_and_left_out(kind: str) -> None:
 @pytest.mark.parametrize("kind", PLAIN_MODELS)
 def test_a_step_lasts_as_long_as_its_operators(kind: str) -> None:
     tape = tape_for(kind)
-    times = operator_times(tape, DEVICE, "float32")
+    times = operator_times(tape.operators, DEVICE, "float32")
     found = step_trace(tape, times)
     assert found.duration_s == pytest.approx(times.total_s)
     forward_s = sum(times.forward_s)
@@ -56,7 +56,7 @@ def test_a_step_lasts_as_long_as_its_operators(kind: str) -> None:
 @pytest.mark.parametrize("kind", PLAIN_MODELS)
 def test_a_block_that_is_run_again_frees_all_but_what_enters_it(kind: str) -> None:
     tape = tape_for(kind)
-    found = step_trace(tape, operator_times(tape, DEVICE, "float32"))
+    found = step_trace(tape, operator_times(tape.operators, DEVICE, "float32"))
     for number in range(len(found.blocks)):
         freed = sum(found.trace.tensors[index].nbytes for index in freed_by(found.blocks, number))
         saved = step_bytes(tape).saved_bytes - step_bytes(tape, [number]).saved_bytes
