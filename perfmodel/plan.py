@@ -275,7 +275,7 @@ def update_schedule_of(name: str) -> tuple[str, float]:
     """
     if name in ("auto", "host", "device"):
         return ("auto", 0.0) if name == "auto" else ("share", float(name == "device"))
-    kind, _, text = name.partition("=")
+    kind, _, text = str(name).partition("=")
     try:
         number = float(text)
     except ValueError:
