@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import sys
 from collections.abc import Sequence
 
+from offload.config import markdown, schema
 from offload.doctor import CHECKS, directory_problem, examine, system_line
 
 __all__ = ["main"]
@@ -33,7 +35,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CHECK",
         help=f"exit 1 unless this one is 'yes'; may be repeated: {', '.join(CHECKS)}",
     )
+    described = commands.add_parser(
+        "schema",
+        help="print the JSON Schema of a plan",
+        description="Print the JSON Schema (draft 2020-12) of a plan.",
+    )
+    described.add_argument(
+        "--markdown", action="store_true", help="print the reference of its keys in Markdown"
+    )
     return parser
+
+
+def _schema(in_markdown: bool) -> int:
+    print(markdown() if in_markdown else json.dumps(schema(), indent=2) + "\n", end="")
+    return 0
 
 
 def _doctor(path: str, required: Sequence[str]) -> int:
@@ -66,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status (2 for arguments that cannot be used)."""
     arguments = _parser().parse_args(argv)
     try:
-        status = _doctor(arguments.path, arguments.require)
+        if arguments.command == "schema":
+            status = _schema(arguments.markdown)
+        else:
+            status = _doctor(arguments.path, arguments.require)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read has seen enough. What is still buffered must go somewhere at exit.

@@ -1,4 +1,4 @@
-"""The settings live in `perfmodel.plan` and are the same objects here."""
+"""The settings live in `perfmodel` and are the same objects here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 
 import offload
 import perfmodel.plan
+import perfmodel.plan_file
 from offload import config
 
 
@@ -14,6 +15,7 @@ def test_the_settings_are_those_of_the_plan() -> None:
     assert config.ActivationsConfig is perfmodel.plan.ActivationsConfig
     assert config.canonical_tier is perfmodel.plan.canonical_tier
     assert config.TIERS is perfmodel.plan.TIERS
+    assert config.Plan is perfmodel.plan_file.Plan
     assert offload.ActivationsConfig is config.ActivationsConfig
 
 
