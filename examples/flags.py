@@ -13,9 +13,9 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-__all__ = ["Parser", "at_least", "byte_size", "in_flags", "one_of"]
+from perfmodel.units import parse_bytes
 
-UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "TB": 10**12}
+__all__ = ["Parser", "at_least", "byte_size", "in_flags", "one_of"]
 
 
 def one_of(
@@ -51,15 +51,12 @@ def at_least(minimum: float, convert: Callable[[str], float] = int) -> Callable[
 
 def byte_size(text: str) -> int:
     """Read `4096`, `64KiB`, `64MiB`, `2GiB`, `1TiB`, or `600TB`, as makers of drives count."""
-    number, unit = text, 1
-    for suffix, factor in UNITS.items():
-        if text.endswith(suffix):
-            number, unit = text.removesuffix(suffix), factor
-    if not (number.isascii() and number.isdecimal() and len(number) < 16):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size; it must be a number of bytes such as 4096, 64MiB or 2GiB"
-        )
-    return int(number) * unit
+    with contextlib.suppress(ValueError):
+        if "." not in text:
+            return parse_bytes(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a size; it must be a number of bytes such as 4096, 64MiB or 2GiB"
+    )
 
 
 def in_flags(problem: str, args: argparse.Namespace) -> str:
