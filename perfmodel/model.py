@@ -10,7 +10,8 @@ __all__ = ["ACTIVATIONS", "NORMS", "POSITIONS", "Model"]
 
 NORMS = ("layer", "rms")
 POSITIONS = ("learned", "rotary", "relative")
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_new", "relu", "silu")
+"""`gelu_new`: `gelu_tanh` as its formula says, step by step."""
 _MOST = 1 << 40
 
 
@@ -38,6 +39,8 @@ class Model:
     """The perceptron multiplies what it activates with a second map of its input (SwiGLU)."""
     activation: str = "gelu"
     norm: str = "layer"
+    norm_offset: bool = False
+    """One is added to the weights of RMS norms (Gemma's), which multiply in fp32."""
     norm_last: bool = False
     """Norms stand behind the residual sum and not before attention and perceptron."""
     final_norm: bool = True
@@ -48,6 +51,14 @@ class Model:
     """Queries and keys have norms of their own."""
     parallel_residual: bool = False
     """Attention and perceptron read the same sum."""
+    fused_heads: bool | None = None
+    """One map makes queries, keys and values; None: unless they are rotated."""
+    rotary_share: float = 1.0
+    """Which part of a head's channels is rotated."""
+    score_softcap: bool = False
+    """Scores go through a tanh (Gemma 2's), for which no fused kernel is."""
+    head_softcap: bool = False
+    """Logits do."""
     attention_bias: bool = True
     """Of the maps to queries, keys and values."""
     output_bias: bool | None = None
@@ -103,7 +114,7 @@ class Model:
         if key in ("norm", "positions", "activation"):
             allowed = {"norm": NORMS, "positions": POSITIONS, "activation": ACTIVATIONS}[key]
             require_choice(key, value, allowed)
-        elif key == "dropout":
+        elif key in ("dropout", "rotary_share"):
             require_number(key, value, 0, 1)
         elif key in ("num_layers", "hidden_size", "num_heads", "vocab_size", "experts_per_token"):
             require_whole(key, value, 1, _MOST)

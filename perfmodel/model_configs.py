@@ -32,15 +32,14 @@ class _Keys:
             )
         return otherwise
 
-    def has(self, key: str) -> bool:
-        return self._config.get(key) is not None
+    def is_null(self, key: str) -> bool:
+        return key in self._config and self._config[key] is None
 
 
 def _activation(name: str) -> str:
     known = {
-        "gelu_new": "gelu_tanh",
         "gelu_pytorch_tanh": "gelu_tanh",
-        "gelu_fast": "gelu_tanh",
+        "gelu_fast": "gelu_new",
         "swish": "silu",
     }
     return known.get(name, name)
@@ -91,6 +90,7 @@ def _gemma(keys: _Keys) -> Model:
         keys,
         head_size=keys("head_dim", 256),
         activation=_activation(activation),
+        norm_offset=True,
         tied=bool(keys("tie_word_embeddings", True)),
     )
 
@@ -101,7 +101,10 @@ def _gemma2(keys: _Keys) -> Model:
         head_size=keys("head_dim", 256),
         activation=_activation(keys("hidden_activation", "gelu_pytorch_tanh")),
         tied=bool(keys("tie_word_embeddings", True)),
+        norm_offset=True,
         norms_per_layer=4,
+        score_softcap=not keys.is_null("attn_logit_softcapping"),
+        head_softcap=not keys.is_null("final_logit_softcapping"),
     )
 
 
@@ -127,6 +130,8 @@ def _gpt_neox(keys: _Keys) -> Model:
         ffn_size=keys("intermediate_size"),
         activation=_activation(keys("hidden_act", "gelu")),
         positions="rotary",
+        rotary_share=keys("rotary_pct", 0.25),
+        fused_heads=True,
         max_positions=keys("max_position_embeddings", 2048),
         parallel_residual=bool(keys("use_parallel_residual", True)),
         attention_bias=bool(keys("attention_bias", True)),
@@ -143,6 +148,7 @@ def _opt(keys: _Keys) -> Model:
         num_heads=keys("num_attention_heads"),
         ffn_size=keys("ffn_dim"),
         activation=_activation(keys("activation_function", "relu")),
+        fused_heads=False,
         norm_last=not keys("do_layer_norm_before", True),
         # 350M has its norms last, and none behind its last layer.
         final_norm=bool(keys("do_layer_norm_before", True)),
@@ -163,6 +169,7 @@ def _bert(keys: _Keys) -> Model:
         activation=_activation(keys("hidden_act", "gelu")),
         norm_last=True,
         final_norm=False,
+        fused_heads=False,
         causal=False,
         vocab_size=keys("vocab_size"),
         max_positions=keys("max_position_embeddings", 512),
@@ -189,6 +196,7 @@ def _t5(keys: _Keys) -> Model:
         norm="rms",
         positions="relative",
         relative_buckets=keys("relative_attention_num_buckets", 32),
+        fused_heads=False,
         attention_bias=False,
         ffn_bias=False,
         vocab_size=keys("vocab_size"),

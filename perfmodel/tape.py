@@ -46,9 +46,16 @@ class Operator:
     """What those are called, where other operators have them too: their gradients are added up
     before anybody gets them, so that the first waits for the last."""
     matmul_flops: float = 0.0
-    """Of matrix products in the forward; each of the two gradients of one takes as many."""
+    """Of matrix products in the forward; each gradient of one takes as many."""
+    matmul_gradients: int = 2
+    """Of those products that the backward makes: of the input, of the parameters, or of both."""
     moved_bytes: float = 0.0
     """Read and written, where it is the memory that such an operator waits for."""
+    network_bytes: float = 0.0
+    """What this rank sends to those that share a map in the forward; the backward has the mirror of
+    it, if not always in the same operator."""
+    backward_network_bytes: float = 0.0
+    """What it sends in the backward besides that mirror."""
     workspace_bytes: int = 0
     """What the forward has in use besides, for as long as it runs."""
     backward_workspace_bytes: int = 0
@@ -93,19 +100,25 @@ class TapeWriter:
         keeps_bytes: int = 0,
         param_bytes: int = 0,
         shared_params: str = "",
+        frozen_bytes: int = 0,
         matmul_flops: float = 0.0,
+        matmul_gradients: int = 2,
+        network_bytes: float = 0.0,
+        backward_network_bytes: float = 0.0,
         workspace_bytes: int = 0,
         backward_workspace_bytes: int = 0,
         passes: bool = False,
+        trained: bool = True,
     ) -> Value:
         """Take down an operator with one output of `nbytes`; without: as large as its first input.
 
-        `keeps_bytes`: made for the backward and given to nobody else.
+        `keeps_bytes`: made for the backward and given to nobody else. `frozen_bytes`: of parameters
+        that it reads and that get no gradient. `trained`: a gradient is wanted for the output.
         """
         reads = tuple(reads)
-        out = Value(name, reads[0].nbytes if nbytes is None else nbytes)
+        out = Value(name, reads[0].nbytes if nbytes is None else nbytes, trained=trained)
         kept = [Value(f"{name} for its backward", keeps_bytes)] if keeps_bytes else []
-        moved = sum(value.nbytes for value in reads) + out.nbytes + param_bytes
+        moved = sum(value.nbytes for value in reads) + out.nbytes + param_bytes + frozen_bytes
         self.operators.append(
             Operator(
                 name,
@@ -115,7 +128,10 @@ class TapeWriter:
                 param_bytes,
                 shared_params,
                 matmul_flops,
+                matmul_gradients,
                 moved,
+                network_bytes,
+                backward_network_bytes,
                 workspace_bytes,
                 backward_workspace_bytes,
                 passes,
@@ -123,14 +139,18 @@ class TapeWriter:
         )
         return out
 
-    def view(self, name: str, of: Value, *parts: int) -> list[Value]:
+    def view(self, name: str, of: Value, *parts: int, network_bytes: float = 0.0) -> list[Value]:
         """Take down views that are so many bytes of a value each, or one that is all of it.
 
-        The gradients of several are put together in new memory; that of one is looked at alike.
+        The gradients of several are put together in new memory, and those of one that repeats a
+        value are added up there; that of one that is all of it is looked at alike.
         """
         sizes = parts or (of.nbytes,)
-        views = tuple(Value(f"{name} {at}", size, of) for at, size in enumerate(sizes))
-        self.operators.append(Operator(name, (of,), views, passes=len(sizes) == 1))
+        views = tuple(Value(f"{name} {at}", size, of, of.trained) for at, size in enumerate(sizes))
+        whole = sizes == (of.nbytes,)
+        self.operators.append(
+            Operator(name, (of,), views, network_bytes=network_bytes, passes=whole)
+        )
         return list(views)
 
     @contextmanager
