@@ -73,7 +73,7 @@ class _Layers:
         inputs = [self._tokens("tokens")] if first or last else []
         encoded = None
         if model.encoder_layers:
-            x = self._embedding(inputs[0])
+            x = self._embedding(inputs[0], behind_head=False)
             self._attention.start(causal=False)
             for _ in range(model.encoder_layers):
                 with writer.block():
@@ -81,7 +81,7 @@ class _Layers:
             encoded = self._maps.norm(x) if model.final_norm else x
             inputs.append(self._tokens("targets"))
         if first:
-            x = self._embedding(inputs[-1])
+            x = self._embedding(inputs[-1], behind_head=last)
         else:
             x = self._maps.run("receive", [], self._maps.stream_bytes)
         self._attention.start(causal=model.causal)
@@ -98,15 +98,19 @@ class _Layers:
     def _tokens(self, name: str) -> Value:
         return self._writer.value(name, self._shape.rows * INDEX_BYTES, trained=False)
 
-    def _embedding(self, tokens: Value) -> Value:
+    def _embedding(self, tokens: Value, *, behind_head: bool) -> Value:
         model, maps, shape = self._model, self._maps, self._shape
         table = model.embedding_size
+        params = maps.share(model.vocab_size) * table
+        # The head's gradient is transposed, so that this one is not added to it in place.
+        summed = params * shape.element_bytes if model.tied and behind_head else 0
         x = maps.run(
             "embedding",
             [tokens],
             maps.bytes(table),
             saves_for_params=[tokens],
-            params=maps.share(model.vocab_size) * table,
+            params=params,
+            backward_workspace_bytes=summed,
             shared_params="tokens" if model.tied or model.encoder_layers else "",
         )
         x = maps.reduced(x)

@@ -232,7 +232,8 @@ class _Step:
     def _backward(self, operator: Operator, *, loss: bool) -> None:
         given = [self._gradients.pop(value, None) for value in operator.writes]
         if loss and operator.writes:
-            given[0] = self._new_gradient(operator.writes[0].nbytes)
+            given[0] = first = self._new_gradient(operator.writes[0].nbytes)
+            first.owners = 1  # whoever began the backward
         taken = [gradient for gradient in given if gradient is not None]
         wanted = [value for value in operator.reads if value.trained]
         if not taken:

@@ -23,6 +23,7 @@ __all__ = [
     "Zero3Row",
     "estimates",
     "layer_bytes",
+    "saved_bytes",
 ]
 
 SEQ_LEN = 2048
@@ -84,33 +85,47 @@ class Compared:
     ours: float
 
 
+def saved_bytes(name: str, *, tensor: int = 1, sequence: bool = False) -> int:
+    """Return what one more layer of a tape saves, with plain attention and dropout."""
+    heads, hidden, batch = LAYERS[name]
+    shape = Shape(
+        batch=batch,
+        seq_len=SEQ_LEN,
+        element_bytes=2,
+        tensor=tensor,
+        sequence=sequence,
+        kernels=replace(CUDA, fused_attention=False),
+    )
+    one, two = (
+        tape_of(
+            Model(
+                num_layers=layers,
+                hidden_size=hidden,
+                num_heads=heads,
+                vocab_size=51200,
+                dropout=0.1,
+            ),
+            shape,
+        ).saved_bytes()
+        for layers in (1, 2)
+    )
+    return two - one
+
+
 def layer_bytes() -> Iterator[Compared]:
     """Yield what a layer saves, by Korthikanti's formula and by the tape.
 
-    The formula leaves out the statistics of norms: one part in some thousands.
+    Whole, and on each of 8 ranks that share it without and with the sequence. The formula leaves
+    out the statistics of norms: one part in some thousands.
     """
     for name, (heads, hidden, batch) in LAYERS.items():
-        shape = Shape(
-            batch=batch,
-            seq_len=SEQ_LEN,
-            element_bytes=2,
-            kernels=replace(CUDA, fused_attention=False),
-        )
-        one, two = (
-            tape_of(
-                Model(
-                    num_layers=layers,
-                    hidden_size=hidden,
-                    num_heads=heads,
-                    vocab_size=51200,
-                    dropout=0.1,
-                ),
-                shape,
-            ).saved_bytes()
-            for layers in (1, 2)
-        )
-        formula = layer_activation_bytes(SEQ_LEN, batch, hidden, heads)
-        yield Compared(f"a layer of {name}", formula, two - one)
+        for tensor, sequence in ((1, False), (8, False), (8, True)):
+            formula = layer_activation_bytes(
+                SEQ_LEN, batch, hidden, heads, tensor, sequence=sequence
+            )
+            shared = f", {tensor} ranks{' and the sequence' * sequence}" if tensor > 1 else ""
+            found = saved_bytes(name, tensor=tensor, sequence=sequence)
+            yield Compared(f"a layer of {name}{shared}", formula, found)
 
 
 def estimates() -> Iterator[Compared]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,22 @@ import torch
 import offload
 from examples.memory import StepMemory
 from examples.models import MODELS, ModelConfig, call, recompute
-from perfmodel.layers import Shape, tape_of
+from perfmodel.layers import (
+    CPU,
+    CUDA,
+    TRANSFORMERS,
+    TRANSFORMERS_CUDA,
+    Kernels,
+    Shape,
+    stage_tape,
+    tape_of,
+)
 from perfmodel.memory import step_bytes
 from perfmodel.model import Model
-from perfmodel.plain_models import plain_model, plain_shape
+from perfmodel.model_configs import model_of_config
+from perfmodel.plain_models import PLAIN_MODELS, plain_model, plain_shape
+from perfmodel.tape import Tape
+from tests.perfmodel.test_model_configs import PUBLISHED
 
 # batch, sequence, hidden, layers, heads, vocabulary, dropout: logits, layers or neither dominate.
 SIZES = [
@@ -23,6 +36,7 @@ SIZES = [
     (2, 128, 256, 2, 2, 5000, 0.1),
     (3, 96, 192, 4, 8, 512, 0.0),
 ]
+MODEL_CONFIGS = {name: config for name, (config, _) in PUBLISHED.items()}
 # BERT guesses a random part of all positions.
 BOUNDS = {"bert": 0.02, "gpt": 0.001, "llama": 0.001, "t5": 0.001}
 
@@ -137,7 +151,106 @@ def test_the_model_that_is_described_has_the_parameters_of_the_one_that_trains(k
     assert model_of(kind, size).num_params + extra == sum(p.numel() for p in model.parameters())
 
 
-def test_what_no_tape_has_yet_is_refused_by_name() -> None:
-    model = Model(num_layers=1, hidden_size=8, num_heads=2, vocab_size=9, num_experts=4)
-    with pytest.raises(ValueError, match="a model with num_experts cannot be counted yet"):
-        tape_of(model, Shape(batch=1, seq_len=4))
+GPT = Model(num_layers=4, hidden_size=64, num_heads=8, vocab_size=96, max_positions=32)
+SHAPE = Shape(batch=2, seq_len=32)
+SPLIT = 2 * 32 * 64 * 4  # bytes of the residual stream
+
+
+def sent(tape: Tape) -> float:
+    return sum(operator.network_bytes for operator in tape.operators)
+
+
+def params(tape: Tape) -> int:
+    return sum(operator.param_bytes for operator in tape.operators)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_ranks_send_what_their_collectives_do(tensor: int, sequence: bool) -> None:
+    shape = replace(SHAPE, tensor=tensor, sequence=sequence)
+    one, two = (sent(tape_of(replace(GPT, num_layers=count), shape)) for count in (1, 2))
+    # Behind attention and behind the perceptron: an all-reduce each, or the two halves of one.
+    assert two - one == 2 * 2 * (tensor - 1) / tensor * SPLIT
+    again = sum(each.backward_network_bytes for each in tape_of(GPT, shape).operators)
+    gathers = 2 * GPT.num_layers + 1  # before each of the two, and before the head
+    assert again == (gathers * (tensor - 1) / tensor * SPLIT if sequence else 0)
+    assert sent(tape_of(GPT, SHAPE)) == 0
+
+
+@pytest.mark.parametrize("kind", PLAIN_MODELS)
+@pytest.mark.parametrize("more", [{}, {"num_experts": 4, "experts_per_token": 2}])
+def test_ranks_together_multiply_as_much_as_one(kind: str, more: dict[str, Any]) -> None:
+    # Without groups, of which ranks would have the same keys.
+    model = replace(model_of(kind, (2, 64, 128, 2, 4, 256, 0.0)), num_kv_heads=4, **more)
+    whole = [each.matmul_flops for each in tape_of(model, SHAPE).operators]
+    for ranks in ({"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 4}):
+        tape = tape_of(model, replace(SHAPE, **ranks))
+        count = max(ranks.get("tensor", 1), ranks.get("context", 1))
+        routed = 2.0 * 64 * 128 * model.num_experts * 2 * (1 + (kind == "t5"))
+        doubled = routed if ranks.keys() == {"tensor"} else 0.0  # each rank routes every token
+        assert count * sum(each.matmul_flops for each in tape.operators) == pytest.approx(
+            sum(whole) + doubled
+        )
+
+
+def test_more_ranks_save_less_and_train_fewer_parameters_each() -> None:
+    whole, shared = tape_of(GPT, SHAPE), tape_of(GPT, replace(SHAPE, tensor=8))
+    all_shared = tape_of(GPT, replace(SHAPE, tensor=8, sequence=True))
+    assert whole.saved_bytes() > shared.saved_bytes() > all_shared.saved_bytes()
+    # A rank has all of what stands between maps: norms, positions, and the biases of sums.
+    hidden, norms = GPT.hidden_size, 2 * GPT.num_layers + 1
+    between = 4 * (norms * 2 * hidden + 32 * hidden + GPT.num_layers * 2 * hidden)
+    assert 8 * (params(shared) - between) == params(whole) - between
+    assert step_bytes(all_shared).worst.nbytes < step_bytes(shared).worst.nbytes
+
+
+def test_a_part_of_a_sequence_sends_its_keys_and_values_round() -> None:
+    tape = tape_of(GPT, replace(SHAPE, context=4))
+    assert sent(tape) == GPT.num_layers * 3 * 2 * SPLIT // 4
+    assert tape.saved_bytes() == pytest.approx(tape_of(GPT, SHAPE).saved_bytes() / 4, rel=1e-3)
+
+
+def test_stages_together_are_the_whole_model() -> None:
+    whole = tape_of(GPT, SHAPE)
+    cut = [(range(1), True, False), (range(1, 3), False, False), (range(3, 4), False, True)]
+    stages = [stage_tape(GPT, SHAPE, some, first=a, last=b) for some, a, b in cut]
+    assert sum(map(params, stages)) == params(whole)
+    assert [len(stage.blocks) for stage in stages] == [1, 2, 1]
+    # What a stage is sent is saved by its first norm, as in the whole.
+    assert sum(stage.saved_bytes() for stage in stages) == whole.saved_bytes()
+    flops = [sum(each.matmul_flops for each in tape.operators) for tape in (whole, *stages)]
+    assert sum(flops[1:]) == flops[0]
+    for stage in stages:
+        assert step_bytes(stage).left_bytes == 0
+    everything = stage_tape(GPT, SHAPE, range(4), first=True, last=True)
+    assert everything.saved_bytes() == whole.saved_bytes()
+
+
+def test_stages_that_there_cannot_be_are_refused() -> None:
+    for some in (range(0), range(2, 5), range(0, 4, 2), range(-1, 2)):
+        with pytest.raises(ValueError, match=r"layers=range.* are not some of num_layers=4"):
+            stage_tape(GPT, SHAPE, some, first=True, last=False)
+    both = plain_model("t5", num_layers=2, hidden_size=64, num_heads=4, seq_len=64)
+    assert stage_tape(both, SHAPE, range(2), first=True, last=True).operators
+    for some, last in ((range(1), True), (range(2), False)):
+        with pytest.raises(ValueError, match="a pipeline cannot cut a model with encoder_layers=2"):
+            stage_tape(both, SHAPE, some, first=True, last=last)
+
+
+@pytest.mark.parametrize("kind", MODEL_CONFIGS)
+@pytest.mark.parametrize("kernels", [CPU, CUDA, TRANSFORMERS, TRANSFORMERS_CUDA])
+def test_every_model_of_a_config_has_a_tape_whose_step_leaves_nothing(
+    kind: str, kernels: Kernels
+) -> None:
+    model = model_of_config(MODEL_CONFIGS[kind])
+    for shape in (
+        Shape(batch=1, seq_len=16, element_bytes=2, kernels=kernels),
+        Shape(batch=2, seq_len=16, kernels=kernels, tensor=2, sequence=True),
+    ):
+        for rank in (0, 4):
+            tape = tape_of(model, shape, lora_rank=rank)
+            for again in ((), range(len(tape.blocks))):
+                found = step_bytes(tape, again)
+                assert found.left_bytes == 0
+                assert all(min(each.saved_bytes, each.other_bytes) >= 0 for each in found.moments)
+            assert found.worst.nbytes > step_bytes(tape, range(len(tape.blocks))).saved_bytes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from perfmodel.layers import CUDA, Shape, tape_of
@@ -13,7 +11,7 @@ from perfmodel.published import (
     deepspeed_zero3_bytes,
     layer_activation_bytes,
 )
-from perfmodel.replays.formulas import LAYERS, Compared, estimates, layer_bytes
+from perfmodel.replays.formulas import LAYERS, Compared, estimates, layer_bytes, saved_bytes
 
 
 @pytest.mark.parametrize("case", [*estimates(), *layer_bytes()], ids=lambda case: case.case)
@@ -48,31 +46,22 @@ def test_selective_recompute_saves_what_its_paper_says() -> None:
         layer_activation_bytes(1, 1, 1, 1, recompute="some")
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layers_tape_saves_what_the_published_formula_says(name: str) -> None:
+def test_a_layers_tape_saves_what_the_published_formula_says(
+    name: str, tensor: int, sequence: bool
+) -> None:
     heads, hidden, batch = LAYERS[name]
-    kernels = replace(CUDA, fused_attention=False)
-    shape = Shape(batch=batch, seq_len=2048, element_bytes=2, kernels=kernels)
-    sizes = [
-        tape_of(
-            Model(
-                num_layers=layers,
-                hidden_size=hidden,
-                num_heads=heads,
-                vocab_size=51200,
-                dropout=0.1,
-            ),
-            shape,
-        ).saved_bytes()
-        for layers in (1, 2)
-    ]
-    statistics = 2 * 2 * 4 * batch * 2048  # means and deviations of two norms, which it leaves out
+    # Means and deviations of two norms, which it leaves out.
+    statistics = 2 * 2 * 4 * batch * 2048 // (tensor if sequence else 1)
+    formula = layer_activation_bytes(2048, batch, hidden, heads, tensor, sequence=sequence)
+    assert saved_bytes(name, tensor=tensor, sequence=sequence) == formula + statistics
+
+
+def test_a_kernel_of_attention_saves_less_than_the_formula() -> None:
+    heads, hidden, batch = LAYERS["22B"]
+    model = Model(num_layers=1, hidden_size=hidden, num_heads=heads, vocab_size=512)
+    shape = Shape(batch=batch, seq_len=2048, element_bytes=2, kernels=CUDA)
     formula = layer_activation_bytes(2048, batch, hidden, heads)
-    assert sizes[1] - sizes[0] == formula + statistics
-    fused = replace(shape, kernels=CUDA)
-    assert (
-        tape_of(
-            Model(num_layers=1, hidden_size=hidden, num_heads=heads, vocab_size=512), fused
-        ).saved_bytes()
-        < sizes[0]
-    )
+    assert tape_of(model, shape).saved_bytes() < formula
