@@ -14,7 +14,7 @@ from perfmodel.schedules.slowdown import slowed_to_fit
 from perfmodel.schedules.stall import stall_s
 from perfmodel.schedules.trace import Channel, Limits
 from perfmodel.step_trace import StepTrace, step_trace
-from perfmodel.tape import Tape, Value
+from perfmodel.tape import Tape
 from perfmodel.workload import Strategy
 
 __all__ = ["ActivationStep", "activation_step", "channels_of", "repeated"]
@@ -35,6 +35,8 @@ class ActivationStep:
     """What moving bytes takes of a processor that would compute meanwhile."""
     device_bytes: int
     """The most in use at once, parameters, their gradients and states apart."""
+    saved_bytes: int = 0
+    """Of those, what a forward leaves for its backward."""
     staging_bytes: int = 0
     """Of the host, on the way to the SSD and back; on a machine without a link of the device."""
     host_bytes: int = 0
@@ -65,21 +67,21 @@ def activation_step(
     recompute = repeated(tape, strategy)
     again_s = sum(sum(times.forward_s[at] for at in _needed(tape, block)) for block in recompute)
     if strategy.activations in ("keep", "recompute"):
+        in_use = step_bytes(tape, recompute)
         return ActivationStep(
             forward_s=forward_s,
             backward_s=backward_s,
             recompute_s=again_s,
-            device_bytes=step_bytes(tape, recompute).worst.nbytes,
+            device_bytes=in_use.worst.nbytes,
+            saved_bytes=in_use.saved_bytes,
         )
     channel = channels_of(machine, strategy.activations)
-    found = step_trace(tape, times, strategy.min_tensor_bytes)
+    found = step_trace(tape, times, strategy.min_tensor_bytes, recompute)
     limits = _limits(machine, strategy, found)
     schedule = _planned(found, channel, limits, strategy, effort)
-    storages = _storages(tape, strategy.min_tensor_bytes)
-    moved = {
-        storage for storage, tier in zip(storages, schedule.tiers, strict=True) if tier != "device"
-    }
-    peak = step_bytes(tape, recompute, leaves=lambda value: value.storage in moved).worst.nbytes
+    tiers = zip(found.storages, schedule.tiers, strict=True)
+    moved = {storage for storage, tier in tiers if tier != "device"}
+    in_use = step_bytes(tape, recompute, leaves=lambda value: value.storage in moved)
     to_ssd = strategy.activations == "ssd"
     staging = strategy.staging_bytes if to_ssd else 0
     on_device = staging if machine.link is None else schedule.window_bytes
@@ -90,7 +92,8 @@ def activation_step(
         recompute_s=again_s,
         stall_s=waited_s,
         processor_s=_processor_s(machine, 2 * schedule.moved_bytes) if to_ssd else 0.0,
-        device_bytes=peak + on_device,
+        device_bytes=in_use.worst.nbytes + on_device,
+        saved_bytes=in_use.saved_bytes,
         staging_bytes=staging if machine.link is not None else 0,
         host_bytes=0 if to_ssd else schedule.moved_bytes,
         ssd_bytes=schedule.moved_bytes if to_ssd else 0,
@@ -168,13 +171,6 @@ def _planned(
     if memory_bytes is None:
         return schedule
     return slowed_to_fit(schedule, found.trace, [channel], limits, memory_bytes, effort=effort)
-
-
-def _storages(tape: Tape, least: int) -> list[Value]:
-    """Return what stands in the trace, in its order."""
-    inputs = {value.storage for value in tape.inputs}
-    saved = (value.storage for operator in tape.operators for value in operator.saves)
-    return [each for each in dict.fromkeys(saved) if each not in inputs and each.nbytes >= least]
 
 
 def _processor_s(machine: Machine, nbytes: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from perfmodel.tape import Operator, Tape, Value
 
-__all__ = ["RANDOM_STATE_BYTES", "Moment", "StepBytes", "step_bytes"]
+__all__ = ["RANDOM_STATE_BYTES", "Moment", "StepBytes", "entering", "step_bytes"]
 
 RANDOM_STATE_BYTES = 5056
 """What `torch.utils.checkpoint` keeps for a block that is run again: `torch.get_rng_state()`."""
@@ -62,6 +62,19 @@ def step_bytes(
     return _Step(tape, frozenset(recompute), gradients_stay, leaves).run()
 
 
+def entering(tape: Tape, block: range) -> list[Value]:
+    """Return the storages that a block reads and does not make."""
+    made: set[Value] = set()
+    inputs: dict[Value, None] = {}
+    for at in block:
+        operator = tape.operators[at]
+        inputs.update(
+            (value.storage, None) for value in operator.reads if value.storage not in made
+        )
+        made.update(value.storage for value in operator.writes)
+    return list(inputs)
+
+
 class _Gradient:
     """Memory of a gradient, which several values may have as theirs."""
 
@@ -112,7 +125,7 @@ class _Step:
             if operator.saves and not saves_first and block is None:
                 self._let_leave(at, last_use)
             if block is not None and at == block[0]:
-                self._save(self._inputs_of(block))
+                self._save(entering(self._tape, block))
                 self._saved_bytes += RANDOM_STATE_BYTES
             self._let_go(at, last_use)
         self._let_leave(len(operators), last_use)
@@ -125,7 +138,7 @@ class _Step:
                 self._run_again(block)
             self._backward(operators[at], loss=at == loss_at)
             if block is not None and at == block[0]:
-                self._unsave(self._inputs_of(block))
+                self._unsave(entering(self._tape, block))
                 self._saved_bytes -= RANDOM_STATE_BYTES
         left_bytes = self._saved_bytes + self._other_bytes
         return StepBytes(tuple(self._moments), saved_bytes, left_bytes)
@@ -200,18 +213,6 @@ class _Step:
                     del self._alive[storage]
 
     # ---- blocks that are run again -------------------------------------------------------------
-
-    def _inputs_of(self, block: range) -> list[Value]:
-        """Return the storages that a block reads and does not make."""
-        made: set[Value] = set()
-        inputs: dict[Value, None] = {}
-        for at in block:
-            operator = self._tape.operators[at]
-            inputs.update(
-                (value.storage, None) for value in operator.reads if value.storage not in made
-            )
-            made.update(value.storage for value in operator.writes)
-        return list(inputs)
 
     def _run_again(self, block: range) -> None:
         """Run a block for what its backward needs; it ends with the last that saves anything."""

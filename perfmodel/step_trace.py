@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
 
+from perfmodel.memory import entering
 from perfmodel.operator_times import OperatorTimes
 from perfmodel.schedules.blocks import Block
 from perfmodel.schedules.trace import SavedTensor, Trace
@@ -22,35 +24,61 @@ class StepTrace:
     small_bytes: int
     """Of saved tensors too small to stand in the trace."""
     duration_s: float
+    storages: tuple[Value, ...]
+    """Whose bytes the tensors of the trace are."""
 
 
-def step_trace(tape: Tape, times: OperatorTimes, min_tensor_bytes: int = 0) -> StepTrace:
+def step_trace(
+    tape: Tape, times: OperatorTimes, min_tensor_bytes: int = 0, recompute: Collection[int] = ()
+) -> StepTrace:
     """Return what `tape` saves, on a clock on which its operators take `times`.
 
-    A tensor may leave once the operator after the one that saves it has begun.
+    A tensor may leave once the operator after the one that saves it has begun. The blocks with the
+    numbers in `recompute` save what enters them, and run again before their backward.
     """
+    again = {number: tape.blocks[number] for number in recompute}
     forward_end_s = [*accumulate(times.forward_s)]
     forward_s = forward_end_s[-1] if forward_end_s else 0.0
+    backward_s = list(times.backward_s)
+    for block in again.values():
+        backward_s[block[-1]] += sum(times.forward_s[at] for at in block)
     # When the backward of each begins and ends.
-    ends = [*accumulate(reversed(times.backward_s), initial=forward_s)]
+    ends = [*accumulate(reversed(backward_s), initial=forward_s)]
     begin_s, end_s = ends[-2::-1], ends[:0:-1]
-    savers: dict[Value, list[int]] = {}
-    for at, operator in enumerate(tape.operators):
-        for value in operator.saves:
-            savers.setdefault(value.storage, []).append(at)
-    for value in tape.inputs:
-        savers.pop(value.storage, None)
+    savers = _savers(tape, again.values())
     large = {
         storage: places for storage, places in savers.items() if storage.nbytes >= min_tensor_bytes
     }
     number = {storage: index for index, storage in enumerate(large)}
     tensors = [
-        SavedTensor(storage.nbytes, forward_end_s[places[0]], begin_s[places[-1]], end_s[places[0]])
+        SavedTensor(
+            storage.nbytes,
+            forward_end_s[min(places)],
+            begin_s[max(places)],
+            end_s[min(places)],
+        )
         for storage, places in large.items()
     ]
     blocks = tuple(_block(tape, times, block, savers, number) for block in tape.blocks)
     small_bytes = sum(storage.nbytes for storage in savers.keys() - large.keys())
-    return StepTrace(Trace(tuple(tensors)), blocks, small_bytes, ends[-1])
+    return StepTrace(Trace(tuple(tensors)), blocks, small_bytes, ends[-1], tuple(large))
+
+
+def _savers(tape: Tape, again: Collection[range]) -> dict[Value, list[int]]:
+    """Return the operators that save each storage; for those of a block, both of its ends."""
+    savers: dict[Value, list[int]] = {}
+    repeated = {at: block for block in again for at in block}
+    for at, operator in enumerate(tape.operators):
+        block = repeated.get(at)
+        if block is None:
+            for value in operator.saves:
+                savers.setdefault(value.storage, []).append(at)
+        elif at == block[0]:
+            for storage in entering(tape, block):
+                savers.setdefault(storage, []).extend((block[0], block[-1]))
+    for value in tape.inputs:
+        savers.pop(value.storage, None)
+    return savers
 
 
 def _block(
@@ -62,10 +90,8 @@ def _block(
 ) -> Block:
     """Return a block of operators as the schedules take it."""
     mine = [storage for storage, places in savers.items() if places[0] in block]
-    made = {value.storage for at in block for value in tape.operators[at].writes}
     numbers = [number[storage] for storage in mine if storage in number]
-    reads = (value.storage for at in block for value in tape.operators[at].reads)
-    enters = dict.fromkeys(number[each] for each in reads if each not in made and each in number)
+    enters = (number[storage] for storage in entering(tape, block) if storage in number)
     return Block(
         sum(times.forward_s[at] for at in block),
         range(min(numbers), max(numbers) + 1) if numbers else range(0),

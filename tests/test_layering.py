@@ -35,7 +35,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("emit_megatron",),
         ("schedules",),
         ("step_trace", "cluster", "zero_offload"),
-        ("activation_step", "replays"),
+        ("activation_step", "replays", "update_step"),
         ("prediction",),
         ("planner", "validate"),
         ("cli",),

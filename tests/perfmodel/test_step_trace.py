@@ -62,3 +62,15 @@ def test_a_block_that_is_run_again_frees_all_but_what_enters_it(kind: str) -> No
         saved = step_bytes(tape).saved_bytes - step_bytes(tape, [number]).saved_bytes
         # A random state is saved with what enters.
         assert freed == saved + 5056
+
+
+@pytest.mark.parametrize("kind", PLAIN_MODELS)
+def test_blocks_that_are_run_again_stand_in_the_trace_with_what_enters_them(kind: str) -> None:
+    tape = tape_for(kind)
+    times = operator_times(tape.operators, DEVICE, "float32")
+    plain, again = step_trace(tape, times), step_trace(tape, times, 0, [0, 2])
+    # Their random states are no tensors of the trace.
+    saved = step_bytes(tape, [0, 2]).saved_bytes - 2 * 5056
+    assert again.trace.kept_peak_bytes == saved
+    longer = sum(times.forward_s[at] for number in (0, 2) for at in tape.blocks[number])
+    assert again.duration_s == pytest.approx(plain.duration_s + longer)

@@ -1,0 +1,311 @@
+"""What a whole step takes of a machine: seconds, what they go to, and the bytes of every tier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from perfmodel.activation_step import ActivationStep, activation_step
+from perfmodel.cluster import INFINIBAND_BYTES_PER_S
+from perfmodel.endurance import DAY_S, life_days
+from perfmodel.layers import CPU, CUDA, TRANSFORMERS, TRANSFORMERS_CUDA, Shape, stage_tape
+from perfmodel.machine import Machine
+from perfmodel.model import Model
+from perfmodel.operator_times import OperatorTimes, operator_times
+from perfmodel.parameters import rank_parameters
+from perfmodel.plain_models import plain_shape
+from perfmodel.states import Held, held, held_bytes
+from perfmodel.tape import Tape
+from perfmodel.update_step import UpdateStep, update_step
+from perfmodel.workload import Strategy, Workload
+
+__all__ = ["MARGIN", "Prediction", "combined", "predict", "rank_tape", "shape_of"]
+
+MARGIN = 0.03
+"""Of a GPU's memory: what its allocator cannot use between tensors of other sizes."""
+# A CUDA context and the libraries' workspaces, which no tensor has.
+_CONTEXT_BYTES = 900 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One step of a strategy, of each rank where nothing else is said."""
+
+    workload: Workload
+    strategy: Strategy
+    step_s: float
+    parts_s: Mapping[str, float]
+    """What the step goes to: computing, and what is waited for beside. They add up to `step_s`."""
+    busy: Mapping[str, float]
+    """Which part of the step each resource is in use."""
+    held: tuple[Held, ...]
+    """Everything in memory, activations among it."""
+    device_bytes: int
+    host_bytes: int
+    pinned_bytes: int
+    ssd_bytes: int
+    ssd_write_bytes: int
+    """Written in a step."""
+    life_days: float | None
+    """Until the drive's rated endurance is used up by all its ranks; None: not rated or not
+    written."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all ranks."""
+        return self.workload.tokens / self.step_s
+
+    @property
+    def ssd_write_bytes_per_day(self) -> float:
+        """Of one rank."""
+        return self.ssd_write_bytes / self.step_s * DAY_S
+
+    @property
+    def bottleneck(self) -> str:
+        """What the step waits for most, in words."""
+        waits = {name: s for name, s in self.parts_s.items() if name not in _COMPUTING}
+        worst = max(waits, key=lambda name: waits[name], default="")
+        if worst and waits[worst] > 0.05 * self.step_s:
+            return f"{worst}: {waits[worst] / self.step_s:.0%} of the step"
+        return f"computing: {sum(self.parts_s.get(n, 0.0) for n in _COMPUTING) / self.step_s:.0%}"
+
+
+_COMPUTING = ("forward", "backward", "recompute")
+
+
+def predict(
+    workload: Workload, strategy: Strategy, machine: Machine, *, effort: float = 0.2
+) -> Prediction:
+    """Return what a step of `workload` takes with `strategy`.
+
+    `effort`: as for `plan_activations`. Raises ValueError for what the machine does not have, or
+    what is not modelled.
+    """
+    tape = rank_tape(workload, machine)
+    times = _times(tape, workload, machine)
+    step = activation_step(tape, times, machine, strategy, effort=effort)
+    return combined(workload, strategy, machine, step, update_step(workload, strategy, machine))
+
+
+def shape_of(workload: Workload, machine: Machine) -> Shape:
+    """Return how much of the model's input a rank has at once, in which kernels."""
+    cpu = machine.link is None
+    if workload.plain:
+        kernels = replace(CPU if cpu else CUDA, fused_attention=workload.fused_attention)
+        return plain_shape(
+            workload.plain,
+            batch=workload.micro_batch,
+            seq_len=workload.seq_len,
+            element_bytes=workload.element_bytes,
+            kernels=kernels,
+        )
+    if workload.framework == "megatron":
+        kernels = CUDA
+    else:
+        kernels = TRANSFORMERS if cpu else TRANSFORMERS_CUDA
+    parallel = workload.parallel
+    return Shape(
+        batch=workload.micro_batch,
+        seq_len=workload.seq_len,
+        element_bytes=workload.element_bytes,
+        tensor=parallel.tensor,
+        sequence=parallel.sequence,
+        context=parallel.context,
+        kernels=replace(kernels, fused_attention=workload.fused_attention),
+    )
+
+
+def rank_tape(workload: Workload, machine: Machine) -> Tape:
+    """Return the operators of the rank with the most to do: of a pipeline, its last stage.
+
+    That stage has the loss besides as many layers as another has.
+    """
+    stages = workload.parallel.pipeline
+    shape = shape_of(workload, machine)
+    return _last_stage(workload.model, shape, stages, workload.lora_rank)
+
+
+@lru_cache(maxsize=64)
+def _last_stage(model: Model, shape: Shape, stages: int, lora_rank: int) -> Tape:
+    layers = -(-model.num_layers // stages)
+    return stage_tape(
+        model,
+        shape,
+        range(model.num_layers - layers, model.num_layers),
+        first=stages == 1,
+        last=True,
+        lora_rank=lora_rank,
+    )
+
+
+def _times(tape: Tape, workload: Workload, machine: Machine) -> OperatorTimes:
+    """Return the operators' seconds, those in which ranks of `tensor` wait for each other too."""
+    times = operator_times(tape.operators, machine.device, workload.dtype)
+    parallel = workload.parallel
+    ranks = parallel.tensor * parallel.context
+    if ranks == 1:
+        return times
+    rate = _network_rate(machine, ranks)
+    ways = zip(tape.operators, times.forward_s, times.backward_s, strict=True)
+    both = [
+        (ahead + each.network_bytes / rate, back + each.backward_network_bytes / rate)
+        for each, ahead, back in ways
+    ]
+    return OperatorTimes(tuple(one for one, _ in both), tuple(other for _, other in both))
+
+
+def _network_rate(machine: Machine, ranks: int) -> float:
+    """Return the bytes a second of each of `ranks` that are next to each other."""
+    if ranks > machine.devices:
+        return INFINIBAND_BYTES_PER_S
+    if not machine.network_bytes_per_s:
+        raise ValueError(
+            f"network_bytes_per_s=0 of {machine.name!r} joins no {ranks} ranks; add it to its "
+            "machine.json"
+        )
+    return machine.network_bytes_per_s
+
+
+def combined(
+    workload: Workload,
+    strategy: Strategy,
+    machine: Machine,
+    step: ActivationStep,
+    update: UpdateStep,
+) -> Prediction:
+    """Return the step that so many of these forwards and backwards make, and one update."""
+    parallel, times = workload.parallel, workload.accumulation
+    bubble = (parallel.pipeline - 1) / parallel.chunks
+    network_s, gathered_s = _between_ranks(workload, machine, step)
+    gradients_s = update.gradients_s
+    if strategy.early_gradients:  # beside the last backward
+        gradients_s = max(0.0, gradients_s - step.backward_s)
+    zeroed = 4 * sum(each.count for each in rank_parameters(workload) if each.trained)
+    parts = {
+        "forward": times * step.forward_s,
+        "backward": times * step.backward_s,
+        "recompute": times * step.recompute_s,
+        "activation transfers": times * (step.stall_s + step.processor_s),
+        "pipeline bubble": bubble * step.duration_s,
+        "network": network_s,
+        "gradient transfers": gradients_s,
+        "update": update.update_s + zeroed / machine.device.memory_bytes_per_s.at(zeroed),
+    }
+    step_s = sum(parts.values())
+    items = _items(workload, strategy, machine, step)
+    host = held_bytes(items, "host", "backward"), held_bytes(items, "host", "update")
+    written = times * step.ssd_bytes + update.ssd_bytes
+    return Prediction(
+        workload=workload,
+        strategy=strategy,
+        step_s=step_s,
+        parts_s={name: seconds for name, seconds in parts.items() if seconds},
+        busy=_busy(workload, machine, step, update, step_s, gathered_s),
+        held=items,
+        device_bytes=_device_bytes(items, machine),
+        host_bytes=max(host),
+        pinned_bytes=sum(each.nbytes for each in items if each.tier == "host" and each.pinned),
+        ssd_bytes=held_bytes(items, "ssd", "backward"),
+        ssd_write_bytes=written,
+        life_days=_life_days(machine, written / step_s * DAY_S),
+    )
+
+
+def _device_bytes(items: Sequence[Held], machine: Machine) -> int:
+    nbytes = max(held_bytes(items, "device", phase) for phase in ("backward", "update"))
+    return nbytes if machine.link is None else round(nbytes * (1 + MARGIN)) + _CONTEXT_BYTES
+
+
+def _life_days(machine: Machine, bytes_per_day: float) -> float | None:
+    drive = machine.drive
+    if drive is None or not drive.rated_bytes or not bytes_per_day:
+        return None
+    return life_days(bytes_per_day * machine.devices, drive.rated_bytes)
+
+
+def _items(
+    workload: Workload, strategy: Strategy, machine: Machine, step: ActivationStep
+) -> tuple[Held, ...]:
+    """Return everything in memory; activations of all micro-batches that are under way."""
+    parallel = workload.parallel
+    alone = machine.link is None
+    found = [
+        each
+        for each in held(workload, strategy, device_is_host=alone)
+        if each.name != "staging of activations"
+    ]
+    # The first stage of a pipeline has as many forwards under way as there are stages.
+    waiting = min(parallel.pipeline, workload.accumulation) - 1.0
+    if waiting and parallel.chunks > 1:
+        waiting += (parallel.pipeline - 1) / parallel.chunks
+    saved = round(waiting * step.saved_bytes)
+    found.append(Held("activations", "device", step.device_bytes + saved, phase="backward"))
+    if step.staging_bytes:
+        found.append(
+            Held(
+                "staging of activations", "host", step.staging_bytes, pinned=True, phase="backward"
+            )
+        )
+    moved = 1 + waiting
+    if step.host_bytes:
+        nbytes = round(moved * step.host_bytes)
+        found.append(Held("activations", "host", nbytes, pinned=True, phase="backward"))
+    if step.ssd_bytes:
+        found.append(Held("activations", "ssd", round(moved * step.ssd_bytes), phase="backward"))
+    return tuple(found)
+
+
+def _between_ranks(
+    workload: Workload, machine: Machine, step: ActivationStep
+) -> tuple[float, float]:
+    """Return what a step waits for other ranks' parameters and gradients, and is busy with them.
+
+    Sums run beside the last backward, gathers of ZeRO-3 beside every forward and backward.
+    """
+    parallel = workload.parallel
+    ranks = parallel.data * parallel.context
+    if ranks == 1:
+        return 0.0, 0.0
+    rate = _network_rate(machine, parallel.ranks)
+    trained = sum(each.count for each in rank_parameters(workload) if each.trained)
+    whole = sum(each.count for each in rank_parameters(workload))
+    once_s = workload.element_bytes * (ranks - 1) / ranks / rate
+    if parallel.zero_stage == 3:
+        busy_s = workload.accumulation * (2 * whole + trained) * once_s
+        return max(0.0, busy_s - workload.accumulation * step.duration_s), busy_s
+    reduced_s = trained * once_s * (1 if parallel.zero_stage else 2)
+    gathered_s = trained * once_s if parallel.zero_stage else 0.0
+    return max(0.0, reduced_s - step.backward_s) + gathered_s, reduced_s + gathered_s
+
+
+def _busy(
+    workload: Workload,
+    machine: Machine,
+    step: ActivationStep,
+    update: UpdateStep,
+    step_s: float,
+    network_s: float,
+) -> dict[str, float]:
+    """Return the part of the step in which each resource has something to do."""
+    times = workload.accumulation
+    computing_s = times * (step.forward_s + step.backward_s + step.recompute_s)
+    seconds = {name: value for name, value in update.busy_s.items() if value}
+    seconds["device"] = seconds.get("device", 0.0) + computing_s
+    drive, link = machine.drive, machine.link
+    if link is not None and step.moved_bytes:
+        for name, rate in (
+            ("to host", link.to_host_bytes_per_s),
+            ("to device", link.to_device_bytes_per_s),
+        ):
+            seconds[name] = seconds.get(name, 0.0) + times * step.moved_bytes / rate
+    if drive is not None and step.ssd_bytes:
+        for name, rate in (
+            ("ssd write", drive.write_bytes_per_s),
+            ("ssd read", drive.read_bytes_per_s),
+        ):
+            more = times * step.ssd_bytes / rate * machine.devices
+            seconds[name] = seconds.get(name, 0.0) + more
+    if network_s:
+        seconds["network"] = network_s
+    return {name: min(1.0, value / step_s) for name, value in seconds.items()}
