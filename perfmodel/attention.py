@@ -21,6 +21,7 @@ class Attention:
         self._heads = heads
         self._tables: list[Value] = []
         self._bias: Value | None = None
+        self._masks: list[Value] = []
         self._no_bias: list[Value] = []
 
     def start(self, *, causal: bool) -> None:
@@ -31,6 +32,10 @@ class Attention:
             channels = round(model.head_size * model.rotary_share)
             nbytes = 2 * shape.seq_len // shape.context * channels * element_bytes
             self._tables = [maps.writer.run("tables", [], nbytes, trained=False)]
+        if shape.kernels.transformers and model.positions != "relative" and not self._fused(None):
+            masks = 2 if model.score_softcap else 1  # of all positions, and of those in a window
+            nbytes = masks * pairs * element_bytes
+            self._masks = [maps.writer.run("masks", [], nbytes, trained=False)]
         if model.positions == "relative":
             self._bias = maps.run(
                 "biases",
@@ -42,6 +47,12 @@ class Attention:
             if causal and shape.kernels.transformers:  # zeros that cross-attention adds
                 nbytes = pairs * self._heads * element_bytes
                 self._no_bias = [maps.writer.run("no biases", [], nbytes, trained=False)]
+
+    def stop(self) -> None:
+        """Say that a stack ends, which held what all its layers have of positions."""
+        held = [*self._tables, *self._masks, *([] if self._bias is None else [self._bias])]
+        if held and self._shape.kernels.transformers:
+            self._maps.writer.hold(held)
 
     def to_itself(self, x: Value, *, causal: bool) -> Value:
         """Take down attention of `x` to its own positions."""
@@ -171,6 +182,8 @@ class Attention:
         if self._model.score_softcap:
             capped = run("tanh", [run("divide", [scores])], saves_output=True)
             scores = run("multiply", [capped])
+        if self._masks:
+            scores = run("mask", [scores, *self._masks], passes=True)
         for bias in added:
             scores = maps.add(scores, *maps.writer.view("expand", bias, nbytes))
         upcasts = maps.upcasts and not wide

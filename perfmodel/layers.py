@@ -78,6 +78,7 @@ class _Layers:
             for _ in range(model.encoder_layers):
                 with writer.block():
                     x = self._layer(x, causal=False)
+            self._attention.stop()
             encoded = self._maps.norm(x) if model.final_norm else x
             inputs.append(self._tokens("targets"))
         if first:
@@ -88,6 +89,7 @@ class _Layers:
         for _ in layers:
             with writer.block():
                 x = self._layer(x, encoded, causal=model.causal)
+        self._attention.stop()
         if last:
             self._head(x)
         writer.hold([x])

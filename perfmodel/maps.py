@@ -202,7 +202,8 @@ class Maps:
         """Without a kernel of its own it is what its formula says, step by step."""
         nbytes = self.wide_bytes(x) if self.upcasts else x.nbytes
         wide = self.cast(x, nbytes)
-        square = self.run("square", [wide], saves=[wide], backward_workspace_bytes=nbytes)
+        copies = 2 if self.shape.kernels.transformers else 1  # of which the power makes one more
+        square = self.run("square", [wide], saves=[wide], backward_workspace_bytes=copies * nbytes)
         mean = self.run("mean", [square], statistic_bytes)
         scale = self.run("rsqrt", [mean], saves_output=True)
         # T5's multiplies what came in, not its copy.

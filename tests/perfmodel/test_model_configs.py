@@ -178,3 +178,21 @@ def test_a_config_is_read_from_its_file_or_its_folder(tmp_path: Path) -> None:
         read_config(folder)
     with pytest.raises(FileNotFoundError):
         read_config(tmp_path / "nowhere")
+
+
+def test_a_tanh_that_a_config_switches_off_is_not_counted() -> None:
+    config, _ = PUBLISHED["Gemma-2-2B"]
+    model = model_of_config(config)
+    assert (model.score_softcap, model.head_softcap, model.norm_offset) == (True, True, True)
+    model = model_of_config(config | {"attn_logit_softcapping": None})
+    assert (model.score_softcap, model.head_softcap) == (False, True)
+
+
+def test_kernels_that_a_config_names_are_told_apart() -> None:
+    config, _ = PUBLISHED["GPT-2"]
+    assert model_of_config(config).activation == "gelu_new"
+    fused = model_of_config(config | {"activation_function": "gelu_pytorch_tanh"})
+    assert fused.activation == "gelu_tanh"
+    config, _ = PUBLISHED["GPT-NeoX-20B"]
+    assert model_of_config(config).rotary_share == 0.25
+    assert model_of_config(config | {"rotary_pct": 1.0}).rotary_share == 1.0
