@@ -102,7 +102,8 @@ class Attention:
     def _fused(self, bias: Value | None) -> bool:
         kernels = self._shape.kernels
         taken = bias is None or kernels.biased_attention
-        return kernels.fused_attention and taken and not self._model.score_softcap
+        dropping = kernels.dropping_attention or not self._model.drops_scores
+        return kernels.fused_attention and taken and dropping and not self._model.score_softcap
 
     @property
     def _takes_groups(self) -> bool:
@@ -170,6 +171,8 @@ class Attention:
         maps, shape, run = self._maps, self._shape, self._maps.run
         pairs, element_bytes = shape.rows * shape.seq_len, shape.element_bytes
         flops = 2.0 * pairs * self._query
+        if shape.kernels.transformers:  # batches of products are not taken of views
+            q, k, v = (part if part.base is None else run("copy", [part]) for part in (q, k, v))
         # The kernel that adds biases computes in fp32.
         wide = maps.upcasts and bool(added)
         if wide:
@@ -190,6 +193,8 @@ class Attention:
         likely = run(
             "softmax", [scores], maps.wide_bytes(scores) if upcasts else nbytes, saves_output=True
         )
-        chosen = maps.dropout(maps.cast(likely, nbytes))
+        chosen = maps.cast(likely, nbytes)
+        if self._model.drops_scores:
+            chosen = maps.dropped(chosen)
         mixed = run("mix", [chosen, v], q.nbytes, saves=[chosen, v], matmul_flops=flops)
         return maps.cast(mixed, maps.bytes(self._query))

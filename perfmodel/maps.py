@@ -175,8 +175,10 @@ class Maps:
 
     def dropout(self, x: Value) -> Value:
         """Take down what a model drops of `x`, if anything."""
-        if not self.model.dropout:
-            return x
+        return self.dropped(x) if self.model.dropout else x
+
+    def dropped(self, x: Value) -> Value:
+        """Take down dropout."""
         mask_bytes = self.shape.kernels.mask_bytes or self.shape.element_bytes
         keeps_bytes = x.nbytes // self.shape.element_bytes * mask_bytes
         return self.run("dropout", [x], keeps_bytes=keeps_bytes)

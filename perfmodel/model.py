@@ -83,6 +83,8 @@ class Model:
     """Perceptrons of a layer, between which a router chooses; 0: one, without a router."""
     experts_per_token: int = 1
     dropout: float = 0.0
+    attention_dropout: float | None = None
+    """Of scores; None: as `dropout`."""
 
     def __post_init__(self) -> None:
         """Check the values and fill in those that follow from others."""
@@ -114,7 +116,9 @@ class Model:
         if key in ("norm", "positions", "activation"):
             allowed = {"norm": NORMS, "positions": POSITIONS, "activation": ACTIVATIONS}[key]
             require_choice(key, value, allowed)
-        elif key in ("dropout", "rotary_share"):
+        elif key in ("dropout", "rotary_share") or (
+            key == "attention_dropout" and value is not None
+        ):
             require_number(key, value, 0, 1)
         elif key in ("num_layers", "hidden_size", "num_heads", "vocab_size", "experts_per_token"):
             require_whole(key, value, 1, _MOST)
@@ -122,6 +126,11 @@ class Model:
             require_flag(key, value)
         elif isinstance(self.__dataclass_fields__[key].default, int):
             require_whole(key, value, 0, _MOST)
+
+    @property
+    def drops_scores(self) -> bool:
+        """Whether attention leaves out some of what it has seen."""
+        return bool(self.dropout if self.attention_dropout is None else self.attention_dropout)
 
     # ---- parameters --------------------------------------------------------------------------
 

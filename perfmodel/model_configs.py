@@ -63,7 +63,7 @@ def _llama(keys: _Keys, **more: Any) -> Model:
         "tied": bool(keys("tie_word_embeddings", False)),
         "attention_bias": bool(keys("attention_bias", False)),
         "ffn_bias": bool(keys("mlp_bias", False)),
-        "dropout": keys("attention_dropout", 0.0),
+        "attention_dropout": keys("attention_dropout", 0.0),
     }
     return Model(**settings | more)
 
@@ -119,6 +119,7 @@ def _gpt2(keys: _Keys) -> Model:
         max_positions=keys("n_positions", 1024),
         tied=bool(keys("tie_word_embeddings", True)),
         dropout=keys("resid_pdrop", 0.1),
+        attention_dropout=keys("attn_pdrop", 0.1),
     )
 
 
@@ -138,6 +139,7 @@ def _gpt_neox(keys: _Keys) -> Model:
         vocab_size=keys("vocab_size"),
         tied=bool(keys("tie_word_embeddings", False)),
         dropout=keys("hidden_dropout", 0.0),
+        attention_dropout=keys("attention_dropout", 0.0),
     )
 
 
@@ -157,6 +159,7 @@ def _opt(keys: _Keys) -> Model:
         embedding_size=keys("word_embed_proj_dim", keys("hidden_size")),
         tied=bool(keys("tie_word_embeddings", True)),
         dropout=keys("dropout", 0.1),
+        attention_dropout=keys("attention_dropout", 0.0),
     )
 
 
@@ -179,6 +182,7 @@ def _bert(keys: _Keys) -> Model:
         head_bias=True,
         head_transform=True,
         dropout=keys("hidden_dropout_prob", 0.1),
+        attention_dropout=keys("attention_probs_dropout_prob", 0.1),
     )
 
 

@@ -25,6 +25,8 @@ class Kernels:
     """That kernel takes fewer heads of keys and values than of queries, which are not repeated."""
     attention_follows_queries: bool = False
     """Its output lies in memory as the queries do."""
+    dropping_attention: bool = True
+    """That kernel drops scores, or the code does not ask for it."""
     biased_attention: bool = False
     """That kernel gives a gradient to what is added to scores."""
     transformers: bool = False
@@ -33,7 +35,12 @@ class Kernels:
 
 CPU = Kernels()
 CUDA = Kernels(fused_rms_norm=True, mask_bytes=1)
-TRANSFORMERS = Kernels(grouped_attention=True, attention_follows_queries=True, transformers=True)
+TRANSFORMERS = Kernels(
+    grouped_attention=True,
+    attention_follows_queries=True,
+    dropping_attention=False,
+    transformers=True,
+)
 TRANSFORMERS_CUDA = Kernels(
     mask_bytes=1, grouped_attention=True, biased_attention=True, transformers=True
 )

@@ -69,7 +69,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "head_bias": True,
         "tied": True,
     },
+    "dropout": {"dropout": 0.1},
+    "dropout, not of scores": {"dropout": 0.1, "attention_dropout": 0.0},
+    "dropout of scores": ROTARY | {"attention_dropout": 0.1, "num_kv_heads": 2},
     "t5": T5,
+    "t5 with dropout": T5 | {"dropout": 0.1},
     "gated t5": T5 | {"gated": True, "activation": "gelu_new"},
 }
 

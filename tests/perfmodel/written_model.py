@@ -70,6 +70,8 @@ class Written(nn.Module):
     def __init__(self, model: Model, seq_len: int, rank: int = 0) -> None:
         super().__init__()
         self.of, self.rank = model, rank
+        dropped = model.attention_dropout
+        self.dropped_scores = model.dropout if dropped is None else dropped
         hidden, table = model.hidden_size, model.embedding_size
         self.token = nn.Embedding(model.vocab_size, table)
         self.project_in = nn.Linear(table, hidden, bias=False)
@@ -168,7 +170,10 @@ class Written(nn.Module):
             x = x + (
                 self.position.weight[: tokens.shape[1]] if model.token_types else self.position(ids)
             )
-        return self.embedding_norm(x) if model.embedding_norm else x
+        return self.drop(self.embedding_norm(x) if model.embedding_norm else x)
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.of.dropout)
 
     def tables(self, seq_len: int) -> Tensor:
         """Return cosines and sines, one after the other, as one tensor."""
@@ -220,16 +225,18 @@ class Written(nn.Module):
         for name, part in parts.items():
             norm = layer[f"{name}_norm"]
             if self.of.norm_last:
-                x = norm(x + part(x))
+                x = norm(x + self.drop(part(x)))
                 continue
             out = part(norm(x))
-            x = x + (layer[f"{name}_norm_behind"](out) if self.of.norms_per_layer == 4 else out)
+            if self.of.norms_per_layer == 4:
+                out = layer[f"{name}_norm_behind"](out)
+            x = x + self.drop(out)
         return x
 
     def beside(
         self, layer: nn.ModuleDict, x: Tensor, parts: dict[str, Callable[[Tensor], Tensor]]
     ) -> Tensor:
-        outs = [part(layer[f"{name}_norm"](x)) for name, part in parts.items()]
+        outs = [self.drop(part(layer[f"{name}_norm"](x))) for name, part in parts.items()]
         return outs[1] + outs[0] + x
 
     def attend(
@@ -263,7 +270,13 @@ class Written(nn.Module):
             added = no_bias if model.positions == "relative" else None
             grouped = model.num_kv_heads < model.num_heads
             mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=added, is_causal=causal, enable_gqa=grouped
+                q,
+                k,
+                v,
+                attn_mask=added,
+                dropout_p=self.dropped_scores,
+                is_causal=causal,
+                enable_gqa=grouped,
             )
         out: Tensor = maps["out"](mixed.transpose(1, 2).contiguous().flatten(2))
         return out
@@ -290,14 +303,14 @@ class Written(nn.Module):
             scores = scores + (torch.where(seen, bias, -1e9) if causal else bias)
         else:
             scores = scores + torch.where(seen, 0.0, -1e9)
-        return torch.matmul(scores.softmax(-1), v)
+        return torch.matmul(F.dropout(scores.softmax(-1), self.dropped_scores), v)
 
     def perceive(self, layer: nn.ModuleDict, x: Tensor) -> Tensor:
         maps, active = layer["perceptron"], ACTIVATIONS[self.of.activation]
         if self.of.num_experts:
             return self.choose(layer, x)
         up = active(maps["gate"](x)) * maps["up"](x) if self.of.gated else active(maps["up"](x))
-        out: Tensor = maps["down"](up)
+        out: Tensor = maps["down"](self.drop(up) if self.of.positions == "relative" else up)
         return out
 
     def choose(self, layer: nn.ModuleDict, x: Tensor) -> Tensor:
