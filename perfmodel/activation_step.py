@@ -17,7 +17,16 @@ from perfmodel.step_trace import StepTrace, step_trace
 from perfmodel.tape import Tape
 from perfmodel.workload import Strategy
 
-__all__ = ["ActivationStep", "activation_step", "channels_of", "repeated"]
+__all__ = [
+    "ActivationStep",
+    "activation_step",
+    "channels_of",
+    "limited",
+    "processor_s",
+    "repeated",
+    "room_for_saved",
+    "run_again",
+]
 
 _WINDOW_TENSORS = 2  # on their way at once, of the largest, where nobody says how many
 
@@ -65,7 +74,7 @@ def activation_step(
     """
     forward_s, backward_s = sum(times.forward_s), sum(times.backward_s)
     recompute = repeated(tape, strategy)
-    again_s = sum(sum(times.forward_s[at] for at in _needed(tape, block)) for block in recompute)
+    again_s = sum(sum(times.forward_s[at] for at in run_again(tape, block)) for block in recompute)
     if strategy.activations in ("keep", "recompute"):
         in_use = step_bytes(tape, recompute)
         return ActivationStep(
@@ -78,20 +87,21 @@ def activation_step(
     channel = channels_of(machine, strategy.activations)
     found = step_trace(tape, times, strategy.min_tensor_bytes, recompute)
     limits = _limits(machine, strategy, found)
-    schedule = _planned(found, channel, limits, strategy, effort)
+    room = room_for_saved(machine, strategy)
+    schedule = limited(found, channel, limits, room, effort)
     tiers = zip(found.storages, schedule.tiers, strict=True)
     moved = {storage for storage, tier in tiers if tier != "device"}
     in_use = step_bytes(tape, recompute, leaves=lambda value: value.storage in moved)
     to_ssd = strategy.activations == "ssd"
     staging = strategy.staging_bytes if to_ssd else 0
     on_device = staging if machine.link is None else schedule.window_bytes
-    waited_s = stall_s(schedule, found.trace, [channel], limits, strategy.memory_bytes or math.inf)
+    waited_s = stall_s(schedule, found.trace, [channel], limits, math.inf if room is None else room)
     return ActivationStep(
         forward_s=forward_s,
         backward_s=backward_s,
         recompute_s=again_s,
         stall_s=waited_s,
-        processor_s=_processor_s(machine, 2 * schedule.moved_bytes) if to_ssd else 0.0,
+        processor_s=processor_s(machine, 2 * schedule.moved_bytes) if to_ssd else 0.0,
         device_bytes=in_use.worst.nbytes + on_device,
         saved_bytes=in_use.saved_bytes,
         staging_bytes=staging if machine.link is not None else 0,
@@ -145,7 +155,7 @@ def channels_of(machine: Machine, tier: str) -> Channel:
     )
 
 
-def _needed(tape: Tape, number: int) -> range:
+def run_again(tape: Tape, number: int) -> range:
     """Return the operators of a block that are run again: up to the last that saves anything."""
     block = tape.blocks[number]
     last = max((at for at in block if tape.operators[at].saves), default=block[0])
@@ -161,19 +171,28 @@ def _limits(machine: Machine, strategy: Strategy, found: StepTrace) -> Limits:
     )
 
 
-def _planned(
-    found: StepTrace, channel: Channel, limits: Limits, strategy: Strategy, effort: float
+def limited(
+    found: StepTrace, channel: Channel, limits: Limits, memory_bytes: int | None, effort: float
 ) -> ActivationSchedule:
-    memory_bytes = strategy.memory_bytes
-    if memory_bytes is not None:
-        memory_bytes = max(0, memory_bytes - found.small_bytes)
-    schedule = plan_activations(found.trace, [channel], limits, memory_bytes, effort=effort)
+    """Return the schedule in which what `found` saves has `memory_bytes`, at whatever time.
+
+    None: as little as it needs without a wait.
+    """
     if memory_bytes is None:
-        return schedule
-    return slowed_to_fit(schedule, found.trace, [channel], limits, memory_bytes, effort=effort)
+        return plan_activations(found.trace, [channel], limits, effort=effort)
+    left = max(0, memory_bytes - found.small_bytes)
+    schedule = plan_activations(found.trace, [channel], limits, left, effort=effort)
+    return slowed_to_fit(schedule, found.trace, [channel], limits, left, effort=effort)
 
 
-def _processor_s(machine: Machine, nbytes: int) -> float:
+def room_for_saved(machine: Machine, strategy: Strategy) -> int | None:
+    """Return what saved tensors may take of the device: on a processor, staging is part of it."""
+    if strategy.memory_bytes is None or machine.link is not None:
+        return strategy.memory_bytes
+    return max(0, strategy.memory_bytes - strategy.staging_bytes)
+
+
+def processor_s(machine: Machine, nbytes: int) -> float:
     """Return by how much copies and checksums hold up a processor that computes as well."""
     drive, cores = machine.drive, machine.host.cores
     if machine.link is not None or drive is None or not drive.processor_bytes_per_s:

@@ -19,6 +19,8 @@ class Moment:
     """What is alive while an operator runs: tensors that autograd saved, and all others."""
 
     operator: str
+    at: int
+    """Its place in the tape."""
     backward: bool
     saved_bytes: int
     other_bytes: int
@@ -121,7 +123,7 @@ class _Step:
             saves_first = any(value.storage in reads for value in operator.saves)
             if saves_first and block is None:  # inputs are saved before the operator runs
                 self._let_leave(at, last_use)
-            self._forward(operator, saves=block is None)
+            self._forward(at, saves=block is None)
             if operator.saves and not saves_first and block is None:
                 self._let_leave(at, last_use)
             if block is not None and at == block[0]:
@@ -136,7 +138,7 @@ class _Step:
             block = blocks.get(at)
             if block is not None and at == block[-1]:
                 self._run_again(block)
-            self._backward(operators[at], loss=at == loss_at)
+            self._backward(at, loss=at == loss_at)
             if block is not None and at == block[0]:
                 self._unsave(entering(self._tape, block))
                 self._saved_bytes -= RANDOM_STATE_BYTES
@@ -154,12 +156,13 @@ class _Step:
                 found[value.storage] = at
         return found
 
-    def _forward(self, operator: Operator, *, saves: bool) -> None:
+    def _forward(self, at: int, *, saves: bool) -> None:
+        operator = self._tape.operators[at]
         for value in operator.writes:
             if value.base is None and value not in self._held:
                 self._alive[value] = 0
                 self._other_bytes += value.nbytes
-        self._note(operator, operator.workspace_bytes, backward=False)
+        self._note(at, operator.workspace_bytes, backward=False)
         if saves:
             self._save(operator.saves)
 
@@ -221,7 +224,7 @@ class _Step:
         again = range(block[0], needed + 1)
         last_use = self._last_uses(again)
         for at in again:
-            self._forward(operators[at], saves=True)
+            self._forward(at, saves=True)
             self._let_go(at, last_use)
         # What the block's variables held goes with them.
         for storage in [value for value, savers in self._alive.items() if not savers]:
@@ -230,7 +233,8 @@ class _Step:
 
     # ---- backward ----------------------------------------------------------------------------
 
-    def _backward(self, operator: Operator, *, loss: bool) -> None:
+    def _backward(self, at: int, *, loss: bool) -> None:
+        operator = self._tape.operators[at]
         given = [self._gradients.pop(value, None) for value in operator.writes]
         if loss and operator.writes:
             given[0] = first = self._new_gradient(operator.writes[0].nbytes)
@@ -246,7 +250,7 @@ class _Step:
         else:
             found = [(value, self._new_gradient(value.nbytes)) for value in wanted]
         self._other_bytes += operator.param_bytes
-        self._note(operator, operator.backward_workspace_bytes, backward=True)
+        self._note(at, operator.backward_workspace_bytes, backward=True)
         for _, gradient in found:
             gradient.owners += 1
         self._unsave(operator.saves)
@@ -292,7 +296,6 @@ class _Step:
         if gradient.owners <= 0:
             self._other_bytes -= gradient.nbytes
 
-    def _note(self, operator: Operator, workspace_bytes: int, *, backward: bool) -> None:
-        self._moments.append(
-            Moment(operator.name, backward, self._saved_bytes, self._other_bytes + workspace_bytes)
-        )
+    def _note(self, at: int, workspace_bytes: int, *, backward: bool) -> None:
+        name, other_bytes = self._tape.operators[at].name, self._other_bytes + workspace_bytes
+        self._moments.append(Moment(name, at, backward, self._saved_bytes, other_bytes))

@@ -68,7 +68,10 @@ class _Times:
             return seconds
         if _is_view(operator):  # several views' gradients are put together in new memory
             return seconds + self._moving_s(2 * operator.reads[0].nbytes)
-        products = bool(trained) + bool(operator.param_bytes or len(operator.reads) > 1)
+        products = min(
+            operator.matmul_gradients,
+            bool(trained) + bool(operator.param_bytes or len(operator.reads) > 1),
+        )
         return self._device.operator_s + seconds + self._work_s(operator, BACKWARD, products)
 
     def _work_s(self, operator: Operator, way: str, products: int) -> float:

@@ -20,7 +20,17 @@ from perfmodel.tape import Tape
 from perfmodel.update_step import UpdateStep, update_step
 from perfmodel.workload import Strategy, Workload
 
-__all__ = ["MARGIN", "Prediction", "combined", "predict", "rank_tape", "shape_of"]
+__all__ = [
+    "MARGIN",
+    "Prediction",
+    "combined",
+    "device_memory_bytes",
+    "predict",
+    "rank_layers",
+    "rank_tape",
+    "rank_times",
+    "shape_of",
+]
 
 MARGIN = 0.03
 """Of a GPU's memory: what its allocator cannot use between tensors of other sizes."""
@@ -83,7 +93,7 @@ def predict(
     what is not modelled.
     """
     tape = rank_tape(workload, machine)
-    times = _times(tape, workload, machine)
+    times = rank_times(tape, workload, machine)
     step = activation_step(tape, times, machine, strategy, effort=effort)
     return combined(workload, strategy, machine, step, update_step(workload, strategy, machine))
 
@@ -116,19 +126,25 @@ def shape_of(workload: Workload, machine: Machine) -> Shape:
     )
 
 
-def rank_tape(workload: Workload, machine: Machine) -> Tape:
+def rank_layers(workload: Workload) -> int:
+    """Return the decoder's layers of the rank that has the most."""
+    return -(-workload.model.num_layers // workload.parallel.pipeline)
+
+
+def rank_tape(workload: Workload, machine: Machine, layers: int | None = None) -> Tape:
     """Return the operators of the rank with the most to do: of a pipeline, its last stage.
 
-    That stage has the loss besides as many layers as another has.
+    That stage has the loss besides as many layers as another has. `layers`: of a stage with so many
+    instead.
     """
+    number = rank_layers(workload) if layers is None else layers
     stages = workload.parallel.pipeline
     shape = shape_of(workload, machine)
-    return _last_stage(workload.model, shape, stages, workload.lora_rank)
+    return _last_stage(workload.model, shape, stages, number, workload.lora_rank)
 
 
 @lru_cache(maxsize=64)
-def _last_stage(model: Model, shape: Shape, stages: int, lora_rank: int) -> Tape:
-    layers = -(-model.num_layers // stages)
+def _last_stage(model: Model, shape: Shape, stages: int, layers: int, lora_rank: int) -> Tape:
     return stage_tape(
         model,
         shape,
@@ -139,7 +155,7 @@ def _last_stage(model: Model, shape: Shape, stages: int, lora_rank: int) -> Tape
     )
 
 
-def _times(tape: Tape, workload: Workload, machine: Machine) -> OperatorTimes:
+def rank_times(tape: Tape, workload: Workload, machine: Machine) -> OperatorTimes:
     """Return the operators' seconds, those in which ranks of `tensor` wait for each other too."""
     times = operator_times(tape.operators, machine.device, workload.dtype)
     parallel = workload.parallel
@@ -214,7 +230,14 @@ def combined(
 
 def _device_bytes(items: Sequence[Held], machine: Machine) -> int:
     nbytes = max(held_bytes(items, "device", phase) for phase in ("backward", "update"))
-    return nbytes if machine.link is None else round(nbytes * (1 + MARGIN)) + _CONTEXT_BYTES
+    return device_memory_bytes(nbytes, machine)
+
+
+def device_memory_bytes(tensor_bytes: int, machine: Machine) -> int:
+    """Return the memory of a device that so many bytes of tensors need."""
+    if machine.link is None:
+        return tensor_bytes
+    return round(tensor_bytes * (1 + MARGIN)) + _CONTEXT_BYTES
 
 
 def _life_days(machine: Machine, bytes_per_day: float) -> float | None:

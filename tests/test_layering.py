@@ -36,6 +36,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("schedules",),
         ("step_trace", "cluster", "zero_offload"),
         ("activation_step", "replays", "update_step"),
+        ("layered_step",),
         ("prediction",),
         ("planner", "validate"),
         ("cli",),
