@@ -45,6 +45,9 @@ class Training:
     bytes_per_s: float = 0.0
     """The drive is held to this; 0: not at all."""
     memory_bytes: int | None = None
+    placement: str = ""
+    """Of the states of `offload.AdamW`, which takes the optimizer's place; none: PyTorch's own."""
+    subgroup_params: int = 1 << 18
 
 
 class Trainee:
@@ -71,8 +74,7 @@ class Trainee:
         self._parameters = list(self._model.parameters())
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
-        chosen = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[training.optimizer]
-        self._optimizer = chosen(self._parameters, lr=1e-4, fused=True)
+        self._optimizer = open_optimizer(training, self._parameters)
         self._num_steps = 0
 
     def facts(self) -> Answer:
@@ -113,16 +115,18 @@ class Trainee:
     def measured_step(self) -> Answer:
         """Return the worst moment of one step: torch's above its start, and what is not torch's."""
         tokens = self._next_tokens()
-        resting_bytes = live_tensor_bytes()
+        states_bytes = self._states_count("native_bytes")
+        resting_bytes = live_tensor_bytes() + states_bytes
         offloaded_bytes, recomputed = self._offloaded_bytes(), self._recomputed_blocks()
         with StepMemory() as memory:
             self._backward(tokens)
             page_cache_bytes = self._page_cache_bytes()
             self._optimizer.step()
-        native_bytes = 0
+        native_bytes = self._states_count("native_peak_bytes") - states_bytes
         if self._act is not None:
-            native_bytes = self._act.stats().native_peak_bytes
+            native_bytes += self._act.stats().native_peak_bytes
             page_cache_bytes = max(page_cache_bytes, self._page_cache_bytes())
+        page_cache_bytes += self._states_count("page_cache_bytes")
         return {
             "resting_bytes": resting_bytes,
             "torch_peak_bytes": memory.peak_bytes,
@@ -136,6 +140,8 @@ class Trainee:
         """Give back the spill."""
         if self._act is not None:
             self._act.close()
+        if isinstance(self._optimizer, offload.AdamW):
+            self._optimizer.close()
 
     def _next_tokens(self) -> torch.Tensor:
         # The same windows, and the same to be dropped, in every mode: all are at the same step.
@@ -161,6 +167,12 @@ class Trainee:
         stats = self._act.stats()
         return {"stall_s": stats.stall_s, "copy_s": stats.copy_s, "verify_s": stats.verify_s}
 
+    def _states_count(self, name: str) -> int:
+        """Return what the optimizer's SSD says of itself, 0 where it has none."""
+        if not isinstance(self._optimizer, offload.AdamW):
+            return 0
+        return int(self._optimizer._placement.counters()[name])
+
     def _offloaded_bytes(self) -> int:
         return 0 if self._act is None else self._act.stats().offloaded_bytes
 
@@ -184,6 +196,24 @@ def open_offload(training: Training) -> offload.ActivationOffload:
         verify=training.verify,
         schedule=training.schedule,
     )
+
+
+def open_optimizer(
+    training: Training, parameters: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Make what updates the parameters."""
+    if training.placement:
+        return offload.AdamW(
+            parameters,
+            lr=1e-4,
+            placement=training.placement,
+            path=training.directory if "ssd" in training.placement else (),
+            subgroup_params=training.subgroup_params,
+            staging_bytes=training.staging_bytes,
+            io_engine=training.io_engine,
+        )
+    chosen = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.SGD
+    return chosen(parameters, lr=1e-4, fused=True)
 
 
 def live_tensor_bytes() -> int:

@@ -30,10 +30,12 @@ from benchmarks.worker import number
 from perfmodel.layers import tape_of
 from perfmodel.memory import step_bytes
 from perfmodel.plain_models import PLAIN_MODELS, plain_model, plain_shape
+from perfmodel.plan import OptimizerConfig
+from perfmodel.states import held, held_bytes
+from perfmodel.workload import Strategy, Workload
 
 MIB = 1 << 20
 MEDIAN_GOAL, WORST_GOAL = 0.03, 0.06
-STATES_BYTES = 16  # a parameter, its gradient and two moments, in fp32
 # layers, hidden, heads, sequence, micro-batch, vocabulary
 SIZES = (
     (4, 512, 8, 256, 4, 256),
@@ -41,14 +43,24 @@ SIZES = (
     (3, 768, 12, 256, 8, 256),
 )
 MODES = {"keep": "none", "recompute": "recompute", "ssd": "ssd"}
+# Of `offload.AdamW`'s states, with the first size; all else is with torch.optim.AdamW.
+PLACEMENTS = ("host", "ssd")
+PLACED_MODES = ("keep", "ssd")
 
 
 class Run(NamedTuple):
-    """One model, size and mode."""
+    """One model, size and mode; `placement`: of states, where PyTorch does not have them."""
 
     model: str
     size: tuple[int, ...]
     mode: str
+    placement: str = ""
+
+    @property
+    def name(self) -> str:
+        """What its samples are called."""
+        size = "x".join(map(str, self.size))
+        return " ".join(filter(None, (self.model, size, self.mode, self.placement)))
 
 
 def training_of(run: Run, directory: str) -> Training:
@@ -71,28 +83,43 @@ def training_of(run: Run, directory: str) -> Training:
         io_engine="auto",
         verify=True,
         schedule="all",
+        placement=run.placement,
     )
 
 
 def predicted_bytes(run: Run, training: Training) -> tuple[float, float]:
-    """Return the predicted peak of a step above the process at rest, and what is there at rest."""
+    """Return the predicted peak of a step above the process at rest, and what is there at rest.
+
+    The peak is that of forward and backward, or of the update where that needs more.
+    """
+    seq_len = training.seq_len
     model = plain_model(
         run.model,
         num_layers=training.layers,
         hidden_size=training.hidden,
         num_heads=training.heads,
-        seq_len=training.seq_len,
+        seq_len=seq_len,
         vocab_size=training.vocab,
     )
-    tape = tape_of(
-        model, plain_shape(run.model, batch=training.micro_batch, seq_len=training.seq_len)
+    items = held(
+        Workload(model=model, seq_len=seq_len, dtype="float32", plain=run.model),
+        Strategy(placement=run.placement) if run.placement else Strategy(optimizer="torch"),
+        device_is_host=True,
+        settings=OptimizerConfig(
+            subgroup_params=training.subgroup_params, staging_bytes=training.staging_bytes
+        ),
     )
-    resting = STATES_BYTES * model.num_params
+    resting = held_bytes(items, "device")
+    tape = tape_of(model, plain_shape(run.model, batch=training.micro_batch, seq_len=seq_len))
     if run.mode == "ssd":  # staging counts: it is in memory
         found = step_bytes(tape, leaves=lambda value: value.nbytes >= training.min_tensor_bytes)
-        return found.worst.nbytes + training.staging_bytes, resting
-    again = range(len(tape.blocks)) if run.mode == "recompute" else ()
-    return step_bytes(tape, again).worst.nbytes, resting
+        staging = training.staging_bytes
+    else:
+        found = step_bytes(tape, range(len(tape.blocks)) if run.mode == "recompute" else ())
+        staging = 0
+    computed = held_bytes(items, "device", "backward") + found.worst.nbytes
+    peak = max(computed, held_bytes(items, "device", "update"))
+    return peak + staging - resting, resting
 
 
 def measured_bytes(run: Run, training: Training) -> tuple[float, float]:
@@ -144,7 +171,12 @@ def make_record(samples: Mapping[str, Mapping[str, tuple[float, float]]]) -> Rec
         peers={},
         noise={},
         samples=samples,
-        settings={"sizes": SIZES, "modes": list(MODES), "bytes": "measured, predicted"},
+        settings={
+            "sizes": SIZES,
+            "modes": list(MODES),
+            "placements": PLACEMENTS,
+            "bytes": "measured, predicted",
+        },
         facts={},
     )
 
@@ -152,15 +184,17 @@ def make_record(samples: Mapping[str, Mapping[str, tuple[float, float]]]) -> Rec
 def main() -> None:
     """Measure and record; exits with 0 whether the goal is met or not."""
     arguments, parser = parsed()
-    cases = itertools.product(arguments.models, SIZES[: arguments.sizes], MODES)
+    sizes = SIZES[: arguments.sizes]
+    runs = [Run(*case) for case in itertools.product(arguments.models, sizes, MODES)]
+    placed = itertools.product(arguments.models, sizes[:1], PLACED_MODES, PLACEMENTS)
+    runs += [Run(*case) for case in placed]
     samples: dict[str, dict[str, tuple[float, float]]] = {}
     with ExitStack() as stack:
         directory = stack.enter_context(spill_directory(arguments.offload_path, parser))
-        for run in tqdm([Run(*case) for case in cases], desc="runs"):
+        for run in tqdm(runs, desc="runs"):
             training = training_of(run, directory)
             (peak, resting), said = measured_bytes(run, training), predicted_bytes(run, training)
-            name = f"{run.model} {'x'.join(map(str, run.size))} {run.mode}"
-            samples[name] = {"peak": (peak, said[0]), "resting": (resting, said[1])}
+            samples[run.name] = {"peak": (peak, said[0]), "resting": (resting, said[1])}
     rows = [
         [name, f"{seen / MIB:.1f}", f"{said / MIB:.1f}", f"{said / seen - 1:+.2%}"]
         for name, (seen, said) in ((name, each["peak"]) for name, each in samples.items())

@@ -307,5 +307,5 @@ def test_predicted_memory_is_held_against_measured(
 ) -> None:
     out = tmp_path_factory.mktemp("record") / "predicted_memory.json"
     found = record_of("predicted_memory", spill_dir, out, "--models", "gpt", "--sizes", "1")
-    assert len(found["samples"]) == 3
+    assert len(found["samples"]) == 3 + 2 * 2
     assert found["met"] is True
