@@ -160,7 +160,7 @@ class LayeredStep:
         limit = math.inf if room is None else room
         waited_s = stall_s(schedule, found.trace, [channel], Limits(), limit)
         staging = strategy.staging_bytes if to_ssd else 0
-        window = min(schedule.moved_bytes, _WINDOW_TENSORS * self._largest)
+        window = min(schedule.moved_bytes, _WINDOW_TENSORS * self.largest_bytes)
         kept = schedule.peak_bytes + found.small_bytes
         return ActivationStep(
             forward_s=self.forward_s,
@@ -177,7 +177,7 @@ class LayeredStep:
         )
 
     @cached_property
-    def _largest(self) -> int:
+    def largest_bytes(self) -> int:
         """Of what a layer saves."""
         layer = self._tape.blocks[_TYPICAL]
         return max(

@@ -23,13 +23,17 @@ from perfmodel.workload import Strategy, Workload
 __all__ = [
     "MARGIN",
     "Prediction",
+    "RankTraffic",
     "combined",
     "device_memory_bytes",
+    "forwards_waiting",
     "predict",
     "rank_layers",
     "rank_tape",
     "rank_times",
+    "rank_traffic",
     "shape_of",
+    "zeroed_s",
 ]
 
 MARGIN = 0.03
@@ -193,20 +197,19 @@ def combined(
     """Return the step that so many of these forwards and backwards make, and one update."""
     parallel, times = workload.parallel, workload.accumulation
     bubble = (parallel.pipeline - 1) / parallel.chunks
-    network_s, gathered_s = _between_ranks(workload, machine, step)
+    traffic = rank_traffic(workload, machine)
     gradients_s = update.gradients_s
     if strategy.early_gradients:  # beside the last backward
         gradients_s = max(0.0, gradients_s - step.backward_s)
-    zeroed = 4 * sum(each.count for each in rank_parameters(workload) if each.trained)
     parts = {
         "forward": times * step.forward_s,
         "backward": times * step.backward_s,
         "recompute": times * step.recompute_s,
         "activation transfers": times * (step.stall_s + step.processor_s),
         "pipeline bubble": bubble * step.duration_s,
-        "network": network_s,
+        "network": traffic.waited_s(step.backward_s, times * step.duration_s),
         "gradient transfers": gradients_s,
-        "update": update.update_s + zeroed / machine.device.memory_bytes_per_s.at(zeroed),
+        "update": update.update_s + zeroed_s(workload, machine),
     }
     step_s = sum(parts.values())
     items = _items(workload, strategy, machine, step)
@@ -217,7 +220,7 @@ def combined(
         strategy=strategy,
         step_s=step_s,
         parts_s={name: seconds for name, seconds in parts.items() if seconds},
-        busy=_busy(workload, machine, step, update, step_s, gathered_s),
+        busy=_busy(workload, machine, step, update, step_s, traffic.busy_s),
         held=items,
         device_bytes=_device_bytes(items, machine),
         host_bytes=max(host),
@@ -247,21 +250,26 @@ def _life_days(machine: Machine, bytes_per_day: float) -> float | None:
     return life_days(bytes_per_day * machine.devices, drive.rated_bytes)
 
 
+def forwards_waiting(workload: Workload) -> float:
+    """Return how many other forwards are under way: a pipeline's first stage has one for each."""
+    parallel = workload.parallel
+    waiting = min(parallel.pipeline, workload.accumulation) - 1.0
+    if waiting and parallel.chunks > 1:
+        waiting += (parallel.pipeline - 1) / parallel.chunks
+    return waiting
+
+
 def _items(
     workload: Workload, strategy: Strategy, machine: Machine, step: ActivationStep
 ) -> tuple[Held, ...]:
     """Return everything in memory; activations of all micro-batches that are under way."""
-    parallel = workload.parallel
     alone = machine.link is None
     found = [
         each
         for each in held(workload, strategy, device_is_host=alone)
         if each.name != "staging of activations"
     ]
-    # The first stage of a pipeline has as many forwards under way as there are stages.
-    waiting = min(parallel.pipeline, workload.accumulation) - 1.0
-    if waiting and parallel.chunks > 1:
-        waiting += (parallel.pipeline - 1) / parallel.chunks
+    waiting = forwards_waiting(workload)
     saved = round(waiting * step.saved_bytes)
     found.append(Held("activations", "device", step.device_bytes + saved, phase="backward"))
     if step.staging_bytes:
@@ -279,27 +287,50 @@ def _items(
     return tuple(found)
 
 
-def _between_ranks(
-    workload: Workload, machine: Machine, step: ActivationStep
-) -> tuple[float, float]:
-    """Return what a step waits for other ranks' parameters and gradients, and is busy with them.
+@dataclass(frozen=True)
+class RankTraffic:
+    """What ranks that share batches send each other in a step, in seconds of their network."""
 
-    Sums run beside the last backward, gathers of ZeRO-3 beside every forward and backward.
-    """
+    beside_backward_s: float = 0.0
+    """Sums of gradients, beside the last backward."""
+    beside_all_s: float = 0.0
+    """Gathers and sums of ZeRO-3, beside every forward and backward."""
+    after_s: float = 0.0
+    """Updated parameters that are gathered again."""
+
+    @property
+    def busy_s(self) -> float:
+        """All of it."""
+        return self.beside_backward_s + self.beside_all_s + self.after_s
+
+    def waited_s(self, backward_s: float, all_s: float) -> float:
+        """Return what a step waits, of whose forwards and backwards `all_s` are in all."""
+        beside_s = max(0.0, self.beside_backward_s - backward_s)
+        return beside_s + max(0.0, self.beside_all_s - all_s) + self.after_s
+
+
+def rank_traffic(workload: Workload, machine: Machine) -> RankTraffic:
+    """Return what crosses between the ranks of `data` and `context`."""
     parallel = workload.parallel
     ranks = parallel.data * parallel.context
     if ranks == 1:
-        return 0.0, 0.0
+        return RankTraffic()
     rate = _network_rate(machine, parallel.ranks)
     trained = sum(each.count for each in rank_parameters(workload) if each.trained)
     whole = sum(each.count for each in rank_parameters(workload))
     once_s = workload.element_bytes * (ranks - 1) / ranks / rate
     if parallel.zero_stage == 3:
-        busy_s = workload.accumulation * (2 * whole + trained) * once_s
-        return max(0.0, busy_s - workload.accumulation * step.duration_s), busy_s
-    reduced_s = trained * once_s * (1 if parallel.zero_stage else 2)
-    gathered_s = trained * once_s if parallel.zero_stage else 0.0
-    return max(0.0, reduced_s - step.backward_s) + gathered_s, reduced_s + gathered_s
+        return RankTraffic(beside_all_s=workload.accumulation * (2 * whole + trained) * once_s)
+    if parallel.zero_stage:
+        return RankTraffic(trained * once_s, after_s=trained * once_s)
+    return RankTraffic(2 * trained * once_s)
+
+
+def zeroed_s(workload: Workload, machine: Machine) -> float:
+    """Return the seconds in which gradients are set to nothing."""
+    count = sum(each.count for each in rank_parameters(workload) if each.trained)
+    nbytes = max(1, workload.element_bytes * count)
+    return nbytes / machine.device.memory_bytes_per_s.at(nbytes)
 
 
 def _busy(

@@ -19,12 +19,12 @@ from perfmodel.schedules.updates import (
 )
 from perfmodel.workload import Strategy, Workload
 
-__all__ = ["UpdateStep", "update_rates", "update_step"]
+__all__ = ["UpdateStep", "update_rates", "update_step", "updated_count"]
 
 # Of a parameter where nothing moves: gradient, master copy and moments read, all but it written.
 _UPDATED_BYTES = 28
 # So many subgroups stand for all: what is simulated are shares, not each one.
-_SUBGROUPS = 64
+_SUBGROUPS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def update_step(workload: Workload, strategy: Strategy, machine: Machine) -> Upd
 
     Raises ValueError where the machine lacks what the placement names.
     """
-    count = zero_count(workload, [each for each in rank_parameters(workload) if each.trained])
+    count = updated_count(workload)
     if strategy.optimizer == "torch":
         seconds = count / _device_rate(machine)
         return UpdateStep(update_s=seconds, busy_s={"device": seconds})
@@ -67,6 +67,11 @@ def update_step(workload: Workload, strategy: Strategy, machine: Machine) -> Upd
         busy_s=busy,
         schedule=stay.schedule,
     )
+
+
+def updated_count(workload: Workload) -> int:
+    """Return how many parameters a rank updates."""
+    return zero_count(workload, [each for each in rank_parameters(workload) if each.trained])
 
 
 def update_rates(workload: Workload, machine: Machine) -> UpdateRates:

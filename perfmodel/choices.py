@@ -1,0 +1,329 @@
+"""What a planner chooses from: what becomes of activations, and of states, each priced once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from perfmodel.activation_step import ActivationStep, activation_step
+from perfmodel.layered_step import EFFORT, TAKEN_DOWN, LayeredStep
+from perfmodel.machine import Machine
+from perfmodel.prediction import (
+    MARGIN,
+    RankTraffic,
+    device_memory_bytes,
+    forwards_waiting,
+    rank_layers,
+    rank_tape,
+    rank_times,
+    rank_traffic,
+    zeroed_s,
+)
+from perfmodel.states import held, held_bytes
+from perfmodel.update_step import UpdateStep, update_step, updated_count
+from perfmodel.workload import Strategy, Workload
+
+__all__ = ["ActivationChoice", "Searched", "StatesChoice"]
+
+_FEWEST_LAYERS = TAKEN_DOWN + 2
+_LEAST_STAGING = 64 << 20
+_MOST_STAGING = 4 << 30
+_MICRO_BATCHES = 12
+# What is on its way takes a little of the room for what stays.
+_ROUNDED = 0.95
+_ROOMS = 6
+_SAME = 1.005
+
+
+@dataclass(frozen=True)
+class StatesChoice:
+    """Where states lie, and all that a step has in memory and takes beside activations."""
+
+    workload: Workload
+    strategy: Strategy
+    update: UpdateStep
+    traffic: RankTraffic
+    zeroed_s: float
+    device_bytes: tuple[int, int]
+    """While the backward runs, and while the update does."""
+    host_bytes: tuple[int, int]
+    pinned_bytes: int
+    ssd_bytes: int
+
+
+@dataclass(frozen=True)
+class ActivationChoice:
+    """What becomes of activations in a forward and backward, of which a step has `repeats`."""
+
+    strategy: Strategy
+    step: ActivationStep
+    repeats: int
+    bubble: float
+    """Of a pipeline, in forwards and backwards."""
+    waiting: float
+    """Forwards of other micro-batches that are under way."""
+
+    @property
+    def host_bytes(self) -> float:
+        """Of the host, staging among it."""
+        return self.step.staging_bytes + (1 + self.waiting) * self.step.host_bytes
+
+    @property
+    def ssd_bytes(self) -> float:
+        """On the SSD at once."""
+        return (1 + self.waiting) * self.step.ssd_bytes
+
+    def device_bytes(self, states: StatesChoice, machine: Machine) -> int:
+        """Return the device's memory with `states`."""
+        mine = self.step.device_bytes + round(self.waiting * self.step.saved_bytes)
+        backward, update = states.device_bytes
+        return device_memory_bytes(max(backward + mine, update), machine)
+
+    def step_s(self, states: StatesChoice) -> float:
+        """Return the seconds of a step with `states`."""
+        one_s = self.step.duration_s
+        sent_s = states.update.gradients_s
+        if states.strategy.early_gradients:
+            sent_s = max(0.0, sent_s - self.step.backward_s)
+        waited_s = states.traffic.waited_s(self.step.backward_s, self.repeats * one_s)
+        beside_s = waited_s + sent_s + states.zeroed_s + states.update.update_s
+        return (self.repeats + self.bubble) * one_s + beside_s
+
+    def written(self, states: StatesChoice) -> int:
+        """Return what a step writes to the SSD with `states`."""
+        return self.repeats * self.step.ssd_bytes + states.update.ssd_bytes
+
+
+class Searched:
+    """A workload and a machine, and what can be chosen for them."""
+
+    def __init__(self, workload: Workload, machine: Machine, fine: int) -> None:
+        self._workload, self._machine, self._fine = workload, machine, fine
+        self._priced: dict[tuple[int, int], _Priced] = {}
+        self._updates: dict[tuple[int, Strategy], UpdateStep] = {}
+
+    def workloads(
+        self, micro_batches: Sequence[int], zero_stages: Sequence[int], pipelines: Sequence[int]
+    ) -> Iterator[Workload]:
+        """Yield the same step in other forwards, stages of ZeRO, or parts of a pipeline."""
+        given = self._workload
+        sequences, parallel = given.micro_batch * given.accumulation, given.parallel
+        batches = (
+            micro_batches
+            or [size for size in range(1, sequences + 1) if sequences % size == 0][-_MICRO_BATCHES:]
+        )
+        for stages in pipelines or (parallel.pipeline,):
+            ranks = parallel.data * parallel.pipeline
+            if ranks % stages or (sequences * parallel.data) % (ranks // stages):
+                continue
+            for stage in zero_stages or (parallel.zero_stage,):
+                if stage == 3 and stages > 1:
+                    continue
+                shared = replace(parallel, pipeline=stages, data=ranks // stages, zero_stage=stage)
+                whole = sequences * parallel.data // shared.data
+                one = replace(given, parallel=shared, micro_batch=whole, accumulation=1)
+                yield from (one.with_batch(size) for size in batches if whole % size == 0)
+
+    def states(
+        self, workload: Workload, optimizers: Sequence[str], placements: Sequence[str]
+    ) -> Iterator[StatesChoice]:
+        """Yield where states may lie."""
+        machine = self._machine
+        for strategy in self._places(workload, optimizers, placements):
+            items = held(workload, strategy, device_is_host=machine.link is None)
+            phases = ("backward", "update")
+            device, host = (
+                (held_bytes(items, tier, phases[0]), held_bytes(items, tier, phases[1]))
+                for tier in ("device", "host")
+            )
+            yield StatesChoice(
+                workload,
+                strategy,
+                self._update(workload, strategy),
+                rank_traffic(workload, machine),
+                zeroed_s(workload, machine),
+                device,
+                host,
+                sum(each.nbytes for each in items if each.tier == "host" and each.pinned),
+                held_bytes(items, "ssd", phases[0]),
+            )
+
+    def _update(self, workload: Workload, strategy: Strategy) -> UpdateStep:
+        key = updated_count(workload), strategy
+        if key not in self._updates:
+            self._updates[key] = update_step(workload, strategy, self._machine)
+        return self._updates[key]
+
+    def _places(
+        self, workload: Workload, optimizers: Sequence[str], placements: Sequence[str]
+    ) -> Iterator[Strategy]:
+        alone, drive = self._machine.link is None, self._machine.drive
+        # Beside half-precision parameters torch's states would be in half precision as well.
+        if "torch" in optimizers and workload.dtype == "float32":
+            yield Strategy(optimizer="torch")
+        if "offload" not in optimizers:
+            return
+        early = workload.framework == "torch" and not alone
+        if "device" in placements:
+            yield Strategy(placement="device")
+        if "host" in placements and not alone:
+            yield Strategy(placement="host", early_gradients=early)
+            for part in range(1, self._fine if "device" in placements else 1):
+                share = round(part / self._fine, 4)
+                mixed = f"host={share:g},device={1 - share:g}"
+                yield Strategy(placement=mixed, early_gradients=early)
+        if "ssd" in placements and drive is not None:
+            yield Strategy(placement="ssd", early_gradients=early)
+            if "host" in placements and not alone:
+                yield Strategy(placement="ssd=0.5,host=0.5", early_gradients=early)
+
+    def activations(
+        self, modes: Sequence[str], room: float, states: Sequence[StatesChoice]
+    ) -> Iterator[ActivationChoice]:
+        """Yield what may become of activations beside one of `states`, in `room` on the device."""
+        workload = states[0].workload
+        key = workload.micro_batch, workload.parallel.pipeline
+        if key not in self._priced:
+            self._priced[key] = _Priced(workload, self._machine)
+        priced, parallel = self._priced[key], workload.parallel
+        for strategy, step in self._priced_steps(priced, modes, room, states):
+            yield ActivationChoice(
+                strategy,
+                step,
+                workload.accumulation,
+                (parallel.pipeline - 1) / parallel.chunks,
+                forwards_waiting(workload),
+            )
+
+    def refined(
+        self, choice: ActivationChoice, room: float, states: StatesChoice
+    ) -> ActivationChoice:
+        """Return `choice` with no more moved than `room` asks for, if that takes no longer."""
+        strategy = choice.strategy
+        if strategy.activations not in ("host", "ssd"):
+            return choice
+        workload = states.workload
+        priced = self._priced[workload.micro_batch, workload.parallel.pipeline]
+        left = priced.left(room, states)
+        if left <= 0:
+            return choice
+        less = replace(strategy, memory_bytes=int(left))
+        step = priced.step(less, thorough=True)
+        longer = step.duration_s > choice.step.duration_s * _SAME
+        if longer or step.moved_bytes > choice.step.moved_bytes:
+            return choice
+        return replace(choice, strategy=less, step=step)
+
+    def _priced_steps(
+        self, priced: _Priced, modes: Sequence[str], room: float, states: Sequence[StatesChoice]
+    ) -> Iterator[tuple[Strategy, ActivationStep]]:
+        kept = priced.kept
+        if "keep" in modes:
+            yield Strategy(), kept
+        if "recompute" in modes:
+            for again in priced.counts(self._fine):
+                yield priced.repeated(again)
+        for tier in ("host", "ssd"):
+            if tier in modes and priced.reaches(tier):
+                yield from priced.all_moved(tier, room, states)
+
+
+class _Priced:
+    """The forwards and backwards of one micro-batch and number of stages."""
+
+    def __init__(self, workload: Workload, machine: Machine) -> None:
+        self._workload, self._machine = workload, machine
+        self._layers = rank_layers(workload)
+        self._found: dict[Strategy, ActivationStep] = {}
+        encoder = workload.model.encoder_layers or workload.model.positions == "relative"
+        few = self._layers >= _FEWEST_LAYERS and not encoder
+        self._tape = rank_tape(workload, machine, TAKEN_DOWN if few else None)
+        self._times = rank_times(self._tape, workload, machine)
+        self._layered: LayeredStep | None = None
+        if few:
+            least = Strategy().min_tensor_bytes
+            self._layered = LayeredStep(self._tape, self._times, self._layers, machine, least)
+
+    def step(self, strategy: Strategy, *, thorough: bool = False) -> ActivationStep:
+        """Return what a strategy takes."""
+        if thorough:
+            return self._step(strategy, EFFORT)
+        if strategy not in self._found:
+            self._found[strategy] = self._step(strategy, 0.0)
+        return self._found[strategy]
+
+    def _step(self, strategy: Strategy, effort: float) -> ActivationStep:
+        if self._layered is None:
+            return activation_step(self._tape, self._times, self._machine, strategy, effort=effort)
+        every = self._layers if strategy.activations == "recompute" else 0
+        again = every if strategy.recompute is None else len(strategy.recompute)
+        return self._layered.step(strategy, again, effort=effort)
+
+    @cached_property
+    def kept(self) -> ActivationStep:
+        """Return the step in which everything stays."""
+        return self.step(Strategy())
+
+    def counts(self, fine: int) -> list[int]:
+        """Return how many layers may be run again."""
+        layers = len(self._tape.blocks) if self._layered is None else self._layers
+        some = {round(part * layers / fine) for part in range(1, fine)}
+        least = 1 if self._layered is None else 2
+        return [*sorted(each for each in some if least <= each <= layers - least), layers]
+
+    def repeated(self, again: int) -> tuple[Strategy, ActivationStep]:
+        """Return the strategy in which the first `again` layers are run again."""
+        layers = len(self._tape.blocks) if self._layered is None else self._layers
+        which = None if again == layers else tuple(range(again))
+        strategy = Strategy(activations="recompute", recompute=which)
+        return strategy, self.step(strategy)
+
+    def reaches(self, tier: str) -> bool:
+        """Say whether activations can go there."""
+        return (self._machine.link if tier == "host" else self._machine.drive) is not None
+
+    def all_moved(
+        self, tier: str, room: float, states: Sequence[StatesChoice]
+    ) -> Iterator[tuple[Strategy, ActivationStep]]:
+        """Yield `tier` with as little on the device as costs no time, and as some rooms force."""
+        strategy, free = self._moved(tier, None)
+        yield strategy, free
+        for left in self._rooms(room, states):
+            if left < free.device_bytes - self._beside:  # else it would only move less
+                yield self._moved(tier, left)
+
+    def _moved(self, tier: str, memory_bytes: int | None) -> tuple[Strategy, ActivationStep]:
+        strategy = Strategy(
+            activations=tier, memory_bytes=memory_bytes, staging_bytes=self._staging_bytes
+        )
+        return strategy, self.step(strategy)
+
+    @property
+    def _beside(self) -> int:
+        """Return what is on the device besides what is saved, where nothing leaves."""
+        return self.kept.device_bytes - self.kept.saved_bytes
+
+    @cached_property
+    def _staging_bytes(self) -> int:
+        """Of a few of the largest tensors, which go through one after the other."""
+        saved = (value.storage.nbytes for each in self._tape.operators for value in each.saves)
+        largest = self._layered.largest_bytes if self._layered else max(saved, default=0)
+        tensors = 2 if self._machine.link is None else 4
+        return min(_MOST_STAGING, max(_LEAST_STAGING, tensors * largest))
+
+    def _rooms(self, room: float, states: Sequence[StatesChoice]) -> list[int]:
+        """Return what saved tensors may take beside each of `states`, if not all of them fit."""
+        found = set()
+        for each in states:
+            left = self.left(room, each)
+            if 0 < left < self.kept.saved_bytes:
+                # Rooms that are alike are one.
+                found.add(int(left / self.kept.saved_bytes * _ROOMS) / _ROOMS or left)
+        saved = self.kept.saved_bytes
+        return sorted(int(each * saved if each < 1 else each) for each in found)
+
+    def left(self, room: float, states: StatesChoice) -> float:
+        """Return what saved tensors may take of a device with `room` beside `states`."""
+        whole = device_memory_bytes(states.device_bytes[0], self._machine)
+        return ((room - whole) / (1 + MARGIN) - self._beside) * _ROUNDED

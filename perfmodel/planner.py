@@ -1,0 +1,296 @@
+"""Searches what a planner may choose for the step that fits and takes the least time.
+
+What becomes of activations and what becomes of states are each computed once; every pair of them is
+then a sum of seconds and bytes, so that a hundred thousand strategies are compared in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from perfmodel.choices import ActivationChoice, Searched, StatesChoice
+from perfmodel.endurance import DAY_S
+from perfmodel.machine import Machine
+from perfmodel.plan_file import Limits
+from perfmodel.prediction import Prediction, combined
+from perfmodel.units import format_bytes
+from perfmodel.workload import Workload
+
+__all__ = ["Choice", "Found", "Search", "limits_of", "plan", "swept"]
+
+_SAME = 1.005
+"""Steps so close to each other are equally fast: what moves less, or is simpler, comes first."""
+# Of a host's memory: what the system and the processes themselves need.
+_HOST_PART = 0.9
+_SIMPLE = ("keep", "recompute", "host", "ssd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What may be chosen; the defaults are everything that the machine and framework have."""
+
+    activations: tuple[str, ...] = ("keep", "recompute", "host", "ssd")
+    optimizers: tuple[str, ...] = ("offload", "torch")
+    placements: tuple[str, ...] = ("device", "host", "ssd")
+    micro_batches: tuple[int, ...] = ()
+    """None: every one that divides the step's sequences of a rank."""
+    zero_stages: tuple[int, ...] = ()
+    """None: the workload's own."""
+    pipelines: tuple[int, ...] = ()
+    """None: the workload's own. Ranks that are in none share batches."""
+    fine: int = 4
+    """In how many steps layers, memory and shares are tried."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy that fits."""
+
+    name: str
+    """`fastest`, `least memory` or `least wear`."""
+    prediction: Prediction
+    why: str
+    """One sentence."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a search. `choices`: the best first; none where nothing fits."""
+
+    choices: tuple[Choice, ...]
+    tried: int
+    fitting: int
+    closest: Prediction | None = None
+    """Where nothing fits: what comes closest."""
+    over: Mapping[str, int] | None = None
+    """Where nothing fits: by how many bytes that is over each limit."""
+    change: str = ""
+    """Where nothing fits: the smallest change with which something would."""
+
+
+def plan(
+    workload: Workload, machine: Machine, limits: Limits | None = None, search: Search | None = None
+) -> Found:
+    """Return the best strategies for `workload` within `limits` and what the machine has.
+
+    Raises ValueError for a workload that the machine cannot run at all.
+    """
+    return _Planned(workload, machine, limits or Limits(), search or Search()).found()
+
+
+def swept(
+    workload: Workload, machine: Machine, limits: Limits, key: str, values: Sequence[int]
+) -> list[tuple[int, Found]]:
+    """Return `plan` for each value of `seq_len` or `micro_batch`. Raises ValueError for another."""
+    found = []
+    for value in values:
+        if key == "seq_len":
+            one = replace(workload, seq_len=value)
+        elif key == "micro_batch":
+            one = replace(workload, micro_batch=value)
+        else:
+            raise ValueError(f"{key!r} is not swept; seq_len and micro_batch are")
+        found.append((value, plan(one, machine, limits)))
+    return found
+
+
+def limits_of(machine: Machine, limits: Limits) -> dict[str, float]:
+    """Return the limits of one rank, those of the machine where none is given."""
+    ranks, drive = machine.devices, machine.drive
+    alone = machine.link is None
+    host = int(_HOST_PART * machine.host.memory_bytes / ranks)
+    device = host if alone else machine.device.memory_bytes
+    given = {
+        "device_bytes": (limits.device_bytes, device),
+        "host_bytes": (limits.host_bytes, host),
+        "pinned_bytes": (limits.pinned_bytes, host),
+        "ssd_bytes": (limits.ssd_bytes, drive.free_bytes if drive else 0),
+        "ssd_write_bytes_per_day": (limits.ssd_write_bytes_per_day, None),
+    }
+    found = {
+        key: otherwise if value is None else value for key, (value, otherwise) in given.items()
+    }
+    shared = ("ssd_bytes", "ssd_write_bytes_per_day")
+    return {
+        key: value / (ranks if key in shared else 1)
+        for key, value in found.items()
+        if value is not None
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """One pair, as far as it is compared."""
+
+    step_s: float
+    uses: tuple[float, ...]
+    """Of what `_LIMITED` names."""
+    written: float
+    activations: ActivationChoice
+    states: StatesChoice
+
+
+_NAMED = {
+    "device_bytes": "device memory",
+    "host_bytes": "host memory",
+    "ssd_bytes": "space on the SSD",
+}
+_SHORTEST = 64  # a sequence that is this many times shorter is another task
+_LIMITED = ("device_bytes", "host_bytes", "pinned_bytes", "ssd_bytes", "ssd_write_bytes_per_day")
+
+
+class _Planned:
+    """All pairs of a search, and which of them fit."""
+
+    def __init__(
+        self, workload: Workload, machine: Machine, limits: Limits, search: Search
+    ) -> None:
+        self._workload, self._machine, self._search = workload, machine, search
+        self._searched = Searched(workload, machine, search.fine)
+        self._limits = limits
+        allowed = limits_of(machine, limits)
+        self._bounds = {key: allowed.get(key, math.inf) for key in _LIMITED}
+        self._room = self._bounds["device_bytes"]
+        self._sums = list(self._pairs())
+        if not self._sums:
+            raise ValueError(
+                f"{machine.name!r} has nothing to choose from: {', '.join(search.activations)} "
+                f"with {', '.join(search.placements)}"
+            )
+
+    def _pairs(self) -> Iterator[_Sum]:
+        search, searched = self._search, self._searched
+        for workload in searched.workloads(
+            search.micro_batches, search.zero_stages, search.pipelines
+        ):
+            states = list(searched.states(workload, search.optimizers, search.placements))
+            if not states:
+                continue
+            for activations in searched.activations(search.activations, self._room, states):
+                for each in states:
+                    yield _sum(activations, each, self._machine)
+
+    def fitting(self, but: Sequence[str] = ()) -> list[_Sum]:
+        """Return what keeps to all limits, or to all but some."""
+        bounds = [math.inf if key in but else most for key, most in self._bounds.items()]
+        return [
+            each
+            for each in self._sums
+            if all(use <= most for use, most in zip(each.uses, bounds, strict=True))
+        ]
+
+    def found(self) -> Found:
+        """Return what came of it."""
+        fitting, tried = self.fitting(), len(self._sums)
+        if fitting:
+            chosen = _chosen(fitting, self._searched, self._machine, self._room)
+            return Found(chosen, tried, len(fitting))
+        closest = min(self._sums, key=self._most_over)
+        uses = zip(_LIMITED, closest.uses, self._bounds.values(), strict=True)
+        over = {key: round(use - most) for key, use, most in uses if use > most}
+        predicted = _predicted(closest, self._machine)
+        return Found((), tried, 0, predicted, over, self._change())
+
+    def _most_over(self, one: _Sum) -> float:
+        bounds = self._bounds.values()
+        return max(use / max(1.0, most) for use, most in zip(one.uses, bounds, strict=True))
+
+    def _change(self) -> str:
+        """Return in words the smallest changes with which something would fit."""
+        offers = []
+        for key, name in _NAMED.items():
+            some = self.fitting((key, "pinned_bytes") if key == "host_bytes" else (key,))
+            if some and (key != "ssd_bytes" or self._machine.drive is not None):
+                needs = min(each.uses[_LIMITED.index(key)] for each in some)
+                have = self._bounds[key]
+                offers.append(f"{format_bytes(needs)} of {name} (now {format_bytes(have)})")
+        if shorter := self._shorter():
+            offers.append(f"seq_len={shorter} (now {self._workload.seq_len})")
+        return (
+            f"it would fit with {', or '.join(offers)}" if offers else "no single change would do"
+        )
+
+    def _shorter(self) -> int:
+        """Return the longest half, quarter and so on of the sequence with which something fits."""
+        length, least = self._workload.seq_len // 2, self._workload.seq_len // _SHORTEST
+        while length >= max(1, least):
+            try:
+                shorter = replace(self._workload, seq_len=length)
+                if _Planned(shorter, self._machine, self._limits, self._search).fitting():
+                    return length
+            except ValueError:  # ranks along the sequence do not divide it
+                return 0
+            length //= 2
+        return 0
+
+
+def _sum(activations: ActivationChoice, states: StatesChoice, machine: Machine) -> _Sum:
+    step_s, written = activations.step_s(states), activations.written(states)
+    uses = (
+        activations.device_bytes(states, machine),
+        max(states.host_bytes[0] + activations.host_bytes, states.host_bytes[1]),
+        states.pinned_bytes + activations.host_bytes,
+        states.ssd_bytes + activations.ssd_bytes,
+        written / step_s * DAY_S,
+    )
+    return _Sum(step_s, uses, written, activations, states)
+
+
+def _predicted(one: _Sum, machine: Machine) -> Prediction:
+    chosen = one.states.strategy
+    strategy = replace(
+        one.activations.strategy,
+        optimizer=chosen.optimizer,
+        placement=chosen.placement,
+        update_schedule=chosen.update_schedule,
+        early_gradients=chosen.early_gradients,
+    )
+    workload, step = one.states.workload, one.activations.step
+    return combined(workload, strategy, machine, step, one.states.update)
+
+
+def _chosen(
+    fitting: Sequence[_Sum], searched: Searched, machine: Machine, room: float
+) -> tuple[Choice, ...]:
+    least_s = min(each.step_s for each in fitting)
+    best = _fastest(fitting)
+    least = min(each.uses[0] for each in fitting)
+    small = _fastest([each for each in fitting if each.uses[0] <= 1.01 * least])
+    fewest = min(each.written for each in fitting)
+    gentle = _fastest([each for each in fitting if each.written <= fewest])
+    if small is not best:
+        best = _refined(best, searched, machine, room)
+    choices = [("fastest", best, f"no other of {len(fitting)} that fit takes less time")]
+    if small.uses[0] < 0.99 * best.uses[0]:
+        less, longer = best.uses[0] - small.uses[0], small.step_s / least_s - 1
+        why = f"{format_bytes(less)} less on the device for a step {longer:.0%} longer"
+        choices.append(("least memory", small, why))
+    if gentle.written < best.written:
+        why = (
+            f"it writes {format_bytes(gentle.written)} a step instead of "
+            f"{format_bytes(best.written)}, in a step {gentle.step_s / least_s - 1:.0%} longer"
+        )
+        choices.append(("least wear", gentle, why))
+    return tuple(Choice(name, _predicted(one, machine), why) for name, one, why in choices)
+
+
+def _fastest(some: Sequence[_Sum]) -> _Sum:
+    """Return the simplest of those that are as fast as the fastest."""
+    soon_s = min(each.step_s for each in some) * _SAME
+    return min((each for each in some if each.step_s <= soon_s), key=_simplicity)
+
+
+def _refined(one: _Sum, searched: Searched, machine: Machine, room: float) -> _Sum:
+    """Return `one` moving no more than it must."""
+    less = searched.refined(one.activations, room, one.states)
+    other = _sum(less, one.states, machine)
+    return other if other.uses[0] <= room and less is not one.activations else one
+
+
+def _simplicity(one: _Sum) -> tuple[float, int, int, float]:
+    """Return what is less for what moves less, and is simpler."""
+    strategy = one.activations.strategy
+    moves = _SIMPLE.index(strategy.activations) + ("device" not in one.states.strategy.placement)
+    return one.written, moves, one.activations.step.moved_bytes, one.step_s

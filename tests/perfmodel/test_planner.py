@@ -1,0 +1,198 @@
+"""Plans: what is chosen fits, nothing that was tried is better, and what is missing is said."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perfmodel.choices import Searched
+from perfmodel.machine import read_machine
+from perfmodel.model import Model
+from perfmodel.plain_models import PLAIN_MODELS, plain_model
+from perfmodel.plan_file import Limits
+from perfmodel.planner import Search, limits_of, plan, swept
+from perfmodel.prediction import combined
+from perfmodel.workload import Parallel, Workload
+
+MODEL = Model(
+    num_layers=16,
+    hidden_size=1024,
+    num_heads=16,
+    vocab_size=8192,
+    norm="rms",
+    positions="rotary",
+    gated=True,
+    activation="silu",
+    attention_bias=False,
+    ffn_bias=False,
+)
+MACHINE = replace(read_machine("a100-80gb-sxm"), devices=1)
+WORKLOAD = Workload(model=MODEL, seq_len=2048, micro_batch=4)
+GIB = 1 << 30
+
+
+def test_with_room_for_everything_nothing_moves() -> None:
+    best = plan(WORKLOAD, MACHINE).choices[0]
+    assert best.name == "fastest"
+    assert best.prediction.strategy.activations == "keep"
+    assert best.prediction.strategy.placement == "device"
+    assert best.prediction.ssd_write_bytes == 0
+
+
+@pytest.mark.parametrize("gib", [8, 12, 20, 40])
+def test_what_is_chosen_keeps_to_every_limit(gib: int) -> None:
+    limits = Limits(device_bytes=gib * GIB, host_bytes=64 * GIB, ssd_write_bytes_per_day=10**13)
+    found = plan(WORKLOAD, MACHINE, limits)
+    assert found.choices
+    for choice in found.choices:
+        prediction = choice.prediction
+        assert prediction.device_bytes <= gib * GIB
+        assert prediction.host_bytes <= 64 * GIB
+        assert prediction.ssd_write_bytes_per_day <= 10**13
+        assert choice.why
+
+
+def test_more_memory_is_never_slower() -> None:
+    steps = [
+        plan(WORKLOAD, MACHINE, Limits(device_bytes=gib * GIB)).choices[0].prediction.step_s
+        for gib in (8, 10, 14, 20, 40, 80)
+    ]
+    # Those within half a percent of the fastest are as good.
+    assert all(after <= before * 1.006 for before, after in itertools.pairwise(steps))
+    assert steps[0] > steps[-1]
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        WORKLOAD,
+        replace(WORKLOAD, parallel=Parallel(pipeline=4), accumulation=4),
+        replace(WORKLOAD, parallel=Parallel(data=2, zero_stage=3), accumulation=2),
+        replace(WORKLOAD, parallel=Parallel(data=2, zero_stage=1), framework="deepspeed"),
+    ],
+    ids=["one", "pipeline", "zero 3", "deepspeed"],
+)
+def test_pairs_are_compared_by_the_very_figures_that_are_predicted(workload: Workload) -> None:
+    machine = replace(MACHINE, devices=4)
+    searched = Searched(workload, machine, 3)
+    compared = 0
+    for one in searched.workloads((), (), ()):
+        states = list(searched.states(one, ("offload",), ("device", "host", "ssd")))
+        modes = ("keep", "recompute", "host", "ssd")
+        for activations in searched.activations(modes, 20.0 * GIB, states):
+            for each in states:
+                chosen = each.strategy
+                strategy = replace(
+                    activations.strategy,
+                    placement=chosen.placement,
+                    early_gradients=chosen.early_gradients,
+                )
+                full = combined(one, strategy, machine, activations.step, each.update)
+                assert activations.step_s(each) == pytest.approx(full.step_s)
+                assert activations.device_bytes(each, machine) == full.device_bytes
+                assert activations.written(each) == full.ssd_write_bytes
+                assert each.ssd_bytes + activations.ssd_bytes == full.ssd_bytes
+                compared += 1
+    assert compared > 20
+
+
+def test_where_nothing_fits_it_says_what_would_do() -> None:
+    limits = Limits(device_bytes=1 * GIB)
+    found = plan(WORKLOAD, MACHINE, limits)
+    assert not found.choices
+    assert found.closest is not None
+    assert found.closest.device_bytes - 1 * GIB == found.over["device_bytes"]  # type: ignore[index]
+    assert "of device memory (now 1.00 GiB)" in found.change
+
+
+def test_a_sequence_that_would_fit_is_offered() -> None:
+    long = replace(WORKLOAD, seq_len=1 << 18, micro_batch=1)
+    found = plan(long, MACHINE, Limits(device_bytes=24 * GIB))
+    assert not found.choices
+    offered = int(found.change.split("seq_len=")[1].split()[0])
+    assert plan(replace(long, seq_len=offered), MACHINE, Limits(device_bytes=24 * GIB)).choices
+
+
+def test_a_days_bytes_keep_the_ssd_from_being_chosen() -> None:
+    limits = Limits(device_bytes=8 * GIB, host_bytes=8 * GIB)
+    ssd = plan(WORKLOAD, MACHINE, limits, Search(activations=("ssd",), placements=("ssd",)))
+    assert ssd.choices[0].prediction.ssd_write_bytes > 0
+    none = replace(limits, ssd_write_bytes_per_day=1 << 30)
+    found = plan(WORKLOAD, MACHINE, none, Search(activations=("ssd",), placements=("ssd",)))
+    assert not found.choices
+
+
+def test_a_sweep_has_a_plan_for_each_value() -> None:
+    found = swept(WORKLOAD, MACHINE, Limits(), "seq_len", (1024, 2048))
+    assert [value for value, _ in found] == [1024, 2048]
+    assert all(each.choices for _, each in found)
+    with pytest.raises(ValueError, match="'vocab' is not swept"):
+        swept(WORKLOAD, MACHINE, Limits(), "vocab", (1,))
+
+
+@pytest.mark.parametrize("kind", PLAIN_MODELS)
+def test_a_machine_without_a_device_is_planned_for(kind: str) -> None:
+    alone = replace(read_machine("laptop"), link=None)
+    model = plain_model(kind, num_layers=6, hidden_size=384, num_heads=6, seq_len=256)
+    workload = Workload(model=model, seq_len=256, micro_batch=8, dtype="float32", plain=kind)
+    whole = plan(workload, alone).choices[0].prediction
+    assert whole.strategy.activations == "keep"
+    tight = Limits(device_bytes=int(whole.device_bytes * 0.7))
+    found = plan(workload, alone, tight)
+    assert found.choices[0].prediction.device_bytes <= tight.device_bytes  # type: ignore[operator]
+    assert found.choices[0].prediction.strategy.activations != "host"
+
+
+def test_what_cannot_be_chosen_at_all_is_refused() -> None:
+    bare = replace(MACHINE, drive=None)
+    with pytest.raises(ValueError, match="nothing to choose from"):
+        plan(WORKLOAD, bare, search=Search(activations=("ssd",)))
+
+
+def test_limits_are_the_machines_where_none_is_given() -> None:
+    machine = replace(MACHINE, devices=4)
+    found = limits_of(machine, Limits(ssd_bytes=400))
+    assert found["device_bytes"] == machine.device.memory_bytes
+    assert found["host_bytes"] <= machine.host.memory_bytes / 4
+    assert found["ssd_bytes"] == 100
+    assert "ssd_write_bytes_per_day" not in found
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    layers=st.integers(1, 9),
+    hidden=st.sampled_from([64, 192]),
+    seq=st.sampled_from([32, 300]),
+    micro=st.integers(1, 6),
+    gib=st.sampled_from([2, 3, 80]),
+    more=st.fixed_dictionaries(
+        {"accumulation": st.integers(1, 3), "dtype": st.sampled_from(["float32", "bfloat16"])}
+    ),
+)
+def test_any_shape_is_planned_or_told_what_it_lacks(
+    layers: int, hidden: int, seq: int, micro: int, gib: int, more: dict[str, Any]
+) -> None:
+    model = replace(
+        MODEL,
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=4,
+        num_kv_heads=4,
+        head_size=hidden // 4,
+        ffn_size=4 * hidden,
+        embedding_size=hidden,
+    )
+    found = plan(
+        Workload(model=model, seq_len=seq, micro_batch=micro, **more),
+        MACHINE,
+        Limits(device_bytes=gib * GIB),
+    )
+    assert found.choices or found.change
+    for choice in found.choices:
+        assert 0 < choice.prediction.device_bytes <= gib * GIB
+        assert choice.prediction.step_s > 0
