@@ -3,5 +3,13 @@
 from offload.activations import ActivationOffload, ActivationStats
 from offload.config import ActivationsConfig, OptimizerConfig
 from offload.optimizer import AdamW
+from offload.session import Session
 
-__all__ = ["ActivationOffload", "ActivationStats", "ActivationsConfig", "AdamW", "OptimizerConfig"]
+__all__ = [
+    "ActivationOffload",
+    "ActivationStats",
+    "ActivationsConfig",
+    "AdamW",
+    "OptimizerConfig",
+    "Session",
+]

@@ -1,0 +1,187 @@
+"""A whole plan, applied to a model: what becomes of activations, and where states lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from offload.activations import ActivationOffload, ActivationStats
+from offload.calibrate import present_machine
+from offload.config import Limits, Plan, read_plan
+from offload.optimizer import AdamW
+from perfmodel.model import Model
+from perfmodel.plan_file import Predicted
+from perfmodel.planner import Search
+from perfmodel.planner import plan as search_plan
+from perfmodel.workload import Workload
+
+__all__ = ["Session", "plan_here"]
+
+
+class Session:
+    """A model that trains by a plan. Owns what moves bytes; `close()` it, or use it in a `with`.
+
+    `plan` is the path of a plan, what it says as a mapping, a `Plan`, or `auto`: then this machine
+    is measured (once; see `present_machine`), and planned for `workload` within `limits`, with
+    `path` on its SSD. Forwards run in `forward()`, layers that may be run again through `block()`.
+
+    Raises ValueError for a plan that is wrong, made for another workload, or when nothing fits;
+    OSError for a file or directory that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        plan: str | os.PathLike[str] | Mapping[str, Any] | Plan = "auto",
+        *,
+        workload: Workload | None = None,
+        limits: Limits | None = None,
+        path: str | tuple[str, ...] = (),
+    ) -> None:
+        paths = (path,) if isinstance(path, str) else path
+        self.plan = _plan_of(plan, workload, limits, paths)
+        if workload is not None:
+            self.plan.check_workload(workload)
+        require_parameters(self.plan, model)
+        section = self.plan.activations
+        self._again = section.recompute
+        self.activations: ActivationOffload | None = None
+        """What moves saved activations; None where they stay."""
+        if section.offload is not None:
+            self.activations = ActivationOffload(**_settings(section.offload))
+        self._number = 0  # of the next block of this forward
+
+    @property
+    def predicted(self) -> Predicted | None:
+        """What was expected of a step."""
+        return self.plan.predicted
+
+    def forward(self) -> AbstractContextManager[object]:
+        """Return the context of one micro-batch's forward."""
+        self._number = 0
+        return nullcontext() if self.activations is None else self.activations.forward()
+
+    def block(self, layer: Callable[..., Any], *inputs: Any) -> Any:
+        """Run a layer as the plan says of the block of its number, in the order of a forward."""
+        number, self._number = self._number, self._number + 1
+        mode = self.plan.activations.mode
+        if not torch.is_grad_enabled():
+            return layer(*inputs)
+        if mode == "auto" and self._again is None and self.activations is not None:
+            return self.activations.block(layer, *inputs)
+        again = mode == "recompute" if self._again is None else number in self._again
+        if again:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def make_optimizer(self, params: Iterable[Any], **settings: Any) -> AdamW | torch.optim.AdamW:
+        """Return AdamW for `params` with its states where the plan has them.
+
+        `settings`: `lr`, `betas`, `eps`, `weight_decay`, and with `offload.AdamW` `max_norm`. The
+        caller owns it.
+        """
+        config = self.plan.optimizer
+        if config is None:
+            return torch.optim.AdamW(params, fused=True, **settings)
+        return AdamW(params, **settings, **_settings(config))
+
+    def stats(self) -> ActivationStats | None:
+        """Return what was moved so far; None where nothing is."""
+        return None if self.activations is None else self.activations.stats()
+
+    def close(self) -> None:
+        """Give back memory and files. Idempotent."""
+        if self.activations is not None:
+            self.activations.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def plan_here(workload: Workload, limits: Limits | None = None, path: tuple[str, ...] = ()) -> Plan:
+    """Return the best plan for this machine, measured once. Raises ValueError if nothing fits.
+
+    Batches stay as `workload` has them.
+    """
+    machine = present_machine(path[0] if path else None)
+    if not path:
+        machine = replace(machine, drive=None)
+    found = search_plan(workload, machine, limits, _as_given(workload))
+    if not found.choices:
+        over = ", ".join(f"{key} by {nbytes}" for key, nbytes in (found.over or {}).items())
+        raise ValueError(f"no plan fits: over {over}; {found.change}")
+    best = found.choices[0].prediction
+    return Plan.of(
+        best.workload,
+        best.strategy,
+        machine=machine,
+        path=path,
+        limits=limits,
+        predicted=Predicted(
+            step_s=best.step_s,
+            peak_device_bytes=best.device_bytes,
+            peak_host_bytes=best.host_bytes,
+            ssd_bytes=best.ssd_bytes,
+            ssd_write_bytes=best.ssd_write_bytes,
+            tokens_per_s=best.tokens_per_s,
+        ),
+    )
+
+
+def require_parameters(plan: Plan, model: torch.nn.Module) -> None:
+    """Raise ValueError unless `model` has as many parameters as the one that was planned for."""
+    of = plan.workload.of if plan.workload is not None else None
+    if of is None:
+        return
+    parallel = of["parallel"]
+    shared = any(parallel[key] > 1 for key in ("tensor", "pipeline")) or of["lora_rank"]
+    if shared or parallel["zero_stage"] == 3:
+        return  # a rank has a part of the model, or adapters beside it
+    expected = Model(**of["model"]).num_params
+    found = sum(param.numel() for param in model.parameters())
+    if found != expected:
+        raise ValueError(
+            f"the plan was made for a model of {expected} parameters, and this one has {found}; "
+            "make it for this one (perfmodel plan)"
+        )
+
+
+def _as_given(workload: Workload) -> Search:
+    return Search(micro_batches=(workload.micro_batch,))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return asdict(config)
+
+
+def _plan_of(
+    plan: str | os.PathLike[str] | Mapping[str, Any] | Plan,
+    workload: Workload | None,
+    limits: Limits | None,
+    path: tuple[str, ...],
+) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Mapping):
+        return Plan.from_mapping(plan)
+    if plan != "auto":
+        return read_plan(Path(plan))
+    if workload is None:
+        raise ValueError("plan='auto' needs workload=, what is to be trained; or name a plan.json")
+    return plan_here(workload, limits, path)
