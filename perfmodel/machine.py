@@ -74,8 +74,11 @@ class Curve:
             return cls((1.0,), (float(value),))
         if isinstance(value, Mapping):
             require_known("curve", value, [one.name for one in fields(cls)])
-            sizes, rates = (tuple(map(float, value.get(key, ()))) for key in ("sizes", "rates"))
-            return cls(sizes, rates, float(value.get("spread", 0.0)))
+            try:
+                sizes, rates = (tuple(map(float, value.get(key, ()))) for key in ("sizes", "rates"))
+                return cls(sizes, rates, float(value.get("spread", 0.0)))
+            except (TypeError, OverflowError) as error:
+                raise ValueError(f"a curve has a value of no number: {error}") from None
         raise ValueError(f"{value!r} is no rate, nor sizes with rates")
 
 
@@ -209,7 +212,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise ValueError(f"{where}={value!r} is no number")
     if getattr(hint, "__origin__", None) is tuple:
+        if not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+            raise ValueError(f"{where}={value!r} is not a list of texts")
         return tuple(value)
+    if hint is str and not isinstance(value, str):
+        raise ValueError(f"{where}={value!r} is no text")
     return value
 
 

@@ -234,7 +234,7 @@ def model_of_config(config: Config, name: str = "") -> Model:
     if not isinstance(config, Mapping):
         raise ValueError(f"a model's config.json is an object, not {type(config).__name__}")
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         hint = nearest(str(kind), list(MODEL_TYPES))
         raise ValueError(f"model_type={kind!r} is not known; known: {', '.join(MODEL_TYPES)}{hint}")
     try:

@@ -54,6 +54,9 @@ def described() -> dict[str, Any]:
         (("device", "memory_bytes_per_s"), {"sizes": [2, 1], "rates": [1, 1]}, r"no curve"),
         (("device", "matmul_flops"), 1, r"device.matmul_flops is not a setting, did you mean"),
         (("device", "matmul_flops_per_s"), 5, r"matmul_flops_per_s is an object with a rate"),
+        (("device", "memory_bytes_per_s"), {"sizes": 2, "rates": [1]}, r"a value of no number"),
+        (("device", "name"), 4060, r"machine.device.name=4060 is no text"),
+        (("not_measured",), None, r"machine.not_measured=None is not a list of texts"),
         (("devices",), 0, r"devices=0 is not a number from 1"),
     ],
 )
