@@ -1,0 +1,1 @@
+"""The commands of `perfmodel`: a module each, with `add_arguments` and `run`."""

@@ -1,0 +1,206 @@
+"""`perfmodel plan`: the strategies that fit, the best of them in detail, and its plan as a file."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from perfmodel.commands.arguments import (
+    Parser,
+    add_batch,
+    add_limits,
+    add_machine,
+    add_model,
+    add_ranks,
+    listed,
+    one_of,
+)
+from perfmodel.commands.asked import Asked, asked
+from perfmodel.commands.described import (
+    choices_table,
+    details,
+    heading,
+    nothing_fits,
+    prediction_json,
+)
+from perfmodel.commands.sweep import run_sweep
+from perfmodel.commands.tables import ascii_line, json_text
+from perfmodel.emit import emit_deepspeed, emit_transformers
+from perfmodel.emit_megatron import emit_megatron
+from perfmodel.plan import TIERS
+from perfmodel.plan_file import Plan, Predicted
+from perfmodel.planner import Found, Search, plan
+from perfmodel.prediction import Prediction
+from perfmodel.workload import ACTIVATIONS
+
+__all__ = ["NOTHING_FITS", "add_arguments", "plan_of", "run"]
+
+NOTHING_FITS = 3
+EMITTED = ("deepspeed", "megatron", "transformers")
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add what a plan is asked for with."""
+    add_machine(parser)
+    add_model(parser)
+    add_batch(parser)
+    add_ranks(parser)
+    add_limits(parser)
+    _add_search(parser)
+    add = parser.add_argument_group("what comes of it").add_argument
+    add("--path", nargs="+", default=[], metavar="DIR", help="directories on the SSD, for the plan")
+    add(
+        "-o", "--output", metavar="FILE", help="write the best plan, or with --sweep a chart (.svg)"
+    )
+    add("--json", action="store_true", help="print all as JSON")
+    add(
+        "--emit",
+        type=one_of(*EMITTED),
+        help=f"print the best as a framework takes it: {', '.join(EMITTED)}",
+    )
+    add(
+        "--sweep",
+        metavar="KEY=LOW:HIGH",
+        help="what fits for each of LOW, twice that and so on; KEY is seq-len or micro-batch",
+    )
+
+
+def _add_search(parser: Parser) -> None:
+    add = parser.add_argument_group("what may be chosen (several with commas)").add_argument
+    add("--activations", type=listed(one_of(*ACTIVATIONS)), help=", ".join(ACTIVATIONS))
+    add("--optimizer", type=listed(one_of("offload", "torch")), help="offload, torch")
+    add("--placement", type=listed(one_of(*TIERS)), help=f"of offload's states: {', '.join(TIERS)}")
+    add("--keep-micro-batch", action="store_true", help="no other micro-batch than the given one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search and print. Raises ValueError and OSError for what cannot be used."""
+    if arguments.emit in ("deepspeed", "megatron"):
+        chosen = arguments.framework or arguments.emit
+        if chosen != arguments.emit:
+            raise ValueError(f"--emit {arguments.emit} does not go with --framework {chosen}")
+        arguments.framework = chosen
+    if arguments.emit and arguments.json:
+        raise ValueError("--emit and --json are two things to print; give one of them")
+    if arguments.sweep is not None:
+        return run_sweep(arguments)
+    if arguments.output is not None and arguments.output.endswith(".svg"):
+        raise ValueError(f"-o {arguments.output} is a chart's name, which is of a --sweep")
+    wanted = asked(arguments)
+    search = search_of(arguments, wanted)
+    found = plan(wanted.workload, wanted.used_machine, wanted.limits, search)
+    if arguments.json:
+        print(json_text(_json(found, wanted)))
+    if not found.choices:
+        print(f"perfmodel: {nothing_fits(found)}", file=sys.stderr)
+        return NOTHING_FITS
+    best = found.choices[0].prediction
+    emitted = emission(arguments.emit, best, wanted, arguments) if arguments.emit else None
+    if arguments.output is not None:
+        text = json_text(plan_of(best, wanted, arguments.path).to_json())
+        Path(arguments.output).write_text(text + "\n", encoding="utf-8")
+    if emitted is not None:
+        print(emitted)
+    elif not arguments.json:
+        print("\n".join(_lines(found, wanted)))
+    return 0
+
+
+def search_of(arguments: argparse.Namespace, wanted: Asked) -> Search:
+    """Return what may be chosen. Raises ValueError for a tier that the machine does not have."""
+    chosen: dict[str, Any] = {
+        "activations": arguments.activations,
+        "optimizers": arguments.optimizer,
+        "placements": arguments.placement,
+    }
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    if arguments.keep_micro_batch:
+        chosen["micro_batches"] = (wanted.workload.micro_batch,)
+    machine = wanted.machine
+    for flag, values in (
+        ("--activations", arguments.activations or ()),
+        ("--placement", arguments.placement or ()),
+        ("--path", ("ssd",) if arguments.path else ()),
+        ("--ssd-space", ("ssd",) if arguments.ssd_space is not None else ()),
+    ):
+        if "ssd" in values and machine.drive is None:
+            raise ValueError(f"{flag} asks for an SSD, and {machine.name} has no drive")
+    if machine.link is None and "host" in (arguments.activations or ()):
+        raise ValueError(f"--activations host: the device's memory is the host's on {machine.name}")
+    return Search(**chosen)
+
+
+def plan_of(prediction: Prediction, wanted: Asked, path: list[str]) -> Plan:
+    """Return the plan to be written. Raises ValueError where its SSD has no directory."""
+    strategy, drive = prediction.strategy, wanted.machine.drive
+    directories = tuple(path) or ((drive.path,) if drive is not None and drive.path else ())
+    if not directories and (strategy.activations == "ssd" or "ssd" in strategy.shares):
+        raise ValueError("--path is missing: the best plan uses the SSD, in directories there")
+    return Plan.of(
+        prediction.workload,
+        strategy,
+        machine=wanted.machine,
+        path=directories,
+        limits=wanted.limits,
+        predicted=Predicted(
+            step_s=prediction.step_s,
+            peak_device_bytes=prediction.device_bytes,
+            peak_host_bytes=prediction.host_bytes,
+            ssd_bytes=prediction.ssd_bytes,
+            ssd_write_bytes=prediction.ssd_write_bytes,
+            tokens_per_s=prediction.tokens_per_s,
+        ),
+    )
+
+
+def emission(kind: str, best: Prediction, wanted: Asked, arguments: argparse.Namespace) -> str:
+    """Return a framework's configuration. Raises ValueError where it cannot be told."""
+    workload, strategy = best.workload, best.strategy
+    if kind == "deepspeed":
+        made = plan_of(best, wanted, arguments.path)
+        return json_text(emit_deepspeed(workload, strategy, made))
+    if kind == "transformers":
+        return json_text(emit_transformers(workload, strategy))
+    return shlex.join(emit_megatron(workload, strategy))
+
+
+def _lines(found: Found, wanted: Asked) -> list[str]:
+    machine, best = wanted.used_machine, found.choices[0]
+    return [
+        heading(wanted.workload, wanted.machine),
+        *map(ascii_line, wanted.notes),
+        "",
+        *choices_table(found, machine),
+        "",
+        ascii_line(f"{best.name}: {best.why}"),
+        ascii_line(f"{found.fitting} of {found.tried} strategies fit"),
+        "",
+        *details(best.prediction),
+    ]
+
+
+def _json(found: Found, wanted: Asked) -> dict[str, Any]:
+    machine = wanted.used_machine
+    choices = [
+        {
+            "name": each.name,
+            "why": each.why,
+            **prediction_json(each.prediction, machine),
+        }
+        for each in found.choices
+    ]
+    closest = found.closest
+    return {
+        "workload": wanted.workload.to_json(),
+        "machine": wanted.machine.name,
+        "notes": list(wanted.notes),
+        "tried": found.tried,
+        "fitting": found.fitting,
+        "choices": choices,
+        "closest": prediction_json(closest, machine) if closest is not None else None,
+        "over": dict(found.over) if found.over is not None else None,
+        "change": found.change,
+    }

@@ -1,0 +1,131 @@
+"""`perfmodel predict`: what a plan comes to on a machine, beside what it says itself."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from perfmodel.commands.arguments import (
+    Parser,
+    add_batch,
+    add_limits,
+    add_machine,
+    add_model,
+    add_ranks,
+)
+from perfmodel.commands.asked import Asked, asked, require_modelled
+from perfmodel.commands.described import (
+    activations_of,
+    details,
+    heading,
+    prediction_json,
+    states_of,
+)
+from perfmodel.commands.tables import digits, gib, json_text, table
+from perfmodel.machine import read_machine
+from perfmodel.model import Model
+from perfmodel.plan_file import Plan, Predicted, read_plan
+from perfmodel.prediction import Prediction, predict
+from perfmodel.workload import Parallel, Strategy, Workload
+
+__all__ = ["add_arguments", "run", "strategy_of", "workload_of"]
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the plan, and what it may be held against."""
+    parser.add_argument("plan", metavar="plan.json", help="of `perfmodel plan -o`")
+    add_machine(parser)
+    add_model(parser)
+    add_batch(parser)
+    add_ranks(parser)
+    add_limits(parser)
+    parser.add_argument("--json", action="store_true", help="print all as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Predict and print. Raises ValueError and OSError for what cannot be used."""
+    plan = read_plan(arguments.plan)
+    if arguments.model is None and arguments.layers is None:
+        wanted = _made_for(plan, arguments)
+    else:
+        wanted = asked(arguments)
+        plan.check_workload(wanted.workload)
+    workload = wanted.workload
+    workload = replace(
+        workload,
+        micro_batch=plan.micro_batch or workload.micro_batch,
+        accumulation=plan.accumulation or workload.accumulation,
+    )
+    require_modelled(workload)
+    found = predict(workload, strategy_of(plan), wanted.used_machine)
+    same = plan.is_for_machine(wanted.machine)
+    if arguments.json:
+        said = asdict(plan.predicted) if plan.predicted is not None else None
+        both = {"predicted": prediction_json(found, wanted.used_machine), "plan": said}
+        print(json_text({**both, "made_with_this_machine": same}))
+        return 0
+    print(heading(workload, wanted.machine))
+    print(f"activations {activations_of(found)}, states {states_of(found)}\n")
+    print("\n".join(_beside(found, plan.predicted)) + "\n")
+    if plan.machine is not None and not same:
+        print("the plan was made with another machine's speeds\n")
+    print("\n".join(details(found)))
+    return 0
+
+
+def _made_for(plan: Plan, arguments: argparse.Namespace) -> Asked:
+    if plan.workload is None or plan.workload.of is None:
+        raise ValueError(f"--model is missing: {arguments.plan} does not say what it was made for")
+    return Asked(workload_of(plan.workload.of), read_machine(arguments.machine))
+
+
+def workload_of(of: Mapping[str, Any]) -> Workload:
+    """Return the workload that a plan was made for. Raises ValueError for what is none."""
+    try:
+        parts = {"model": Model(**of["model"]), "parallel": Parallel(**of["parallel"])}
+        return Workload(**{**of, **parts})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"workload.of is no workload: {error}") from None
+
+
+def strategy_of(plan: Plan) -> Strategy:
+    """Return what a plan says as a strategy; `auto` counts as what it goes to."""
+    section, optimizer = plan.activations, plan.optimizer
+    chosen: dict[str, Any] = {"activations": section.mode, "recompute": section.recompute}
+    if section.offload is not None:
+        chosen |= {
+            "activations": section.offload.tier,
+            "memory_bytes": section.offload.memory_bytes,
+            "staging_bytes": section.offload.staging_bytes,
+            "min_tensor_bytes": section.offload.min_tensor_bytes,
+        }
+    if optimizer is None:
+        return Strategy(**chosen, optimizer="torch")
+    placement = optimizer.placement
+    if placement == "auto":
+        (placement,) = optimizer.shares
+    return Strategy(
+        **chosen,
+        placement=placement,
+        update_schedule=optimizer.update_schedule,
+        early_gradients=optimizer.early_gradients,
+    )
+
+
+def _beside(found: Prediction, said: Predicted | None) -> list[str]:
+    then = None if said is None else asdict(said)
+    rows = []
+    for name, form, now, key in (
+        ("step s", digits, found.step_s, "step_s"),
+        ("tokens/s", digits, found.tokens_per_s, "tokens_per_s"),
+        ("device GiB", gib, found.device_bytes, "peak_device_bytes"),
+        ("host GiB", gib, found.host_bytes, "peak_host_bytes"),
+        ("SSD GiB", gib, found.ssd_bytes, "ssd_bytes"),
+        ("SSD GiB written", gib, found.ssd_write_bytes, "ssd_write_bytes"),
+    ):
+        value = then[key] if then is not None else None
+        changed = f"{now / value - 1:+.1%}" if value else "-"
+        rows.append([name, form(now), form(value) if value is not None else "-", changed])
+    return table(("a step", "predicted", "in the plan", "of that"), rows)

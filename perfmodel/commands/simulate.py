@@ -1,0 +1,95 @@
+"""`perfmodel simulate`: a step on many devices, for each of several micro-batches."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from perfmodel.cluster import ClusterStep, accumulation_of, simulate_cluster
+from perfmodel.commands.arguments import Parser, add_machine, add_model, add_ranks, listed, whole
+from perfmodel.commands.asked import model_of, parallel_of, require_modelled
+from perfmodel.commands.described import heading
+from perfmodel.commands.tables import days, digits, gib, json_text, table
+from perfmodel.machine import read_machine
+from perfmodel.workload import Workload
+
+__all__ = ["add_arguments", "run"]
+
+HEADER = (
+    "micro-batch",
+    "forwards",
+    "step s",
+    "bubble",
+    "tokens/s",
+    "TFLOP/s a GPU",
+    "activations GiB",
+    "at once GiB",
+    "SSD write GB/s a GPU",
+    "SSD life",
+)
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add what a cluster's step is asked for with."""
+    add_machine(parser)
+    add_model(parser)
+    add_ranks(parser, data=True)
+    parser.add_argument(
+        "--global-batch", type=whole, required=True, metavar="N", help="sequences of a step"
+    )
+    parser.add_argument(
+        "--micro-batch",
+        type=listed(whole),
+        required=True,
+        metavar="N,N...",
+        help="sequences of a forward, on each rank of data; several with commas",
+    )
+    parser.add_argument("--recompute", action="store_true", help="run all layers again")
+    parser.add_argument("--json", action="store_true", help="print all as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Simulate and print. Raises ValueError and OSError for what cannot be used."""
+    machine = read_machine(arguments.machine)
+    model = model_of(arguments)
+    if arguments.seq_len is None:
+        raise ValueError("--seq-len is missing")
+    parallel = parallel_of(arguments)
+    found: list[tuple[Workload, ClusterStep]] = []
+    for micro_batch in arguments.micro_batch:
+        if not micro_batch:
+            raise ValueError("--micro-batch 0 is not at least 1")
+        workload = Workload(
+            model=model,
+            seq_len=arguments.seq_len,
+            micro_batch=micro_batch,
+            accumulation=accumulation_of(arguments.global_batch, micro_batch, parallel.data),
+            dtype=arguments.dtype or "bfloat16",
+            parallel=parallel,
+            framework=arguments.framework or "megatron",
+            fused_attention=arguments.attention != "plain",
+        )
+        require_modelled(workload)
+        found.append((workload, simulate_cluster(workload, machine, recompute=arguments.recompute)))
+    if arguments.json:
+        rows = [{"micro_batch": each.micro_batch, **asdict(step)} for each, step in found]
+        print(json_text(rows))
+        return 0
+    print(heading(found[0][0], machine) + "\n")
+    print("\n".join(table(HEADER, [_row(each, step) for each, step in found], left=0)))
+    return 0
+
+
+def _row(workload: Workload, step: ClusterStep) -> list[str]:
+    return [
+        f"{workload.micro_batch}",
+        f"{workload.accumulation}",
+        digits(step.step_s),
+        f"{step.bubble_share:.1%}",
+        digits(step.tokens_per_s),
+        digits(step.flops_per_s / 1e12),
+        gib(step.activation_bytes),
+        gib(step.in_flight_bytes),
+        digits(step.write_bytes_per_s / 1e9),
+        days(step.life_days),
+    ]

@@ -1,0 +1,348 @@
+"""The commands from their arguments to what is printed; whatever is wrong is one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from perfmodel.cli import COMMANDS, main
+from perfmodel.known_models import known_models
+from perfmodel.machine import known_machines, read_machine
+from perfmodel.plan_file import read_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--layers", "2", "--hidden", "256", "--heads", "4"]
+BATCH = ["--seq-len", "256", "--micro-batch", "2"]
+PLAN = ["plan", *SMALL, *BATCH, "--machine", "rtx-4090"]
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+}
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    """Return what is printed on stdout, or on stderr where the status is none of success."""
+    assert main(words) == status
+    out = capsys.readouterr()
+    return out.err if status else out.out
+
+
+# ---- plan ------------------------------------------------------------------------------------
+
+
+def test_a_plan_says_what_for_and_a_row_for_each_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(capsys, *PLAN, "--accumulation", "3").splitlines()
+    for part in ("gpt", "parameters", "rtx-4090", "1,536 tokens a step"):
+        assert part in lines[0]
+    assert lines[2].split()[:3] == ["choice", "activations", "states"]
+    for part in ("memory of a rank", "a step", "busy", "bottleneck"):
+        assert any(line.startswith(part) for line in lines), part
+
+
+def test_what_is_printed_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, *PLAN).isascii()
+
+
+def test_the_memory_that_is_listed_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(said(capsys, *PLAN, "--json"))["choices"][0]
+    for tier, key in (("host", "host_bytes"), ("ssd", "ssd_bytes")):
+        by_phase: dict[str, int] = {"": 0, "backward": 0, "update": 0}
+        for each in found["held"]:
+            by_phase[each["phase"]] += each["nbytes"] if each["tier"] == tier else 0
+        assert found[key] == by_phase[""] + max(by_phase["backward"], by_phase["update"])
+    assert sum(found["parts_s"].values()) == pytest.approx(found["step_s"])
+
+
+def test_a_written_plan_is_read_and_predicted_as_it_says(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "plan.json")
+    for extra in ([], ["--activations", "ssd", "--placement", "ssd", "--optimizer", "offload"]):
+        said(capsys, *PLAN, *extra, "--path", "/nvme/spill", "-o", path)
+        plan = read_plan(path)
+        assert plan.is_for_machine(read_machine("rtx-4090"))
+        found = json.loads(said(capsys, "predict", path, "--machine", "rtx-4090", "--json"))
+        assert found["made_with_this_machine"]
+        assert plan.predicted is not None
+        assert found["predicted"]["device_bytes"] == plan.predicted.peak_device_bytes
+        assert found["predicted"]["ssd_write_bytes"] == plan.predicted.ssd_write_bytes
+        # A plan may be searched for with another effort than it is predicted with.
+        assert found["predicted"]["step_s"] == pytest.approx(plan.predicted.step_s, rel=0.05)
+
+
+def test_a_plan_for_the_ssd_needs_its_directories(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    words = [*PLAN, "--activations", "ssd", "-o", str(path)]
+    assert "--path is missing" in said(capsys, *words, status=2)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "megatron", "transformers"])
+def test_the_best_is_printed_as_a_framework_takes_it(
+    capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    ranks = ["--gpus", "2", "--zero-stage", "1"] if kind != "transformers" else []
+    words = ["plan", "--model", "gpt2", "--machine", "h100-sxm", "--seq-len", "512"]
+    states = ["--optimizer", "torch", "--activations", "keep,recompute"]
+    if kind == "megatron":
+        words[2] = "llama-2-7b"
+        ranks = ["--gpus", "8", "--tensor", "8"]
+    out = said(capsys, *words, "--micro-batch", "2", *ranks, *states, "--emit", kind)
+    if kind == "megatron":
+        assert "--micro-batch-size" in out.split()
+    else:
+        assert json.loads(out)["train_micro_batch_size_per_gpu" if kind == "deepspeed" else "bf16"]
+
+
+def test_nothing_fits_is_another_status_and_says_what_would_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", "--model", "llama-3-70b", "--machine", "laptop", *BATCH]
+    err = said(capsys, *words, status=3)
+    assert err.startswith("perfmodel: nothing fits")
+    assert len(err.splitlines()) == 1
+    assert main([*words, "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["choices"] == []
+    assert found["change"]
+
+
+def test_a_sweep_has_a_row_for_each_length_and_draws_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "chart.svg"
+    words = ["plan", "--model", "llama-2-7b", "--machine", "h100-sxm", "--micro-batch", "1"]
+    words += ["--sweep", "seq-len=1024:4096", "-o", str(path)]
+    lines = said(capsys, *words).splitlines()
+    rows = [line.split()[0] for line in lines if line.endswith(("]", ">"))]
+    assert rows == ["1024", "2048", "4096"]
+    texts = {each.text for each in ElementTree.parse(path).iter() if each.tag.endswith("text")}
+    assert {*rows, "seq-len"} <= texts
+    found = json.loads(said(capsys, *words, "--json"))
+    assert [each["seq_len"] for each in found] == [1024, 2048, 4096]
+
+
+# ---- the others ------------------------------------------------------------------------------
+
+
+def test_a_plan_for_another_workload_is_not_predicted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "plan.json")
+    said(capsys, *PLAN, "--keep-micro-batch", "-o", path, "--path", "/nvme")
+    same = ["predict", path, *SMALL, *BATCH, "--machine"]
+    assert "another machine's speeds" in said(capsys, *same, "laptop")
+    err = said(capsys, *same, "laptop", "--accumulation", "2", status=2)
+    assert "accumulation is 1 in the plan and 2 here" in err
+
+
+def test_simulating_has_a_row_for_each_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["simulate", "--model", "llama-3-8b", "--machine", "h100-sxm", "--seq-len", "2048"]
+    words += ["--tensor", "4", "--pipeline", "4", "--data", "2", "--global-batch", "32"]
+    found = json.loads(said(capsys, *words, "--micro-batch", "1,2", "--json"))
+    assert [each["micro_batch"] for each in found] == [1, 2]
+    assert [each["bubble_share"] for each in found] == [3 / 16, 3 / 8]
+    lines = said(capsys, *words, "--micro-batch", "1,2").splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == ["1", "2"]
+    assert "global_batch=32" in said(capsys, *words, "--micro-batch", "3", status=2)
+
+
+def test_validation_ends_in_medians(capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "validate")
+    assert out.isascii()
+    assert "median error" in out
+    assert "no folder" in said(capsys, "validate", "--records", "nowhere", status=2)
+
+
+def test_what_is_known_by_name_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, names in (("models", known_models()), ("machines", known_machines())):
+        first = [line.split()[0] for line in said(capsys, command).splitlines()]
+        assert {*names} <= {*first}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert f"perfmodel {command}" in said(capsys, command, "--help")
+    assert command in said(capsys, "--help")
+
+
+# ---- what is wrong ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no command"),
+        (["plna"], "did you mean 'plan'"),
+        (["plan", "--modle", "gpt2"], "did you mean '--model'"),
+        (["plan", "--machine", "latop", *SMALL, *BATCH], "did you mean 'laptop'"),
+        (["plan", "--model", "lama-3-8b", "--machine", "laptop", *BATCH], "'llama-3-8b'"),
+        (
+            ["plan", "--model", "/nowhere/config.json", "--machine", "laptop"],
+            "/nowhere/config.json",
+        ),
+        (["plan", "--model", "gpt2", "--machine", "laptop", "--seq-len", "8"], "--micro-batch is"),
+        ([*PLAN, "--device-memory", "40Gb"], "'40Gb' is not a size"),
+        ([*PLAN, "--device-memory", "1MiB"], "--device-memory of 1.00 MiB is below"),
+        ([*PLAN, "--emit", "megatron", "--framework", "torch"], "does not go with"),
+        ([*PLAN, "-o", "chart.svg"], "--sweep"),
+        ([*PLAN, "-o", "/nowhere/plan.json", "--path", "x"], "/nowhere/plan.json"),
+        ([*PLAN, "--sweep", "seq-len=1:2"], "say the same"),
+        ([*PLAN, "--sweep", "seq_len=1:2"], "did you mean 'seq-len'"),
+        ([*PLAN, "--sweep", "seq-len=9:2"], "is not KEY=LOW:HIGH"),
+        ([*PLAN, "--dtype", "bf16"], "did you mean 'bfloat16'"),
+        (["predict", "/nowhere", "--machine", "laptop"], "/nowhere"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    err = said(capsys, *words, status=2)
+    assert err.startswith("perfmodel: error: ")
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_a_machine_without_a_drive_has_no_ssd(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    machine = tmp_path / "machine.json"
+    machine.write_text(json.dumps({**read_machine("laptop").to_json(), "drive": None}))
+    words = ["plan", *SMALL, *BATCH, "--machine", str(machine)]
+    for asked in (["--placement", "ssd"], ["--activations", "keep,ssd"], ["--path", "/nvme"]):
+        assert "no drive" in said(capsys, *words, *asked, status=2)
+    assert said(capsys, *words)
+
+
+def quietly(words: list[str]) -> int:
+    """Return the status; whatever is not one is an exception."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return main(words)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 1 << 70) | st.floats() | st.text(max_size=4),
+    lambda each: (
+        st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=4), each, max_size=2)
+    ),
+    max_leaves=4,
+)
+KEYS = st.sampled_from([*CONFIG, "num_key_value_heads", "head_dim", "hidden_act", "attention_bias"])
+FUZZ = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@FUZZ
+@given(changes=st.dictionaries(KEYS, JSON, max_size=3))
+def test_no_config_makes_a_traceback(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG | changes))
+    words = ["plan", "--model", str(path), "--machine", "laptop", "--activations", "keep"]
+    assert quietly([*words, "--seq-len", "16", "--micro-batch", "1"]) in (0, 2, 3)
+
+
+@FUZZ
+@given(part=st.sampled_from(["", "device", "host", "link", "drive"]), data=st.data(), value=JSON)
+def test_no_machine_makes_a_traceback(
+    tmp_path: Path, part: str, data: st.DataObject, value: Any
+) -> None:
+    machine = read_machine("laptop").to_json()
+    section = machine[part] if part else machine
+    section[data.draw(st.sampled_from([*section, "other"]))] = value
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(machine))
+    words = ["plan", *SMALL, "--seq-len", "16", "--micro-batch", "1", "--activations", "keep"]
+    assert quietly([*words, "--machine", str(path)]) in (0, 2, 3)
+
+
+FLAGS = st.sampled_from(
+    [
+        *("--gpus", "--tensor", "--pipeline", "--chunks", "--context", "--zero-stage"),
+        *("--accumulation", "--lora-rank", "--device-memory", "--ssd-write-bytes-per-day"),
+        *("--framework", "--emit", "--sequence-parallel", "--json", "--attention"),
+        *("--placement", "--dtype", "--help"),
+    ]
+)
+VALUES = st.sampled_from(
+    [
+        *("0", "1", "2", "4", "-1", "99999999999", "x", "4GiB", "1kB", "ssd", "host", "plain"),
+        *("torch", "deepspeed", "megatron", "float16", "/nowhere/x", "--", "=", "seq-len=1:2", ""),
+    ]
+)
+
+
+@FUZZ
+@given(st.lists(FLAGS | VALUES | st.tuples(FLAGS, VALUES), max_size=6))
+def test_no_arguments_make_a_traceback(given_words: list[Any]) -> None:
+    flat = [word for each in given_words for word in ([each] if isinstance(each, str) else each)]
+    words = ["plan", "--model", "gpt2", "--machine", "h100-sxm", "--seq-len", "64"]
+    words += ["--micro-batch", "1", "--activations", "keep", *flat]
+    assert quietly(words) in (0, 2, 3)
+
+
+@FUZZ
+@given(text=st.text(max_size=30) | JSON.map(json.dumps))
+def test_no_file_makes_a_traceback(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    batch = ["--seq-len", "16", "--micro-batch", "1"]
+    assert quietly(["plan", "--model", str(path), "--machine", "laptop", *batch]) == 2
+    assert quietly(["plan", "--model", "gpt2", "--machine", str(path), *batch]) == 2
+    assert quietly(["predict", str(path), "--machine", "laptop"]) == 2
+
+
+def test_what_is_nested_too_deep_or_no_text_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    assert "deep" in said(capsys, "plan", "--model", str(path), "--machine", "laptop", status=2)
+    path.write_bytes(b"\xff\xfe")
+    assert "no text" in said(capsys, "plan", "--model", str(path), "--machine", "laptop", status=2)
+
+
+# ---- a process of its own --------------------------------------------------------------------
+
+
+def test_it_needs_no_torch() -> None:
+    blocked = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['torch', 'numpy', 'offload']))\n"
+        "from perfmodel.cli import main\n"
+        f"sys.exit(main({PLAN!r}) or main(['validate']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_runs_as_a_module_and_a_reader_may_leave() -> None:
+    command = [sys.executable, "-m", "perfmodel", "models"]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        left = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=100)
+    finally:
+        os.close(write)
+    assert (left.returncode, left.stderr) == (1, b"")
