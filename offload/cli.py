@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
 
+from offload.calibrate import calibrate
+from offload.calibrate.summary import machine_lines
 from offload.config import markdown, schema
 from offload.doctor import CHECKS, directory_problem, examine, system_line
 
@@ -43,6 +50,15 @@ def _parser() -> argparse.ArgumentParser:
     described.add_argument(
         "--markdown", action="store_true", help="print the reference of its keys in Markdown"
     )
+    measured = commands.add_parser(
+        "calibrate",
+        help="measure this machine for the performance model",
+        description="Measure what this machine and the drive of PATH do in a second, in a minute "
+        "or less, and write it as a machine.json for `perfmodel --machine`.",
+    )
+    measured.add_argument("path", help="a directory on the drive; 256 MiB are written to it")
+    measured.add_argument("-o", "--output", required=True, metavar="FILE", help="the machine.json")
+    measured.add_argument("--name", default="present", help="of the machine (default: present)")
     return parser
 
 
@@ -77,12 +93,55 @@ def _doctor(path: str, required: Sequence[str]) -> int:
     return 0
 
 
+@contextmanager
+def _written(path: Path) -> Iterator[IO[str]]:
+    """Open a file that takes the place of `path` when all is written; before, nothing changes."""
+    if path.exists() and not path.is_file():  # a device's name would go to a file
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _progress(part: float) -> None:
+    """Say on a terminal how far it is, in one line; elsewhere when it begins and when it ends."""
+    if sys.stderr.isatty():
+        end = "\n" if part == 1 else ""
+        print(f"\rmeasuring: {part:4.0%}", end=end, file=sys.stderr, flush=True)
+    elif part in (0, 1):
+        print(f"measuring: {'done' if part else 'a minute or less'}", file=sys.stderr, flush=True)
+
+
+def _calibrate(path: str, output: str, name: str) -> int:
+    try:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, "it is no directory", path)
+        with _written(Path(output)) as file:  # before it takes a minute
+            _progress(0)
+            machine = replace(calibrate(path, progress=_progress), name=name)
+            file.write(json.dumps(machine.to_json(), indent=1) + "\n")
+    except (OSError, RuntimeError, ValueError) as error:
+        said = str(error)
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.filename}: {error.strerror}"
+        print(f"offload calibrate: {' '.join(said.split())}", file=sys.stderr)
+        return 2
+    print("\n".join(machine_lines(machine)))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status (2 for arguments that cannot be used)."""
     arguments = _parser().parse_args(argv)
     try:
         if arguments.command == "schema":
             status = _schema(arguments.markdown)
+        elif arguments.command == "calibrate":
+            status = _calibrate(arguments.path, arguments.output, arguments.name)
         else:
             status = _doctor(arguments.path, arguments.require)
         sys.stdout.flush()
