@@ -29,7 +29,7 @@ class Column:
     """Drawn pale where it does not."""
 
 
-def chart(columns: Sequence[Column], *, title: str, x_label: str, limit_bytes: int) -> str:
+def chart(columns: Sequence[Column], *, title: str, x_label: str, limit_bytes: float) -> str:
     """Return the SVG. Bars are stacked, device first; the line is `limit_bytes` of the device."""
     most = max([limit_bytes, *(sum(each.tiers) for each in columns), 1]) / _GIB
     step = _round_up(most / _TICKS)

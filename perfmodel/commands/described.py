@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -39,6 +39,13 @@ HEADER = (
     "SSD life",
 )
 PHASES = {"": "always", "backward": "forward, backward", "update": "update"}
+
+LIMITS = {
+    "device_bytes": "device memory",
+    "host_bytes": "host memory",
+    "pinned_bytes": "pinned memory",
+    "ssd_bytes": "space on the SSD",
+}
 
 
 def heading(workload: Workload, machine: Machine, *, batch: bool = True) -> str:
@@ -165,8 +172,11 @@ def nothing_fits(found: Found) -> str:
             f"; the closest has activations {activations_of(found.closest)}, states "
             f"{states_of(found.closest)}, {batch_of(found.closest)}"
         )
-    over: Sequence[str] = [
-        f"{gib(nbytes)} GiB over {key}" for key, nbytes in (found.over or {}).items()
+    over = [
+        f"{digits(nbytes / 1e12)} TB over its writes of a day"
+        if key == "ssd_write_bytes_per_day"
+        else f"{gib(nbytes)} GiB over its {LIMITS.get(key, key)}"
+        for key, nbytes in (found.over or {}).items()
     ]
     said += f" and is {', '.join(over)}" if over else ""
     return ascii_line(said + (f". {found.change}" if found.change else ""))

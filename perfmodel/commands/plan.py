@@ -128,6 +128,11 @@ def search_of(arguments: argparse.Namespace, wanted: Asked) -> Search:
     ):
         if "ssd" in values and machine.drive is None:
             raise ValueError(f"{flag} asks for an SSD, and {machine.name} has no drive")
+    if arguments.optimizer == ("torch",) and wanted.workload.dtype != "float32":
+        raise ValueError(
+            f"--optimizer torch is for --dtype float32, not {wanted.workload.dtype}: it has no "
+            "master copies"
+        )
     if machine.link is None and "host" in (arguments.activations or ()):
         raise ValueError(f"--activations host: the device's memory is the host's on {machine.name}")
     return Search(**chosen)

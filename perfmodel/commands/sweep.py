@@ -22,7 +22,7 @@ from perfmodel.commands.described import (
 )
 from perfmodel.commands.tables import ascii_line, bar, json_text, table
 from perfmodel.plan import nearest
-from perfmodel.planner import Found, swept
+from perfmodel.planner import Found, limits_of, swept
 
 __all__ = ["run_sweep", "sweep_values"]
 
@@ -75,9 +75,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _limit(wanted: Asked) -> int:
-    limit = wanted.limits.device_bytes
-    return wanted.machine.device.memory_bytes if limit is None else limit
+def _limit(wanted: Asked) -> float:
+    return limits_of(wanted.used_machine, wanted.limits)["device_bytes"]
 
 
 def _text(key: str, found: Swept, wanted: Asked) -> str:

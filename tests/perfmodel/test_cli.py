@@ -79,10 +79,13 @@ def test_a_written_plan_is_read_and_predicted_as_it_says(
         found = json.loads(said(capsys, "predict", path, "--machine", "rtx-4090", "--json"))
         assert found["made_with_this_machine"]
         assert plan.predicted is not None
-        assert found["predicted"]["device_bytes"] == plan.predicted.peak_device_bytes
-        assert found["predicted"]["ssd_write_bytes"] == plan.predicted.ssd_write_bytes
-        # A plan may be searched for with another effort than it is predicted with.
-        assert found["predicted"]["step_s"] == pytest.approx(plan.predicted.step_s, rel=0.05)
+        # A search looks at fewer layers, and less closely, than a prediction.
+        for key, then in (
+            ("device_bytes", plan.predicted.peak_device_bytes),
+            ("ssd_write_bytes", plan.predicted.ssd_write_bytes),
+            ("step_s", plan.predicted.step_s),
+        ):
+            assert found["predicted"][key] == pytest.approx(then, rel=0.1), key
 
 
 def test_a_plan_for_the_ssd_needs_its_directories(
@@ -100,7 +103,7 @@ def test_the_best_is_printed_as_a_framework_takes_it(
 ) -> None:
     ranks = ["--gpus", "2", "--zero-stage", "1"] if kind != "transformers" else []
     words = ["plan", "--model", "gpt2", "--machine", "h100-sxm", "--seq-len", "512"]
-    states = ["--optimizer", "torch", "--activations", "keep,recompute"]
+    states = ["--placement", "device", "--activations", "keep,recompute"]
     if kind == "megatron":
         words[2] = "llama-2-7b"
         ranks = ["--gpus", "8", "--tensor", "8"]
@@ -207,6 +210,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
         ([*PLAN, "--sweep", "seq-len=1:2"], "say the same"),
         ([*PLAN, "--sweep", "seq_len=1:2"], "did you mean 'seq-len'"),
         ([*PLAN, "--sweep", "seq-len=9:2"], "is not KEY=LOW:HIGH"),
+        ([*PLAN, "--optimizer", "torch"], "--optimizer torch is for --dtype float32"),
         ([*PLAN, "--dtype", "bf16"], "did you mean 'bfloat16'"),
         (["predict", "/nowhere", "--machine", "laptop"], "/nowhere"),
     ],
