@@ -291,14 +291,15 @@ def _of_megatron(
 
 
 def limits_of(arguments: argparse.Namespace) -> Limits:
-    """Return the limits that are given."""
-    return Limits(
-        device_bytes=arguments.device_memory,
-        host_bytes=arguments.host_memory,
-        pinned_bytes=arguments.pinned_memory,
-        ssd_bytes=arguments.ssd_space,
-        ssd_write_bytes_per_day=arguments.ssd_write_bytes_per_day,
-    )
+    """Return the limits that are given; a command without such flags has none."""
+    flags = {
+        "device_bytes": "device_memory",
+        "host_bytes": "host_memory",
+        "pinned_bytes": "pinned_memory",
+        "ssd_bytes": "ssd_space",
+        "ssd_write_bytes_per_day": "ssd_write_bytes_per_day",
+    }
+    return Limits(**{key: getattr(arguments, flag, None) for key, flag in flags.items()})
 
 
 def require_modelled(workload: Workload) -> None:

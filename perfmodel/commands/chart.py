@@ -43,7 +43,7 @@ def chart(columns: Sequence[Column], *, title: str, x_label: str, limit_bytes: f
             *_axes(step, top, x_label),
             *_bars(columns, top),
             *_limit(limit_bytes / _GIB, top),
-            *_legend(),
+            *_legend(all(each.fits for each in columns)),
             "</svg>\n",
         ]
     )
@@ -59,9 +59,9 @@ def _y(value: float, top: float) -> float:
     return HEIGHT - BELOW - (HEIGHT - TOP - BELOW) * value / top
 
 
-def _words(x: float, y: float, text: str, *, anchor: str = "middle", size: int = 12) -> str:
+def _words(x: float, y: float, text: str, *, anchor: str = "middle", size: float = 12) -> str:
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:.3g}">'
         f"{escape(text)}</text>"
     )
 
@@ -78,6 +78,9 @@ def _axes(step: float, top: float, x_label: str) -> Iterator[str]:
 
 def _bars(columns: Sequence[Column], top: float) -> Iterator[str]:
     room = (WIDTH - LEFT - RIGHT) / max(1, len(columns))
+    # So small that no label reaches the next: a digit is a little wider than half its height.
+    longest = max((len(each.label) for each in columns), default=1)
+    size = min(12, room / (0.6 * (longest + 1)))
     for at, column in enumerate(columns):
         x, below = LEFT + room * (at + 0.2), 0.0
         for (name, colour), nbytes in zip(TIERS, column.tiers, strict=True):
@@ -90,10 +93,7 @@ def _bars(columns: Sequence[Column], top: float) -> Iterator[str]:
                     f"<title>{name}: {nbytes / _GIB:.2f} GiB</title></rect>"
                 )
             below += nbytes / _GIB
-        middle = x + room * 0.3
-        yield _words(middle, HEIGHT - BELOW + 16, column.label)
-        if not column.fits:
-            yield _words(middle, HEIGHT - BELOW + 30, "does not fit", size=10)
+        yield _words(x + room * 0.3, HEIGHT - BELOW + 16, column.label, size=size)
 
 
 def _limit(limit: float, top: float) -> Iterator[str]:
@@ -102,8 +102,10 @@ def _limit(limit: float, top: float) -> Iterator[str]:
     yield _words(WIDTH - RIGHT, y - 4, f"device limit: {limit:.3g} GiB", anchor="end")
 
 
-def _legend() -> Iterator[str]:
+def _legend(all_fit: bool) -> Iterator[str]:
     for at, (name, colour) in enumerate(TIERS):
         x = LEFT + 90 * at
         yield f'<rect x="{x}" y="34" width="12" height="12" fill="{colour}"/>'
         yield _words(x + 18, 44, name, anchor="start")
+    if not all_fit:
+        yield _words(LEFT + 90 * len(TIERS), 44, "pale: does not fit", anchor="start")

@@ -10,7 +10,6 @@ from typing import Any
 from perfmodel.commands.arguments import (
     Parser,
     add_batch,
-    add_limits,
     add_machine,
     add_model,
     add_ranks,
@@ -40,7 +39,6 @@ def add_arguments(parser: Parser) -> None:
     add_model(parser)
     add_batch(parser)
     add_ranks(parser)
-    add_limits(parser)
     parser.add_argument("--json", action="store_true", help="print all as JSON")
 
 

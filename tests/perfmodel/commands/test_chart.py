@@ -33,7 +33,7 @@ def test_a_bar_is_as_high_as_its_bytes() -> None:
 
 def test_labels_axes_and_the_limit_are_said() -> None:
     words = {each.text for each in drawn().iter(f"{SVG}text")}
-    assert {"a <b> & c", "seq-len", "GiB of a rank", "1", "2", "does not fit"} <= words
+    assert {"a <b> & c", "seq-len", "GiB of a rank", "1", "2", "pale: does not fit"} <= words
     assert "device limit: 6 GiB" in words
 
 
