@@ -12,6 +12,7 @@ from typing import Any
 from memory import process_peak_bytes
 
 from offload import ActivationStats
+from offload.config import Predicted
 
 __all__ = ["Measured", "conclusion", "summarize"]
 
@@ -65,7 +66,12 @@ class Measured:
 
 
 def summarize(
-    measured: Measured, stats: ActivationStats | None, *, device_type: str, command: str
+    measured: Measured,
+    stats: ActivationStats | None,
+    predicted: Predicted | None = None,
+    *,
+    device_type: str,
+    command: str,
 ) -> dict[str, object]:
     """Return the summary of a run; its bytes and stalls are those of one rank."""
     step_s = measured.usual_step_s()
@@ -79,7 +85,9 @@ def summarize(
         **{key: getattr(stats, key) if stats else 0 for key in COUNTED},
         "framework": "torch",
         "io_engine": stats.io_engine if stats else None,
-        "predicted": None,
+        "predicted": None
+        if predicted is None
+        else {"step_s": predicted.step_s, "peak_device_bytes": predicted.peak_device_bytes},
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "numpy", "offload")},
@@ -100,6 +108,12 @@ def conclusion(
         f"moment {summary['peak_activation_bytes'] / MIB:,.0f} MiB of activations, and "
         f"{summary['peak_device_bytes'] / MIB:,.0f} MiB with parameters, gradients and optimizer"
     )
+    if said := summary["predicted"]:
+        step, peak = (said[key] / summary[key] - 1 for key in ("step_s", "peak_device_bytes"))
+        yield (
+            f"predicted were {said['step_s']:.3f} s a step ({step:+.1%}) and "
+            f"{said['peak_device_bytes'] / MIB:,.0f} MiB ({peak:+.1%})"
+        )
     if stats is None:
         return
     kept = f"{stats.kept_bytes / MIB:,.0f} MiB had no room on the SSD, or no writes left; "

@@ -30,6 +30,7 @@ from loaders import LOADERS, Order, missing_package, open_loader
 from memory import StepMemory, resident_bytes
 from models import MODELS, ModelConfig, Run, call, recompute
 from optimizers import add_optimizer_flags, learning_rate, make_optimizer
+from plans import add_plan_flags, follow_plan, recompute_some
 from ranks import joined_ranks, leave
 from summary import Measured, conclusion, summarize
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add_offload_flags(add)
     add_optimizer_flags(add)
+    add_plan_flags(add)
     models = one_of(*MODELS)
     add("--model", type=models, default="gpt", help=", ".join(MODELS))
     add("--layers", type=at_least(1), default=6, help="of the encoder, or the decoder, or of each")
@@ -193,6 +195,8 @@ class Trainer:
         run: Run = {"recompute": recompute, "auto": act.block if act else call}.get(
             args.offload, call
         )
+        if getattr(args, "recompute", None):  # a plan names them
+            run = recompute_some(args.recompute, args.layers * (2 if args.model == "t5" else 1))
         self.bare = MODELS[args.model](config, run).to(self.device)
         parameters = list(self.bare.parameters())
         # Made now and never set to None: what a step then needs on top is its activations.
@@ -328,6 +332,9 @@ def run(args: argparse.Namespace, command: str) -> int:
     with contextlib.ExitStack() as resources:
         try:
             corpus = load_corpus(args.data, args.seq_len)
+            flag = "--plan"
+            ranks = dist.get_world_size() if dist.is_initialized() else 1
+            plan = follow_plan(args, corpus.vocab_size, ranks)
             flag = "--offload-path"
             act = resources.enter_context(open_offload(args))
         except OSError as error:
@@ -345,7 +352,9 @@ def run(args: argparse.Namespace, command: str) -> int:
             introduce(trainer)
         measured = train(trainer)
         stats = act.stats() if act else None
-        summary = summarize(measured, stats, device_type=trainer.device.type, command=command)
+        predicted = plan.predicted if plan else None
+        kind = trainer.device.type
+        summary = summarize(measured, stats, predicted, device_type=kind, command=command)
         if trainer.rank == 0:
             print(*conclusion(summary, measured, stats, args.memory_bytes), sep="\n")
             if args.summary:
