@@ -6,7 +6,7 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,13 @@ class Run(NamedTuple):
         """What its samples are called."""
         size = "x".join(map(str, self.size))
         return " ".join(filter(None, (self.model, size, self.mode, self.placement)))
+
+
+def runs_of(models: Sequence[str], sizes: Sequence[tuple[int, ...]]) -> list[Run]:
+    """Return every model, size and mode, and with the first size other places of states."""
+    plain = [Run(*case) for case in itertools.product(models, sizes, MODES)]
+    placed = itertools.product(models, sizes[:1], PLACED_MODES, PLACEMENTS)
+    return plain + [Run(*case) for case in placed]
 
 
 def training_of(run: Run, directory: str) -> Training:
@@ -184,10 +191,7 @@ def make_record(samples: Mapping[str, Mapping[str, tuple[float, float]]]) -> Rec
 def main() -> None:
     """Measure and record; exits with 0 whether the goal is met or not."""
     arguments, parser = parsed()
-    sizes = SIZES[: arguments.sizes]
-    runs = [Run(*case) for case in itertools.product(arguments.models, sizes, MODES)]
-    placed = itertools.product(arguments.models, sizes[:1], PLACED_MODES, PLACEMENTS)
-    runs += [Run(*case) for case in placed]
+    runs = runs_of(arguments.models, SIZES[: arguments.sizes])
     samples: dict[str, dict[str, tuple[float, float]]] = {}
     with ExitStack() as stack:
         directory = stack.enter_context(spill_directory(arguments.offload_path, parser))

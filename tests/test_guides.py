@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,9 +37,18 @@ def test_the_commands_of_the_guide_run(
     assert {each.name for each in tmp_path.iterdir()} == {"plan.json", "chart.svg"}
 
 
+def test_the_example_of_the_guide_runs(tmp_path: Path) -> None:
+    [example] = re.findall(r"^```python\n(.*?)^```", PLANNING, flags=re.M | re.S)
+    file = tmp_path / "example.py"
+    file.write_text(example, encoding="utf-8")
+    subprocess.run([sys.executable, file], check=True, timeout=100, cwd=DOCS.parent)
+
+
 def test_flags_that_the_guide_names_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     known = set()
     for command in COMMANDS:
         main([command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    example = (DOCS.parent / "examples" / "plans.py").read_text(encoding="utf-8")
+    known |= set(re.findall(r"--[a-z][a-z-]+", example)) | {"--summary"}
     assert set(re.findall(r"--[a-z][a-z-]+", PLANNING)) <= known

@@ -1,0 +1,137 @@
+"""Holds the step times that are predicted from shapes and a calibration against steps that ran."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.activations_worker import Training, open_worker
+from benchmarks.predicted_memory import (
+    MODES,
+    SIZES,
+    Run,
+    claim_of,
+    runs_of,
+    training_of,
+)
+from benchmarks.record import Record, add_record_arguments, positive, table, write_record
+from benchmarks.spill_directory import spill_directory
+from benchmarks.worker import number
+from offload.calibrate import calibrate
+from perfmodel.machine import Machine
+from perfmodel.plain_models import PLAIN_MODELS, plain_model
+from perfmodel.prediction import predict
+from perfmodel.workload import Strategy, Workload
+
+MEDIAN_GOAL, WORST_GOAL = 0.06, 0.15
+DTYPE = "float32"
+
+
+def predicted_s(run: Run, training: Training, machine: Machine) -> float:
+    """Return the predicted time of a step."""
+    model = plain_model(
+        run.model,
+        num_layers=training.layers,
+        hidden_size=training.hidden,
+        num_heads=training.heads,
+        seq_len=training.seq_len,
+        vocab_size=training.vocab,
+    )
+    workload = Workload(
+        model=model,
+        seq_len=training.seq_len,
+        micro_batch=training.micro_batch,
+        dtype=DTYPE,
+        plain=run.model,
+    )
+    strategy = Strategy(
+        activations=run.mode,
+        optimizer="offload" if run.placement else "torch",
+        placement=run.placement or "device",
+        staging_bytes=training.staging_bytes,
+        min_tensor_bytes=training.min_tensor_bytes,
+    )
+    return predict(workload, strategy, machine).step_s
+
+
+def measured_s(run: Run, training: Training, steps: int, warm_up: int) -> list[float]:
+    """Return the seconds of steps in a process of its own, after some that are not counted."""
+    with open_worker(run.mode, MODES[run.mode], training) as worker:
+        seconds = [number(worker.ask("step"), "step_s") for _ in range(warm_up + steps)]
+    return seconds[warm_up:]
+
+
+def parsed() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_record_arguments(parser, warm_up=4)
+    add = parser.add_argument
+    add("--offload-path", type=Path, metavar="DIR", help="on the drive to use (build/spill)")
+    add("--models", nargs="+", choices=PLAIN_MODELS, default=PLAIN_MODELS, help="(all)")
+    add("--sizes", type=positive, default=len(SIZES), metavar="N", help="the first N (all)")
+    add("--steps", type=positive, default=8, help="of each run that are timed (8)")
+    return parser.parse_args(), parser
+
+
+def make_record(samples: Mapping[str, tuple[float, float]], facts: Mapping[str, object]) -> Record:
+    """Put what was measured and predicted of each run together."""
+    errors = [abs(said / seen - 1) for seen, said in samples.values()]
+    return Record(
+        claim=f"the step time of {len(samples)} runs is predicted from shapes and a calibration",
+        goal=f"median error <= {MEDIAN_GOAL}, worst <= {WORST_GOAL}",
+        claims=[
+            claim_of("median error", errors, MEDIAN_GOAL, worst=False),
+            claim_of("worst error", errors, WORST_GOAL, worst=True),
+        ],
+        value=statistics.median(errors),
+        floor=None,
+        peers={},
+        noise={},
+        samples=samples,
+        settings={"sizes": SIZES, "modes": list(MODES), "s": "measured, predicted"},
+        facts=facts,
+    )
+
+
+def main() -> None:
+    """Measure and record; exits with 0 whether the goal is met or not."""
+    arguments, parser = parsed()
+    samples: dict[str, tuple[float, float]] = {}
+    with ExitStack() as stack:
+        directory = stack.enter_context(spill_directory(arguments.offload_path, parser))
+        before = calibrate(directory)
+        for run in tqdm(runs_of(arguments.models, SIZES[: arguments.sizes]), desc="runs"):
+            training = replace(training_of(run, directory), schedule="auto")
+            seconds = measured_s(run, training, arguments.steps, arguments.warm_up)
+            samples[run.name] = statistics.median(seconds), predicted_s(run, training, before)
+        after = calibrate(directory, rounds=1)
+    rows = [
+        [name, f"{1e3 * seen:.0f}", f"{1e3 * said:.0f}", f"{said / seen - 1:+.1%}"]
+        for name, (seen, said) in samples.items()
+    ]
+    print(table(["run", "measured ms", "predicted", "error"], rows), end="\n\n")
+    write_record(make_record(samples, {"drift": drift(before, after)}), arguments.json)
+
+
+def drift(before: Machine, after: Machine) -> dict[str, float]:
+    """Return by what part the machine was faster after all runs than before."""
+    one, other = (each.device.matmul_flops_per_s[DTYPE].rates for each in (before, after))
+    changes = {
+        "matmul": statistics.median(b / a - 1 for a, b in zip(one, other, strict=True)),
+        "memory": after.device.memory_bytes_per_s.at(8e6) / before.device.memory_bytes_per_s.at(8e6)
+        - 1,
+    }
+    return {name: round(change, 4) for name, change in changes.items()}
+
+
+if __name__ == "__main__":
+    main()
