@@ -27,7 +27,7 @@ from benchmarks.record import Record, add_record_arguments, positive, table, wri
 from benchmarks.spill_directory import spill_directory
 from benchmarks.worker import number
 from offload.calibrate import calibrate
-from perfmodel.machine import Machine
+from perfmodel.machine import Machine, read_machine
 from perfmodel.plain_models import PLAIN_MODELS, plain_model
 from perfmodel.prediction import predict
 from perfmodel.workload import Strategy, Workload
@@ -79,6 +79,7 @@ def parsed() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add("--models", nargs="+", choices=PLAIN_MODELS, default=PLAIN_MODELS, help="(all)")
     add("--sizes", type=positive, default=len(SIZES), metavar="N", help="the first N (all)")
     add("--steps", type=positive, default=8, help="of each run that are timed (8)")
+    add("--machine", metavar="FILE", help="what was calibrated before; without, it is now")
     return parser.parse_args(), parser
 
 
@@ -108,12 +109,12 @@ def main() -> None:
     samples: dict[str, tuple[float, float]] = {}
     with ExitStack() as stack:
         directory = stack.enter_context(spill_directory(arguments.offload_path, parser))
-        before = calibrate(directory)
+        before = read_machine(arguments.machine) if arguments.machine else calibrate(directory)
         for run in tqdm(runs_of(arguments.models, SIZES[: arguments.sizes]), desc="runs"):
             training = replace(training_of(run, directory), schedule="auto")
             seconds = measured_s(run, training, arguments.steps, arguments.warm_up)
             samples[run.name] = statistics.median(seconds), predicted_s(run, training, before)
-        after = calibrate(directory, rounds=1)
+        after = before if arguments.machine else calibrate(directory, rounds=1)
     rows = [
         [name, f"{1e3 * seen:.0f}", f"{1e3 * said:.0f}", f"{said / seen - 1:+.1%}"]
         for name, (seen, said) in samples.items()

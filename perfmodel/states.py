@@ -302,7 +302,8 @@ class _Rank:
             # at stage 2 what was gathered stays until the backward is done with it.
             # DistributedDataParallel's buckets are the gradients' own memory
             # (gradient_as_bucket_view), Megatron's contiguous buffer as well.
-            layers = self._workload.model.num_layers + self._workload.model.encoder_layers
+            model, stages = self._workload.model, self._workload.parallel.pipeline
+            layers = -(-(model.num_layers + model.encoder_layers) // stages)
             two = [-(-2 * number // layers) for number in (count, trained)]
             gathered = count if self._zero == 2 else min(count, two[0])
             nbytes = gathered * self._element_bytes

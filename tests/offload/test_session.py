@@ -14,7 +14,7 @@ import torch
 import offload
 import offload.session
 from examples.models import MODELS, ModelConfig
-from offload.config import Limits, Plan
+from offload.config import Limits, Plan, read_plan
 from perfmodel.machine import Machine, read_machine
 from perfmodel.plain_models import plain_model
 from perfmodel.workload import Strategy, Workload
@@ -94,6 +94,10 @@ def test_a_plan_is_read_from_its_file_and_from_what_that_says(tmp_path: Path) ->
     kept = trained(plan)
     assert all(map(torch.equal, trained(str(file)), kept))
     assert all(map(torch.equal, trained(plan.to_json()), kept))
+    with offload.Session(torch.nn.Identity(), replace(plan, workload=None)) as session:
+        assert session.plan == replace(plan, workload=None)
+    assert read_plan(file) == plan
+    assert json.loads(file.read_text()) == read_plan(file).to_json()
 
 
 def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:

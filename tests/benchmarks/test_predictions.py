@@ -1,0 +1,97 @@
+"""Benchmarks of predictions, run tiny: what they predict, measure and claim is in the record."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import predicted_memory, predicted_time, regret
+from benchmarks.activations_worker import Training
+from perfmodel.machine import read_machine
+from perfmodel.workload import Strategy, Workload
+
+TINY = (2, 64, 2, 32, 4, 256)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have workers compute on one thread: two that spin on a busy processor take minutes."""
+    for program in (predicted_time, regret):
+        monkeypatch.setattr(program, "training_of", one_threaded(program.training_of))
+
+
+def one_threaded(make: Callable[..., Training]) -> Callable[..., Training]:
+    return lambda *given: replace(make(*given), threads=1)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """Return the file of a machine that stands for this one."""
+    file = tmp_path / "machine.json"
+    file.write_text(json.dumps(replace(read_machine("laptop"), link=None).to_json()))
+    return file
+
+
+def recorded(
+    program: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str
+) -> dict[str, Any]:
+    """Run a program in this process and return its record."""
+    argv = [program.__file__, "--json", str(out), "--pairs", "6", "--warm-up", "1", *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    program.main()
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found
+
+
+def test_predicted_times_are_held_against_measured(
+    machine: Path, spill_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = [
+        predicted_memory.Run("gpt", TINY, "keep"),
+        predicted_memory.Run("gpt", TINY, "recompute", "host"),
+    ]
+    monkeypatch.setattr(predicted_time, "runs_of", lambda models, sizes: runs)
+    flags = ("--offload-path", str(spill_dir), "--machine", str(machine), "--steps", "1")
+    found = recorded(predicted_time, monkeypatch, tmp_path / "record.json", *flags)
+    assert len(found["samples"]) == 2
+    assert all(seen > 0 and said > 0 for seen, said in found["samples"].values())
+    assert found["settings"]["s"] == "measured, predicted"
+
+
+def test_a_choice_is_held_against_the_best_of_what_was_run(
+    machine: Path, spill_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def grid(size: regret.Size, kept_bytes: int) -> list[tuple[Workload, Strategy]]:
+        workload = regret.workload_of(size)
+        again = Strategy(activations="recompute", optimizer="torch")
+        return [(workload, Strategy(optimizer="torch")), (workload, again)]
+
+    monkeypatch.setattr(regret, "SIZES", (regret.Size("gpt", 2, 64, 2, 32, 4),))
+    monkeypatch.setattr(regret, "LIMITS", (1.5, 0.01))
+    monkeypatch.setattr(regret, "grid_of", grid)
+    flags = ("--offload-path", str(spill_dir), "--machine", str(machine), "--steps", "1")
+    found = recorded(regret, monkeypatch, tmp_path / "record.json", *flags)
+    wide, narrow = found["samples"]["problems"].values()
+    assert wide["fits"] is True
+    assert len(wide["ratios"]) == 6
+    assert wide["fitting"] == 2
+    assert narrow == {
+        "limit_bytes": narrow["limit_bytes"],
+        "fitting": 0,
+        "choice": None,
+        "met": True,
+    }
+
+
+def test_every_strategy_of_a_grid_is_another() -> None:
+    for size in regret.SIZES:
+        grid = regret.grid_of(size, 1 << 28)
+        assert len({regret.named(*each) for each in grid}) == len(grid) == 12
+        for workload, strategy in grid:
+            regret.Plan.of(workload, strategy, path=("/ssd",))
