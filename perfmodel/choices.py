@@ -236,8 +236,9 @@ class _Priced:
         self._workload, self._machine = workload, machine
         self._layers = rank_layers(workload)
         self._found: dict[Strategy, ActivationStep] = {}
-        encoder = workload.model.encoder_layers or workload.model.positions == "relative"
-        few = self._layers >= _FEWEST_LAYERS and not encoder
+        # Of a model with an encoder there are no stages.
+        whole = workload.parallel.pipeline == 1 or not workload.model.encoder_layers
+        few = min(self._layers) >= _FEWEST_LAYERS and whole
         self._tape = rank_tape(workload, machine, TAKEN_DOWN if few else None)
         self._times = rank_times(self._tape, workload, machine)
         self._layered: LayeredStep | None = None
@@ -256,7 +257,7 @@ class _Priced:
     def _step(self, strategy: Strategy, effort: float) -> ActivationStep:
         if self._layered is None:
             return activation_step(self._tape, self._times, self._machine, strategy, effort=effort)
-        every = self._layers if strategy.activations == "recompute" else 0
+        every = sum(self._layers) if strategy.activations == "recompute" else 0
         again = every if strategy.recompute is None else len(strategy.recompute)
         return self._layered.step(strategy, again, effort=effort)
 
@@ -267,15 +268,14 @@ class _Priced:
 
     def counts(self, fine: int) -> list[int]:
         """Return how many layers may be run again."""
-        layers = len(self._tape.blocks) if self._layered is None else self._layers
+        layers, layered = sum(self._layers), self._layered
         some = {round(part * layers / fine) for part in range(1, fine)}
-        least = 1 if self._layered is None else 2
-        return [*sorted(each for each in some if least <= each <= layers - least), layers]
+        some = {each for each in some if layered is None or layered.stands_for(each)}
+        return [*sorted(some - {0, layers}), layers]
 
     def repeated(self, again: int) -> tuple[Strategy, ActivationStep]:
         """Return the strategy in which the first `again` layers are run again."""
-        layers = len(self._tape.blocks) if self._layered is None else self._layers
-        which = None if again == layers else tuple(range(again))
+        which = None if again == sum(self._layers) else tuple(range(again))
         strategy = Strategy(activations="recompute", recompute=which)
         return strategy, self.step(strategy)
 

@@ -2,16 +2,15 @@
 
 What grows with the layers grows by as much with each: bytes that all layers before have saved, and
 seconds. So that a planner can try thousands of strategies in a second, four layers are taken down
-and stand for all.
+and stand for all; of an encoder and its decoder four each.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from operator import add
 
 from perfmodel.activation_step import (
     ActivationStep,
@@ -21,67 +20,79 @@ from perfmodel.activation_step import (
     room_for_saved,
     run_again,
 )
+from perfmodel.coarse_tape import TAKEN_DOWN, CoarseTape, Stack
 from perfmodel.machine import Machine
-from perfmodel.memory import StepBytes, entering, step_bytes
+from perfmodel.memory import StepBytes, step_bytes
 from perfmodel.operator_times import OperatorTimes
 from perfmodel.schedules.stall import stall_s
 from perfmodel.schedules.trace import Limits
 from perfmodel.step_trace import StepTrace, step_trace
-from perfmodel.tape import Operator, Tape, TapeWriter, Value
+from perfmodel.tape import Tape
 from perfmodel.workload import Strategy
 
 __all__ = ["EFFORT", "TAKEN_DOWN", "LayeredStep"]
 
-TAKEN_DOWN = 4
-"""Layers of the tape that stands for all."""
 EFFORT = 0.05
 """Of the search for what leaves: enough not to move what need not."""
-_PARTS = 4  # of a layer, whose saved tensors leave and come back together
-_BEFORE, _AFTER = -1, TAKEN_DOWN
-_TYPICAL = 2  # a layer with others before and behind it
 _WINDOW_TENSORS = 2
 
 
 class LayeredStep:
-    """Steps of `layers` equal layers, of which `tape` has four.
+    """Steps of stacks of `layers` equal layers, of which `tape` has four each, the encoder's first.
 
     Raises ValueError for a tape of others, or fewer layers than that.
     """
 
     def __init__(
-        self, tape: Tape, times: OperatorTimes, layers: int, machine: Machine, least: int
+        self, tape: Tape, times: OperatorTimes, layers: Sequence[int], machine: Machine, least: int
     ) -> None:
-        if len(tape.blocks) != TAKEN_DOWN or layers < TAKEN_DOWN:
+        if len(tape.blocks) != TAKEN_DOWN * len(layers) or min(layers) < TAKEN_DOWN:
             raise ValueError(
-                f"{len(tape.blocks)} layers cannot stand for {layers}; it takes {TAKEN_DOWN}"
+                f"{len(tape.blocks)} layers cannot stand for {' and '.join(map(str, layers))}; "
+                f"it takes {TAKEN_DOWN} of each kind"
             )
         self._tape, self._times, self._machine = tape, times, machine
-        self._layers, self._least = layers, least
-        self._more = layers - TAKEN_DOWN
+        self._least = least
+        self._stacks = tuple(
+            Stack(count, first, tape.blocks[first : first + TAKEN_DOWN])
+            for first, count in zip(range(0, len(tape.blocks), TAKEN_DOWN), layers, strict=True)
+        )
         self._cost: dict[tuple[int, ...], StepBytes] = {}
+        self._grown_by: dict[int, list[int]] = {}
 
     # ---- seconds -----------------------------------------------------------------------------
 
     @cached_property
     def forward_s(self) -> float:
         """Of all layers and what is around them."""
-        return sum(self._times.forward_s) + self._more * self._of(self._times.forward_s, _TYPICAL)
+        return self._all_s(self._times.forward_s)
 
     @cached_property
     def backward_s(self) -> float:
         """Without what is run again."""
-        return sum(self._times.backward_s) + self._more * self._of(self._times.backward_s, _TYPICAL)
+        return self._all_s(self._times.backward_s)
 
-    def _of(self, seconds: Sequence[float], block: int) -> float:
-        return sum(seconds[at] for at in self._tape.blocks[block])
+    def _all_s(self, seconds: Sequence[float]) -> float:
+        more_s = (stack.more * sum(seconds[at] for at in stack.layer) for stack in self._stacks)
+        return sum(more_s, sum(seconds))
 
-    def recompute_s(self, count: int) -> float:
-        """Return the seconds of running the first `count` layers again."""
-        first, typical = (
-            sum(self._times.forward_s[at] for at in run_again(self._tape, number))
-            for number in (0, _TYPICAL)
-        )
-        return first + (count - 1) * typical if count else 0.0
+    def recompute_s(self, again: int) -> float:
+        """Return the seconds of running the first `again` layers again."""
+        taken_s = 0.0
+        for stack, count in self._shared_out(again):
+            first, typical = (
+                sum(self._times.forward_s[at] for at in run_again(self._tape, number))
+                for number in (stack.first, stack.typical)
+            )
+            taken_s += first + (count - 1) * typical if count else 0.0
+        return taken_s
+
+    def _shared_out(self, again: int) -> Iterator[tuple[Stack, int]]:
+        """Yield each stack, and how many of its layers are among the first `again`."""
+        for stack in self._stacks:
+            count = min(again, stack.layers)
+            again -= count
+            yield stack, count
 
     # ---- bytes -------------------------------------------------------------------------------
 
@@ -108,45 +119,67 @@ class LayeredStep:
             self._cost[again] = step_bytes(self._tape, again)
         return self._cost[again]
 
+    def stands_for(self, again: int) -> bool:
+        """Say whether the few layers stand for all where the first `again` are run again."""
+        return all(
+            count in (0, stack.layers) or 2 <= count <= stack.layers - 2
+            for stack, count in self._shared_out(again)
+        )
+
     def _few(self, again: int) -> tuple[int, ...]:
         """Return which of the few layers are run again so that they stand for all."""
-        if again in (0, self._layers):
-            return tuple(range(TAKEN_DOWN)) if again else ()
-        if not 2 <= again <= self._layers - 2:
-            raise ValueError(
-                f"{again} of {self._layers} layers run again: one alone stands for none"
-            )
-        return (0, 1)
+        if not self.stands_for(again):
+            layers = sum(stack.layers for stack in self._stacks)
+            raise ValueError(f"{again} of {layers} layers run again: one alone stands for none")
+        return tuple(
+            stack.first + number
+            for stack, count in self._shared_out(again)
+            for number in range(TAKEN_DOWN if count == stack.layers else min(count, 2))
+        )
 
-    def _grown(self, again: int, region: int) -> int:
-        """Return by how many saved bytes all layers have more than the few before a region."""
-        kept, repeated = self._unit(()), self._unit(tuple(range(TAKEN_DOWN)))
-        if again in (0, self._layers):
-            return (region >= TAKEN_DOWN - 1) * self._more * (repeated if again else kept)
-        more = (region >= 1) * (again - 2) * repeated
-        return more + (region >= TAKEN_DOWN - 1) * (self._layers - again - 2) * kept
+    def _grown(self, again: int) -> list[int]:
+        """Return for each moment by how many saved bytes all layers have more before it."""
+        if again not in self._grown_by:
+            points = [*self._growth(again)]
+            grown = [
+                sum(nbytes for begin, nbytes in points if at >= begin)
+                for at in range(len(self._tape.operators))
+            ]
+            moments = self._cost_of(self._few(again)).moments
+            self._grown_by[again] = [grown[moment.at] for moment in moments]
+        return self._grown_by[again]
 
-    def _unit(self, again: tuple[int, ...]) -> int:
+    def _growth(self, again: int) -> Iterator[tuple[int, int]]:
+        """Yield from which operator on there are how many more bytes saved."""
+        for stack, count in self._shared_out(again):
+            # The last but one may need more than the last: gradients that others add to.
+            begin, rest = stack.layer.start, stack.layers - count
+            if not count:
+                yield begin, stack.more * self._unit(stack, ())
+            elif not rest:
+                yield begin, stack.more * self._unit(stack, self._all)
+            else:
+                yield stack.few[1].start, (count - 2) * self._unit(stack, self._all)
+                yield begin, (rest - 2) * self._unit(stack, ())
+
+    @property
+    def _all(self) -> tuple[int, ...]:
+        return tuple(range(len(self._tape.blocks)))
+
+    def _unit(self, stack: Stack, again: tuple[int, ...]) -> int:
         """Return what one more layer of a kind saves."""
         seen: dict[int, int] = {}
         for moment in self._cost_of(again).moments:
             if not moment.backward:
                 seen.setdefault(moment.at, moment.saved_bytes)
-        one, other = (seen[self._tape.blocks[number].start] for number in (_TYPICAL, _TYPICAL + 1))
+        one, other = (seen[self._tape.blocks[stack.typical + more].start] for more in (0, 1))
         return other - one
 
     def _peak(self, again: int) -> tuple[int, int]:
         """Return the most bytes at once, and what a forward leaves."""
-        few = self._cost_of(self._few(again))
-        grown = {region: self._grown(again, region) for region in range(_BEFORE, _AFTER + 1)}
-        peak = max(moment.nbytes + grown[self._region(moment.at)] for moment in few.moments)
-        return peak, few.saved_bytes + grown[_AFTER]
-
-    def _region(self, at: int) -> int:
-        blocks = self._tape.blocks
-        if at < blocks[0].start:
-            return _BEFORE
-        return next((number for number, block in enumerate(blocks) if at in block), _AFTER)
+        few, grown = self._cost_of(self._few(again)), self._grown(again)
+        peak = max(map(add, (moment.nbytes for moment in few.moments), grown))
+        return peak, few.saved_bytes + sum(nbytes for _, nbytes in self._growth(again))
 
     # ---- what leaves -------------------------------------------------------------------------
 
@@ -176,80 +209,25 @@ class LayeredStep:
             schedule=schedule,
         )
 
-    @cached_property
+    @property
     def largest_bytes(self) -> int:
         """Of what a layer saves."""
-        layer = self._tape.blocks[_TYPICAL]
-        return max(
-            (each.nbytes for each, at in self._first_saved.items() if at in layer), default=0
-        )
+        return self._coarse.largest_bytes
 
     def _beside(self, again: int, kept: int) -> int:
         """Return the most at once where all saved tensors take `kept` bytes at their worst."""
         moments = self._cost_of(self._few(again)).moments
-        grown = {region: self._grown(again, region) for region in range(_BEFORE, _AFTER + 1)}
         return max(
-            moment.other_bytes + min(kept, moment.saved_bytes + grown[self._region(moment.at)])
-            for moment in moments
+            moment.other_bytes + min(kept, moment.saved_bytes + grown)
+            for moment, grown in zip(moments, self._grown(again), strict=True)
         )
 
     def trace(self, again: int) -> StepTrace:
         """Return the trace of all layers, in which the tensors of a part of a layer are one."""
-        parts = self._coarse_parts
-        ways = (self._times.forward_s, self._times.backward_s)
+        parts, ways = self._coarse.parts, (self._times.forward_s, self._times.backward_s)
         coarse = OperatorTimes(*(tuple(sum(s[at] for at in part) for part in parts) for s in ways))
-        return step_trace(self._coarse, coarse, self._least, range(again))
+        return step_trace(self._coarse.tape, coarse, self._least, range(again))
 
     @cached_property
-    def _coarse_parts(self) -> list[range]:
-        """Return the operators of the few layers that stand for those of all, part by part."""
-        blocks = self._tape.blocks
-        layer = self._parts(blocks[_TYPICAL])
-        behind = range(blocks[-1].stop, len(self._tape.operators))
-        return [range(blocks[0].start), *layer * self._layers, *self._parts(behind)]
-
-    def _parts(self, block: range) -> list[range]:
-        """Return parts of a block that take about as long as each other."""
-        seconds = [self._times.forward_s[at] for at in block]
-        done = list(accumulate(seconds))
-        most = done[-1] if done else 0.0
-        cuts = [bisect_left(done, most * part / _PARTS) for part in range(1, _PARTS)]
-        edges = [block.start, *(block.start + cut for cut in cuts), block.stop]
-        return [range(one, other) for one, other in pairwise(edges)]
-
-    @cached_property
-    def _coarse(self) -> Tape:
-        """Return a tape of one operator for each part."""
-        blocks, writer, parts = self._tape.blocks, TapeWriter(), self._coarse_parts
-        stream = sum(storage.nbytes for storage in entering(self._tape, blocks[_TYPICAL]))
-        x = writer.value("stream", stream)
-        operators = [Operator("before", (), (x,), tuple(self._saved_in(parts[0], 0)))]
-        for at, part in enumerate(parts[1:]):
-            begins, inside = at % _PARTS == 0, at < _PARTS * self._layers
-            out = writer.value("stream", stream) if (at + 1) % _PARTS == 0 else x
-            # What enters a layer is among what its first part saves.
-            enters = (x,) if begins and inside else ()
-            saved = self._saved_in(part, stream if enters else 0)
-            operators.append(Operator("part", (x,), () if out is x else (out,), (*enters, *saved)))
-            x = out
-        starts = range(1, 1 + _PARTS * self._layers, _PARTS)
-        return Tape(tuple(operators), tuple(range(at, at + _PARTS) for at in starts))
-
-    def _saved_in(self, part: range, but: int) -> Iterator[Value]:
-        """Yield what a part saves first, without so many bytes, what is small by itself."""
-        sizes = [storage.nbytes for storage, at in self._first_saved.items() if at in part]
-        large = sum(nbytes for nbytes in sizes if nbytes >= self._least)
-        for nbytes in (max(0, large - but), sum(sizes) - large):
-            if nbytes:
-                yield Value("saved", nbytes)
-
-    @cached_property
-    def _first_saved(self) -> dict[Value, int]:
-        """Return the operator that saves each storage first."""
-        found: dict[Value, int] = {}
-        inputs = {value.storage for value in self._tape.inputs}
-        for at, operator in enumerate(self._tape.operators):
-            for value in operator.saves:
-                if value.storage not in inputs:
-                    found.setdefault(value.storage, at)
-        return found
+    def _coarse(self) -> CoarseTape:
+        return CoarseTape(self._tape, self._stacks, self._times.forward_s, self._least)

@@ -130,21 +130,24 @@ def shape_of(workload: Workload, machine: Machine) -> Shape:
     )
 
 
-def rank_layers(workload: Workload) -> int:
-    """Return the decoder's layers of the rank that has the most."""
-    return -(-workload.model.num_layers // workload.parallel.pipeline)
+def rank_layers(workload: Workload) -> tuple[int, ...]:
+    """Return the layers of the rank that has the most: of an encoder, if any, and of the rest."""
+    model = workload.model
+    decoder = -(-model.num_layers // workload.parallel.pipeline)
+    return (model.encoder_layers, decoder) if model.encoder_layers else (decoder,)
 
 
 def rank_tape(workload: Workload, machine: Machine, layers: int | None = None) -> Tape:
     """Return the operators of the rank with the most to do: of a pipeline, its last stage.
 
     That stage has the loss besides as many layers as another has. `layers`: of a stage with so many
-    instead.
+    instead, and of an encoder with so many.
     """
-    number = rank_layers(workload) if layers is None else layers
-    stages = workload.parallel.pipeline
-    shape = shape_of(workload, machine)
-    return _last_stage(workload.model, shape, stages, number, workload.lora_rank)
+    model, stages = workload.model, workload.parallel.pipeline
+    number = rank_layers(workload)[-1] if layers is None else layers
+    if layers is not None and model.encoder_layers:
+        model = replace(model, num_layers=layers, encoder_layers=layers)
+    return _last_stage(model, shape_of(workload, machine), stages, number, workload.lora_rank)
 
 
 @lru_cache(maxsize=64)

@@ -41,7 +41,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("schema", "emit"),
         ("emit_megatron",),
         ("schedules",),
-        ("step_trace", "cluster", "zero_offload"),
+        ("step_trace", "coarse_tape", "cluster", "zero_offload"),
         ("activation_step", "replays", "update_step"),
         ("layered_step",),
         ("prediction",),
