@@ -22,7 +22,7 @@ from perfmodel.prediction import (
 )
 from perfmodel.states import held, held_bytes
 from perfmodel.update_step import UpdateStep, update_step, updated_count
-from perfmodel.workload import Strategy, Workload
+from perfmodel.workload import Parallel, Strategy, Workload
 
 __all__ = ["ActivationChoice", "Searched", "StatesChoice"]
 
@@ -102,6 +102,7 @@ class Searched:
         self._workload, self._machine, self._fine = workload, machine, fine
         self._priced: dict[tuple[int, int], _Priced] = {}
         self._updates: dict[tuple[int, Strategy], UpdateStep] = {}
+        self._placed: dict[tuple[Parallel, bool, Strategy], StatesChoice] = {}
 
     def workloads(
         self, micro_batches: Sequence[int], zero_stages: Sequence[int], pipelines: Sequence[int]
@@ -129,25 +130,33 @@ class Searched:
         self, workload: Workload, optimizers: Sequence[str], placements: Sequence[str]
     ) -> Iterator[StatesChoice]:
         """Yield where states may lie."""
-        machine = self._machine
+        traffic = rank_traffic(workload, self._machine)
         for strategy in self._places(workload, optimizers, placements):
-            items = held(workload, strategy, device_is_host=machine.link is None)
-            phases = ("backward", "update")
-            device, host = (
-                (held_bytes(items, tier, phases[0]), held_bytes(items, tier, phases[1]))
-                for tier in ("device", "host")
-            )
-            yield StatesChoice(
-                workload,
-                strategy,
-                self._update(workload, strategy),
-                rank_traffic(workload, machine),
-                zeroed_s(workload, machine),
-                device,
-                host,
-                sum(each.nbytes for each in items if each.tier == "host" and each.pinned),
-                held_bytes(items, "ssd", phases[0]),
-            )
+            # Of the forwards it matters only whether there are several.
+            key = workload.parallel, workload.accumulation > 1, strategy
+            if key not in self._placed:
+                self._placed[key] = self._states(workload, strategy, traffic)
+            yield replace(self._placed[key], workload=workload, traffic=traffic)
+
+    def _states(self, workload: Workload, strategy: Strategy, traffic: RankTraffic) -> StatesChoice:
+        machine = self._machine
+        items = held(workload, strategy, device_is_host=machine.link is None)
+        phases = ("backward", "update")
+        device, host = (
+            (held_bytes(items, tier, phases[0]), held_bytes(items, tier, phases[1]))
+            for tier in ("device", "host")
+        )
+        return StatesChoice(
+            workload,
+            strategy,
+            self._update(workload, strategy),
+            traffic,
+            zeroed_s(workload, machine),
+            device,
+            host,
+            sum(each.nbytes for each in items if each.tier == "host" and each.pinned),
+            held_bytes(items, "ssd", phases[0]),
+        )
 
     def _update(self, workload: Workload, strategy: Strategy) -> UpdateStep:
         key = updated_count(workload), strategy

@@ -7,14 +7,15 @@ then a sum of seconds and bytes, so that a hundred thousand strategies are compa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from perfmodel.choices import ActivationChoice, Searched, StatesChoice
 from perfmodel.endurance import DAY_S
 from perfmodel.machine import Machine
 from perfmodel.plan_file import Limits
-from perfmodel.prediction import Prediction, combined
+from perfmodel.prediction import Prediction, combined, device_memory_bytes
 from perfmodel.units import format_bytes
 from perfmodel.workload import Workload
 
@@ -153,33 +154,56 @@ class _Planned:
         allowed = limits_of(machine, limits)
         self._bounds = {key: allowed.get(key, math.inf) for key in _LIMITED}
         self._room = self._bounds["device_bytes"]
-        self._sums = list(self._pairs())
-        if not self._sums:
-            raise ValueError(
-                f"{machine.name!r} has nothing to choose from: {', '.join(search.activations)} "
-                f"with {', '.join(search.placements)}"
-            )
 
-    def _pairs(self) -> Iterator[_Sum]:
+    @cached_property
+    def _sums(self) -> list[_Sum]:
+        search = self._search
+        sums = list(self._pairs(lambda _: True))
+        if not sums:
+            raise ValueError(
+                f"{self._machine.name!r} has nothing to choose from: "
+                f"{', '.join(search.activations)} with {', '.join(search.placements)}"
+            )
+        return sums
+
+    def _states(self) -> Iterator[list[StatesChoice]]:
+        """Yield what may become of states in each of the workloads."""
         search, searched = self._search, self._searched
         for workload in searched.workloads(
             search.micro_batches, search.zero_stages, search.pipelines
         ):
-            states = list(searched.states(workload, search.optimizers, search.placements))
-            if not states:
+            yield list(searched.states(workload, search.optimizers, search.placements))
+
+    def _pairs(self, wanted: Callable[[StatesChoice], bool]) -> Iterator[_Sum]:
+        """Yield all pairs with the states that are wanted."""
+        modes = self._search.activations
+        for states in self._states():
+            some = [each for each in states if wanted(each)]
+            if not some:
                 continue
-            for activations in searched.activations(search.activations, self._room, states):
-                for each in states:
+            for activations in self._searched.activations(modes, self._room, states):
+                for each in some:
                     yield _sum(activations, each, self._machine)
+
+    def anything_fits(self) -> bool:
+        """Say whether a pair keeps to all limits, without going through more than it takes."""
+        bounds = tuple(self._bounds.values())
+        return any(_within(each.uses, bounds) for each in self._pairs(self._fits_alone))
+
+    def _fits_alone(self, states: StatesChoice) -> bool:
+        """Say whether states would fit if there were no activations."""
+        uses = (
+            device_memory_bytes(max(states.device_bytes), self._machine),
+            max(states.host_bytes),
+            states.pinned_bytes,
+            states.ssd_bytes,
+        )
+        return all(use <= self._bounds[key] for key, use in zip(_LIMITED, uses, strict=False))
 
     def fitting(self, but: Sequence[str] = ()) -> list[_Sum]:
         """Return what keeps to all limits, or to all but some."""
-        bounds = [math.inf if key in but else most for key, most in self._bounds.items()]
-        return [
-            each
-            for each in self._sums
-            if all(use <= most for use, most in zip(each.uses, bounds, strict=True))
-        ]
+        bounds = tuple(math.inf if key in but else most for key, most in self._bounds.items())
+        return [each for each in self._sums if _within(each.uses, bounds)]
 
     def found(self) -> Found:
         """Return what came of it."""
@@ -214,16 +238,23 @@ class _Planned:
 
     def _shorter(self) -> int:
         """Return the longest half, quarter and so on of the sequence with which something fits."""
+        # States are the same for any length.
+        if not any(self._fits_alone(each) for states in self._states() for each in states):
+            return 0
         length, least = self._workload.seq_len // 2, self._workload.seq_len // _SHORTEST
         while length >= max(1, least):
             try:
                 shorter = replace(self._workload, seq_len=length)
-                if _Planned(shorter, self._machine, self._limits, self._search).fitting():
+                if _Planned(shorter, self._machine, self._limits, self._search).anything_fits():
                     return length
             except ValueError:  # ranks along the sequence do not divide it
                 return 0
             length //= 2
         return 0
+
+
+def _within(uses: Sequence[float], bounds: Sequence[float]) -> bool:
+    return all(use <= most for use, most in zip(uses, bounds, strict=True))
 
 
 def _sum(activations: ActivationChoice, states: StatesChoice, machine: Machine) -> _Sum:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from perfmodel.parameters import Parameter, flat_gradient_count, rank_parameters, zero_count
 from perfmodel.plan import (
@@ -327,15 +329,17 @@ def _boundaries(sizes: Sequence[int], row_bytes: int, shares: dict[str, float]) 
 
     A subgroup lies where more than half of it is.
     """
-    total = sum(sizes) * row_bytes
+    ends = [0, *accumulate(sizes)]
+    total = ends[-1] * row_bytes
     on_ssd = shares.get("ssd", 0.0) * total
     on_device = (1 - shares.get("device", 0.0)) * total
-    out = stays = taken = 0
-    for size in sizes:
-        middle = (taken + size / 2) * row_bytes
-        out += size if middle <= on_ssd else 0
-        stays += size if middle <= on_device else 0
-        taken += size
+
+    def middle(at: int) -> float:
+        return (ends[at] + sizes[at] / 2) * row_bytes
+
+    out, stays = (
+        ends[bisect_right(range(len(sizes)), most, key=middle)] for most in (on_ssd, on_device)
+    )
     return out, max(out, stays)
 
 
