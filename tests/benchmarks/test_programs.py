@@ -289,6 +289,20 @@ def test_planning_tells_its_seconds_at_each_bandwidth(tmp_path: Path) -> None:
     assert {len(samples) for samples in found["samples"].values()} == {6}
 
 
+def test_planner_speed_tells_the_seconds_of_plans_and_of_many_strategies(tmp_path: Path) -> None:
+    flags = ("--cases", "1", "--fine", "1")
+    found = recorded("planner_speed", tmp_path / "planner_speed.json", *flags)
+    assert found["met"] is False, "so few shares are no hundred thousand strategies"
+    assert found["facts"]["imports_torch"] is False
+    for key in ("wall_s", "processor_s"):
+        [taken_s] = found["samples"][key].values()
+        assert len(taken_s) == 6
+        assert min(taken_s) > 0
+    assert len(found["samples"]["many_s"]) == 6
+    by_name = {claim["name"]: claim for claim in found["claims"]}
+    assert by_name["strategies tried"]["value"] == found["facts"]["tried"] > 100
+
+
 def test_adam_compares_bits_and_speed_with_a_pass_over_the_same_bytes(tmp_path: Path) -> None:
     found = recorded("adam", tmp_path / "adam.json", "--parameters", "10000")
     assert {"ours", "floor", "torch", "ours again"} <= set(found["samples"])
