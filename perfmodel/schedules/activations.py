@@ -251,31 +251,37 @@ class _Search:
 
         Exact where lifetimes are nested and the longest come first; else only a beginning.
         """
-        replay = self.replay
+        replay, limits = self.replay, self.replay.limits
         choice = [KEPT] * len(replay.nbytes)
         free_s = [0.0] * len(replay.channels)
         begin_s = [math.inf] * len(replay.channels)
-        staging = _Nested(replay.limits.staging_bytes)
-        window = _Nested(replay.limits.window_bytes, alone=True)
+        staging = _Nested(limits.staging_bytes)
+        window = _Nested(limits.window_bytes, alone=True)
+        bounded = min(limits.staging_bytes, limits.window_bytes) < math.inf
+        ways = [(number, *replay.seconds(number, False)) for number in range(len(replay.channels))]
+        # Most of a search is this loop.
         for index in order:
-            nbytes = replay.nbytes[index]
-            options = []
-            for number, channel in enumerate(replay.channels):
-                written_s = max(free_s[number], replay.saved_s[index]) + channel.write_s(nbytes)
-                needed_s = replay.needed_s[index]
-                read_s = min(begin_s[number], needed_s) - channel.read_s(nbytes)
-                options.append((written_s - read_s, number, written_s, read_s))
-            margin_s, number, written_s, read_s = min(options)
+            saved_s, needed_s = replay.saved_s[index], replay.needed_s[index]
+            best = (math.inf, 0, 0.0, 0.0)
+            for number, write_s, fetch_s in ways:
+                written_s, read_s = free_s[number], begin_s[number]
+                written_s = (written_s if written_s > saved_s else saved_s) + write_s[index]
+                read_s = (read_s if read_s < needed_s else needed_s) - fetch_s[index]
+                option = written_s - read_s, number, written_s, read_s
+                best = option if option < best else best
+            margin_s, number, written_s, read_s = best
             if margin_s > 0:
                 continue
-            away = replay.saved_s[index], written_s
-            rooms = [(window, (read_s, replay.needed_s[index]))]
-            if replay.channels[number].staged:
-                rooms.append((staging, (read_s, replay.released_s[index])))
-            if all(room.fits(nbytes, away, back) for room, back in rooms):
+            if bounded:
+                nbytes, away = replay.nbytes[index], (saved_s, written_s)
+                rooms = [(window, (read_s, needed_s))]
+                if replay.channels[number].staged:
+                    rooms.append((staging, (read_s, replay.released_s[index])))
+                if not all(room.fits(nbytes, away, back) for room, back in rooms):
+                    continue
                 for room, back in rooms:
                     room.add(nbytes, away, back)
-                choice[index], free_s[number], begin_s[number] = number, written_s, read_s
+            choice[index], free_s[number], begin_s[number] = number, written_s, read_s
         return choice
 
     def _feasible(self, order: Sequence[int], choice: list[int]) -> _Found:

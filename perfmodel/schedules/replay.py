@@ -64,7 +64,22 @@ class Replay:
         self._plain = self._whole == self.nbytes and self._ends_s == self.released_s
         self._saves = list(zip(self.saved_s, self._whole, strict=True))
         self._releases = sorted(zip(self.released_s, self.nbytes, strict=True))
-        self._by_need = sorted(range(len(tensors)), key=lambda index: self.needed_s[index])
+        self._by_need = sorted(range(len(tensors)), key=self.needed_s.__getitem__)
+        self._seconds: dict[tuple[int, bool], tuple[list[float], list[float]]] = {}
+
+    def seconds(self, number: int, mixed: bool) -> tuple[list[float], list[float]]:
+        """Return how long the write and the read of each tensor take on a channel.
+
+        `mixed`: while transfers of the other direction are under way as well.
+        """
+        key = number, mixed
+        if key not in self._seconds:
+            channel = self.channels[number]
+            self._seconds[key] = (
+                [channel.write_s(nbytes, mixed) for nbytes in self.nbytes],
+                [channel.read_s(nbytes, mixed) for nbytes in self.nbytes],
+            )
+        return self._seconds[key]
 
     def tied(self, choice: Sequence[int]) -> Sequence[int]:
         """Return `choice` with all of a storage kept where some is, which would free nothing."""
@@ -102,7 +117,7 @@ class Replay:
             if not mine:
                 continue
             reads = [index for index in self._by_need if choice[index] == number]
-            broken = self._transfer(mine, reads, channel, written_s, read_s)
+            broken = self._transfer(mine, reads, number, written_s, read_s)
             if broken < 0:
                 broken = self._over_capacity(mine, channel)
             if broken >= 0:
@@ -129,7 +144,7 @@ class Replay:
         self,
         mine: Sequence[int],
         reads: Sequence[int],
-        channel: Channel,
+        number: int,
         written_s: list[float],
         read_s: list[float],
     ) -> int:
@@ -139,50 +154,48 @@ class Replay:
         """
         broken = -1
         for mixed in (False, True):
-            blocks = self._read_late(reads, channel, mixed, read_s)
-            broken = self._write_early(mine, channel, mixed, blocks, written_s, read_s)
+            write_takes_s, read_takes_s = self.seconds(number, mixed)
+            blocks = self._read_late(reads, read_takes_s, read_s)
+            broken = self._write_early(mine, write_takes_s, blocks, written_s, read_s)
             meet = broken >= 0 or written_s[mine[-1]] > blocks[-1][0]
-            if not meet or channel.mixed_bytes_per_s == math.inf:
+            if not meet or self.channels[number].mixed_bytes_per_s == math.inf:
                 break
         return broken
 
     def _read_late(
-        self,
-        reads: Sequence[int],
-        channel: Channel,
-        mixed: bool,
-        read_s: list[float],
+        self, reads: Sequence[int], takes_s: Sequence[float], read_s: list[float]
     ) -> list[tuple[float, float]]:
         """Place the reads, the last one first; return when the channel is busy, latest first."""
         blocks: list[tuple[float, float]] = []
         begin = block_end = math.inf
+        needed_s = self.needed_s
         for index in reversed(reads):
-            end = self.needed_s[index]
+            end = needed_s[index]
             if end < begin:
                 if begin < math.inf:
                     blocks.append((begin, block_end))
                 block_end = end
             else:
                 end = begin
-            begin = read_s[index] = end - channel.read_s(self.nbytes[index], mixed)
+            begin = read_s[index] = end - takes_s[index]
         blocks.append((begin, block_end))
         return blocks
 
     def _write_early(
         self,
         mine: Sequence[int],
-        channel: Channel,
-        mixed: bool,
+        takes_s: Sequence[float],
         blocks: Sequence[tuple[float, float]],
         written_s: list[float],
         read_s: Sequence[float],
     ) -> int:
         """Place the writes between `blocks`; return the first that ends after its read began."""
         at = len(blocks) - 1  # of the next block
-        now = -math.inf
+        now, saved_s = -math.inf, self.saved_s
         for index in mine:
-            now = max(now, self.saved_s[index])
-            left = channel.write_s(self.nbytes[index], mixed)
+            saved = saved_s[index]
+            now = saved if saved > now else now
+            left = takes_s[index]
             while at >= 0 and now + left > blocks[at][0]:
                 begin, end = blocks[at]
                 left -= max(0.0, begin - now)
