@@ -116,6 +116,14 @@ def test_a_sequence_that_would_fit_is_offered() -> None:
     assert not found.choices
     offered = int(found.change.split("seq_len=")[1].split()[0])
     assert plan(replace(long, seq_len=offered), MACHINE, Limits(device_bytes=24 * GIB)).choices
+    twice = replace(long, seq_len=2 * offered)
+    assert not plan(twice, MACHINE, Limits(device_bytes=24 * GIB)).choices
+
+
+def test_no_sequence_is_offered_where_states_alone_do_not_fit() -> None:
+    limits = Limits(device_bytes=1 * GIB)
+    assert "seq_len" not in plan(WORKLOAD, MACHINE, limits).change
+    assert not plan(replace(WORKLOAD, seq_len=32), MACHINE, limits).choices
 
 
 def test_a_days_bytes_keep_the_ssd_from_being_chosen() -> None:
