@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import statistics
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,11 @@ from examples.memory import StepMemory
 from examples.models import MODELS, ModelConfig, Run, call, recompute
 from offload.native import FaultPlan
 
-__all__ = ["Trainee", "Training", "open_worker"]
+__all__ = ["PROBE_FLOPS", "Trainee", "Training", "open_worker"]
+
+PROBE = 1024, 512, 2048
+PROBE_FLOPS = 2.0 * 1024 * 512 * 2048
+"""Of the product that tells how fast the machine is at the moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +91,14 @@ class Trainee:
         return {name: getattr(stats, name) for name in (*names, "backing", "verify")}
 
     def answer(self, request: str) -> Answer:
-        """Do one step: "step" timed, "digest" hashed, or "peak" with its memory written down."""
+        """Do one step: "step" timed, "digest" hashed, or "peak" with its memory written down.
+
+        Or "probe": time a product of matrices that is the same in every process.
+        """
         if request == "step":
             return self.timed_step()
+        if request == "probe":
+            return {"probe_s": probe_s()}
         return self.digested_step() if request == "digest" else self.measured_step()
 
     def timed_step(self) -> Answer:
@@ -181,6 +191,18 @@ class Trainee:
 
     def _page_cache_bytes(self) -> int:
         return 0 if self._act is None else self._act.stats().page_cache_bytes
+
+
+def probe_s() -> float:
+    """Return the median seconds of a product that calibration times as well: `PROBE_FLOPS`."""
+    rows, channels, width = PROBE
+    x, weight = torch.randn(rows, channels), torch.randn(width, channels)
+    seconds = []
+    for _ in range(7):
+        begin_s = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - begin_s)
+    return statistics.median(seconds)
 
 
 def open_offload(training: Training) -> offload.ActivationOffload:

@@ -156,10 +156,16 @@ def channels_of(machine: Machine, tier: str) -> Channel:
 
 
 def run_again(tape: Tape, number: int) -> range:
-    """Return the operators of a block that are run again: up to the last that saves anything."""
+    """Return the operators of a block that are run again: until all that it saves is there.
+
+    What an operator saves of its inputs it saves before it computes anything.
+    """
     block = tape.blocks[number]
-    last = max((at for at in block if tape.operators[at].saves), default=block[0])
-    return range(block[0], last + 1)
+    last = max((at for at in block if tape.operators[at].saves), default=block[0] - 1)
+    operator = tape.operators[max(last, 0)]
+    read = {value.storage for value in operator.reads}
+    computes = any(value.storage not in read for value in operator.saves)
+    return range(block[0], last + computes)
 
 
 def _limits(machine: Machine, strategy: Strategy, found: StepTrace) -> Limits:

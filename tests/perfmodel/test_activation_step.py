@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from perfmodel.activation_step import ActivationStep, activation_step
+from perfmodel.activation_step import ActivationStep, activation_step, run_again
 from perfmodel.layers import tape_of
 from perfmodel.machine import Machine, read_machine
 from perfmodel.operator_times import OperatorTimes, operator_times
@@ -78,3 +78,16 @@ def test_what_a_machine_lacks_is_refused_by_name() -> None:
         found("gpt", replace(MACHINE, drive=None), activations="ssd")
     with pytest.raises(ValueError, match=r"activations='host' would save nothing on 'laptop'"):
         found("gpt", replace(MACHINE, link=None), activations="host")
+
+
+def test_what_ends_with_saving_its_input_is_not_computed_again() -> None:
+    tape, _ = step_of("gpt")
+    again = run_again(tape, 1)
+    # The last map of a layer saves what it reads, and neither it nor the sum behind it is run.
+    behind = tape.operators[again.stop]
+    assert behind.name == "linear"
+    assert behind.saves == behind.reads
+    assert not any(tape.operators[at].saves for at in range(again.stop + 1, tape.blocks[1].stop))
+    bert, _ = step_of("bert")
+    last = bert.operators[run_again(bert, 1)[-1]]
+    assert last.name == "layer norm"  # which keeps what it has made
