@@ -111,7 +111,7 @@ def make_record(
         floor=None,
         peers={},
         noise={},
-        samples={name: (seen, said) for name, (seen, said, _) in samples.items()},
+        samples={name: {"step": (seen, said)} for name, (seen, said, _) in samples.items()},
         settings={"sizes": SIZES, "modes": list(MODES), "s": "measured, predicted"},
         facts={
             **facts,

@@ -77,12 +77,17 @@ class Prediction:
 
     @property
     def bottleneck(self) -> str:
-        """What the step waits for most, in words."""
+        """What the step goes to, and what it waits for most, in words."""
+        computing_s = sum(self.parts_s.get(name, 0.0) for name in _COMPUTING)
         waits = {name: s for name, s in self.parts_s.items() if name not in _COMPUTING}
         worst = max(waits, key=lambda name: waits[name], default="")
-        if worst and waits[worst] > 0.05 * self.step_s:
-            return f"{worst}: {waits[worst] / self.step_s:.0%} of the step"
-        return f"computing: {sum(self.parts_s.get(n, 0.0) for n in _COMPUTING) / self.step_s:.0%}"
+        share = computing_s / self.step_s
+        if not worst or waits[worst] < 0.01 * self.step_s:
+            return f"computing, {share:.0%} of the step"
+        waited = f"{worst}, {waits[worst] / self.step_s:.0%}"
+        if waits[worst] > computing_s:
+            return f"{waited} of the step; computing takes {share:.0%}"
+        return f"computing, {share:.0%} of the step; what it waits for most is {waited}"
 
 
 _COMPUTING = ("forward", "backward", "recompute")

@@ -60,7 +60,9 @@ def test_predicted_times_are_held_against_measured(
     flags = ("--offload-path", str(spill_dir), "--machine", str(machine), "--steps", "1")
     found = recorded(predicted_time, monkeypatch, tmp_path / "record.json", *flags)
     assert len(found["samples"]) == 2
-    assert all(seen > 0 and said > 0 for seen, said in found["samples"].values())
+    assert all(
+        seen > 0 and said > 0 for seen, said in (each["step"] for each in found["samples"].values())
+    )
     assert found["settings"]["s"] == "measured, predicted"
 
 
