@@ -56,6 +56,8 @@ def follow_plan(args: argparse.Namespace, vocab_size: int, num_ranks: int) -> Pl
 
     Raises ValueError for a wrong plan, one for another run, or when nothing fits, and OSError.
     """
+    if args.device_memory is not None and args.plan != "auto":
+        raise ValueError("--device-memory is a limit for --plan auto; a file has its own")
     if args.plan is None:
         return None
     workload = workload_of(args, vocab_size, num_ranks)

@@ -34,9 +34,9 @@ class OperatorTimes:
 def operator_times(operators: Sequence[Operator], device: Device, dtype: str) -> OperatorTimes:
     """Return the times of a tape's `operators`, where gradients of parameters are added up.
 
-    Products of matrices take their flops, each of their two gradients as many, or the bytes that
-    they move if that is longer; all else its bytes. A device's own rate for an operator comes
-    first. Raises ValueError for a `dtype` that the device has no rate for.
+    Products of matrices take their flops, each of their two gradients as many, whatever they move;
+    all else its bytes. A device's own rate for an operator comes first. Raises ValueError for a
+    `dtype` that the device has no rate for.
     """
     if dtype not in device.matmul_flops_per_s:
         known = ", ".join(device.matmul_flops_per_s)

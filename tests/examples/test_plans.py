@@ -86,6 +86,7 @@ def test_a_plan_for_another_job_is_refused_in_one_line(
     plan_with(here[1], plan, spill_dir)
     capsys.readouterr()
     for flags, said in (
+        (["--device-memory=1GiB"], "--device-memory is a limit for --plan auto"),
         (["--layers=3"], "num_layers is 2 in the plan and 3 here"),
         (["--micro-batch=8"], "and the flags 8 sequences a step"),
         (["--dtype=bf16"], "--plan is made for --dtype fp32"),
