@@ -21,7 +21,7 @@ from perfmodel.prediction import (
     zeroed_s,
 )
 from perfmodel.states import held, held_bytes
-from perfmodel.update_step import UpdateStep, update_step, updated_count
+from perfmodel.update_step import UpdateStep, subgroup_params, update_step, updated_count
 from perfmodel.workload import Parallel, Strategy, Workload
 
 __all__ = ["ActivationChoice", "Searched", "StatesChoice"]
@@ -102,6 +102,7 @@ class Searched:
         self._workload, self._machine, self._fine = workload, machine, fine
         self._priced: dict[tuple[int, int], _Priced] = {}
         self._updates: dict[tuple[int, Strategy], UpdateStep] = {}
+        self._subgroups: dict[tuple[int, bool], int | None] = {}
         self._placed: dict[tuple[Parallel, bool, Strategy], StatesChoice] = {}
 
     def workloads(
@@ -133,10 +134,19 @@ class Searched:
         traffic = rank_traffic(workload, self._machine)
         for strategy in self._places(workload, optimizers, placements):
             # Of the forwards it matters only whether there are several.
+            strategy = self._in_subgroups(workload, strategy)
             key = workload.parallel, workload.accumulation > 1, strategy
             if key not in self._placed:
                 self._placed[key] = self._states(workload, strategy, traffic)
             yield replace(self._placed[key], workload=workload, traffic=traffic)
+
+    def _in_subgroups(self, workload: Workload, strategy: Strategy) -> Strategy:
+        if strategy.optimizer == "torch":
+            return strategy
+        key = updated_count(workload), "ssd" in strategy.shares
+        if key not in self._subgroups:
+            self._subgroups[key] = subgroup_params(workload, strategy, self._machine)
+        return replace(strategy, subgroup_params=self._subgroups[key])
 
     def _states(self, workload: Workload, strategy: Strategy, traffic: RankTraffic) -> StatesChoice:
         machine = self._machine

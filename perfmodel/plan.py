@@ -306,8 +306,9 @@ class OptimizerConfig:
     """Which of the subgroups that lie on the host are updated on the device, where there is one:
     `auto`, as is measured to take the least time; `host`, none; `device`, all; `share=0.59`, evenly
     spread; `stride=2`, each second one."""
-    subgroup_params: int = 4 << 20
-    """How many parameters are updated, moved and stored as one."""
+    subgroup_params: int | None = None
+    """How many parameters are updated, moved and stored as one; None: beside a device as many as
+    the performance model has updated soonest, else as many as keep a drive's queue full."""
     staging_bytes: int = 512 << 20
     """Hard cap of the memory for states on their way to the SSD and back."""
     spill_bytes: int | None = None
@@ -345,7 +346,8 @@ class OptimizerConfig:
         object.__setattr__(self, "cpus", cpu_numbers(self.cpus))
         require_choice("io_engine", self.io_engine, IO_ENGINES)
         update_schedule_of(self.update_schedule)
-        require_whole("subgroup_params", self.subgroup_params, 1, 1 << 40)
+        if self.subgroup_params is not None:
+            require_whole("subgroup_params", self.subgroup_params, 1, 1 << 40)
         require_whole("queue_depth", self.queue_depth, 1, 4096)
         if self.threads is not None:
             require_whole("threads", self.threads, 1, 1024)

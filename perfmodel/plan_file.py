@@ -241,6 +241,7 @@ class Plan:
                 path=path if "ssd" in strategy.shares else (),
                 update_schedule=strategy.update_schedule,
                 early_gradients=strategy.early_gradients,
+                subgroup_params=strategy.subgroup_params,
             )
         return cls(
             activations=ActivationsSection(

@@ -271,13 +271,7 @@ def _sum(activations: ActivationChoice, states: StatesChoice, machine: Machine) 
 
 def _predicted(one: _Sum, machine: Machine) -> Prediction:
     chosen = one.states.strategy
-    strategy = replace(
-        one.activations.strategy,
-        optimizer=chosen.optimizer,
-        placement=chosen.placement,
-        update_schedule=chosen.update_schedule,
-        early_gradients=chosen.early_gradients,
-    )
+    strategy = one.activations.strategy.with_states_of(chosen)
     workload, step = one.states.workload, one.activations.step
     return combined(workload, strategy, machine, step, one.states.update)
 

@@ -16,6 +16,7 @@ from perfmodel.plan import (
     require_choice,
     update_schedule_of,
 )
+from perfmodel.schedules.subgroup_size import streamed_subgroup_params
 from perfmodel.workload import DTYPE_BYTES, Strategy, Workload
 
 __all__ = ["DEFAULTS", "PHASES", "Held", "held", "held_bytes"]
@@ -105,6 +106,11 @@ class _Rank:
         self._deepspeed = workload.framework == "deepspeed"
         self._offloads = strategy.optimizer == "offload"
         self._shares = strategy.shares
+        self._subgroup = (
+            strategy.subgroup_params
+            or settings.subgroup_params
+            or streamed_subgroup_params(settings, from_ssd="ssd" in self._shares)
+        )
         self._states = zero_count(workload, self._trained)
 
     # ---- parameters and gradients ------------------------------------------------------------
@@ -194,7 +200,7 @@ class _Rank:
     @property
     def _gradient_buffer_bytes(self) -> int:
         """Of what is added to gradients on the host, as wide as the widest type."""
-        count, most = self._settings.subgroup_params, self._settings.gradient_bytes
+        count, most = self._subgroup, self._settings.gradient_bytes
         if most is not None:
             count = max(1, min(count, most // 32))
         return _FP32_BYTES * count * _GRADIENT_BUFFERS
@@ -241,8 +247,8 @@ class _Rank:
 
     def _subgroups(self) -> list[int]:
         """Return how many parameters each subgroup of the optimizer has."""
-        whole, rest = divmod(self._states, self._settings.subgroup_params)
-        return [self._settings.subgroup_params] * whole + [rest] * (rest > 0)
+        whole, rest = divmod(self._states, self._subgroup)
+        return [self._subgroup] * whole + [rest] * (rest > 0)
 
     def optimizer(self) -> Iterator[Held]:
         """Yield states, and what is set aside for those that move."""

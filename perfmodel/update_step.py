@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from perfmodel.machine import Machine
 from perfmodel.parameters import rank_parameters, zero_count
-from perfmodel.plan import update_schedule_of
+from perfmodel.plan import OptimizerConfig, update_schedule_of
+from perfmodel.schedules.subgroup_size import planned_subgroup_params, streamed_subgroup_params
 from perfmodel.schedules.updates import (
     STATE_BYTES,
     UpdateRates,
@@ -19,10 +20,12 @@ from perfmodel.schedules.updates import (
 )
 from perfmodel.workload import Strategy, Workload
 
-__all__ = ["UpdateStep", "update_rates", "update_step", "updated_count"]
+__all__ = ["UpdateStep", "subgroup_params", "update_rates", "update_step", "updated_count"]
 
 # Of a parameter where nothing moves: gradient, master copy and moments read, all but it written.
 _UPDATED_BYTES = 28
+# Of queueing one that moves, three calls from Python; a run that is not planned measures its own.
+_SUBGROUP_S = 1e-4
 # So many subgroups stand for all: what is simulated are shares, not each one.
 _SUBGROUPS = 32
 
@@ -72,6 +75,20 @@ def update_step(workload: Workload, strategy: Strategy, machine: Machine) -> Upd
 def updated_count(workload: Workload) -> int:
     """Return how many parameters a rank updates."""
     return zero_count(workload, [each for each in rank_parameters(workload) if each.trained])
+
+
+def subgroup_params(workload: Workload, strategy: Strategy, machine: Machine) -> int | None:
+    """Return how many parameters a subgroup is best to have; None where it makes no difference."""
+    count = updated_count(workload)
+    if machine.link is None or strategy.optimizer == "torch" or not count:
+        return None
+    from_ssd = "ssd" in strategy.shares
+    return planned_subgroup_params(
+        count,
+        replace(update_rates(workload, machine), subgroup_s=_SUBGROUP_S),
+        device_bytes=machine.device.memory_bytes,
+        most=streamed_subgroup_params(OptimizerConfig(), from_ssd=True) if from_ssd else None,
+    )
 
 
 def update_rates(workload: Workload, machine: Machine) -> UpdateRates:

@@ -147,6 +147,8 @@ class Strategy:
     """Of optimizer states, as `OptimizerConfig.placement`."""
     update_schedule: str = "auto"
     early_gradients: bool = False
+    subgroup_params: int | None = None
+    """Of the optimizer's states, as `OptimizerConfig.subgroup_params`."""
     staging_bytes: int = 256 << 20
     """Of activations on their way to the SSD and back."""
     min_tensor_bytes: int = 1 << 20
@@ -157,13 +159,21 @@ class Strategy:
         require_choice("activations", self.activations, ACTIVATIONS)
         require_choice("optimizer", self.optimizer, ("offload", "torch"))
         OptimizerConfig(
-            placement=self.placement, update_schedule=self.update_schedule, path=("ssd",)
+            placement=self.placement,
+            update_schedule=self.update_schedule,
+            subgroup_params=self.subgroup_params,
+            path=("ssd",),
         )
         if self.optimizer == "torch" and self.placement != "device":
             raise ValueError(
                 f"placement={self.placement!r} is for optimizer='offload'; torch's states are "
                 "where the parameters are"
             )
+
+    def with_states_of(self, other: Strategy) -> Strategy:
+        """Return this one with the optimizer of `other`, and its states where that has them."""
+        names = ("optimizer", "placement", "update_schedule", "early_gradients", "subgroup_params")
+        return replace(self, **{name: getattr(other, name) for name in names})
 
     @property
     def shares(self) -> dict[str, float]:

@@ -27,6 +27,7 @@ __all__ = [
     "require_settings",
     "require_trainable",
     "settings_of",
+    "tensors_of",
     "updates_beside",
     "without_torchs",
 ]
@@ -153,13 +154,20 @@ def updates_beside(params: Sequence[Any]) -> UpdateDevice | None:
 
     Raises ImportError where there is one and the kernels were not built.
     """
+    for param in tensors_of(params):
+        if param.is_cuda:
+            return CudaUpdates(param.device)
+    return None
+
+
+def tensors_of(params: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """Yield the parameters of what `listed` returned."""
     for each in params:
         some = each.get("params", ()) if isinstance(each, Mapping) else each
         for param in some if isinstance(some, (list, set)) else [some]:
             param = param[1] if isinstance(param, tuple) else param  # with its name
-            if isinstance(param, torch.Tensor) and param.is_cuda:
-                return CudaUpdates(param.device)
-    return None
+            if isinstance(param, torch.Tensor):
+                yield param
 
 
 def require_trainable(param: torch.Tensor, device: UpdateDevice | None = None) -> None:

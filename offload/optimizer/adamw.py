@@ -22,9 +22,11 @@ from offload.optimizer.accepted import (
     require_settings,
     require_trainable,
     settings_of,
+    tensors_of,
     updates_beside,
     without_torchs,
 )
+from offload.optimizer.calibration import with_subgroup_params
 from offload.optimizer.checkpoint import (
     Fill,
     Saved,
@@ -99,6 +101,7 @@ class AdamW(torch.optim.Optimizer):
         params = listed(params)
         self._own_device = updates_beside(params) if emulated_device is None else None
         device = self._own_device or emulated_device
+        self.config = with_subgroup_params(self.config, tensors_of(params), device, pool)
         self.device_side = (  # None without a device
             DeviceSide(device, pool, self.config) if device is not None else None
         )
@@ -109,9 +112,8 @@ class AdamW(torch.optim.Optimizer):
             self, _close, self._gradients, self._placement, self._own_device
         )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"maximize": maximize}
         try:
-            super().__init__(params, TORCHS | defaults)
+            super().__init__(params, TORCHS | defaults | {"maximize": maximize})
         except BaseException:
             self.close()
             raise
@@ -129,6 +131,7 @@ class AdamW(torch.optim.Optimizer):
             for param in group["params"]:
                 require_trainable(param, self._own_device)
             size = self.config.subgroup_params
+            assert size is not None  # since it was made
             laid_out = lay_out(
                 number, group["params"], size, all_masters=self.device_side is not None
             )

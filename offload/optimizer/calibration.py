@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
+from offload.config import OptimizerConfig
 from offload.device import Moment
 from offload.device.updates import Arrays, UpdateDevice
 from offload.native import AdamSettings, ThreadPool
+from offload.optimizer.sharded import local_part
+from perfmodel.schedules.subgroup_size import planned_subgroup_params, streamed_subgroup_params
 from perfmodel.schedules.updates import STATE_BYTES, UpdateRates
 
-__all__ = ["measure_rates"]
+__all__ = ["measure_rates", "with_subgroup_params"]
 
 _REPEATS = 5
 # Of the time alone: what is slower than that beside copies is held up by them.
@@ -22,6 +26,45 @@ _HELD_UP = 1.05
 # Of both directions' times one after the other: what takes less runs both at once.
 _AT_ONCE = 0.75
 _SETTINGS = AdamSettings(lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+
+
+def with_subgroup_params(
+    config: OptimizerConfig,
+    params: Iterable[torch.Tensor],
+    device: UpdateDevice | None,
+    pool: ThreadPool,
+) -> OptimizerConfig:
+    """Return `config` with how many parameters a subgroup has, where that is left to the model.
+
+    Measures the device and its link where it is also left to that what is updated there.
+    """
+    if config.subgroup_params is not None:
+        return config
+    return replace(config, subgroup_params=_chosen(config, params, device, pool))
+
+
+def _chosen(
+    config: OptimizerConfig,
+    params: Iterable[torch.Tensor],
+    device: UpdateDevice | None,
+    pool: ThreadPool,
+) -> int:
+    streamed = streamed_subgroup_params(config, from_ssd="ssd" in config.shares)
+    counts: dict[torch.dtype, int] = {}
+    for param in params:
+        if param.is_floating_point():
+            counts[param.dtype] = counts.get(param.dtype, 0) + local_part(param).numel()
+    count = sum(counts.values())
+    if device is None or not count or config.update_schedule != "auto":
+        return streamed
+    dtype = max(counts, key=lambda each: counts[each])
+    rates = measure_rates(device, pool, min(count, streamed), dtype)
+    return planned_subgroup_params(
+        count,
+        rates,
+        device_bytes=device.free_bytes(),
+        most=streamed if "ssd" in config.shares else None,
+    )
 
 
 def measure_rates(
@@ -40,6 +83,7 @@ def measure_rates(
         whole_s = probe.seconds(lambda: probe.update(params))
         quarter_s = probe.seconds(lambda: probe.update(max(1, params // 4)))
         fixed_s = min(max(0.0, (4 * quarter_s - whole_s) / 3), whole_s / 2)
+        queued_s = probe.seconds_to_queue()
         host_s = probe.seconds(probe.update_on_host)
         held_s = probe.seconds_beside_copies(host_s, in_s, out_s)
     finally:
@@ -56,7 +100,7 @@ def measure_rates(
         to_host_bytes_per_s=states_bytes / out_s,
         host_memory_bytes_per_s=memory_per_s,
         duplex=both_s < _AT_ONCE * (in_s + out_s),
-        subgroup_s=fixed_s,
+        subgroup_s=max(fixed_s, queued_s),
         param_bytes=param_bytes,
     )
 
@@ -88,6 +132,17 @@ class _Probe:
         for moment in begin():
             moment.synchronize()
         return time.perf_counter() - begin_s
+
+    def seconds_to_queue(self) -> float:
+        """Return the median time that the calling thread takes to queue one that moves."""
+        seconds = []
+        for _ in range(_REPEATS):
+            begin_s = time.perf_counter()
+            moments = [*self.copy_in(), *self.update(1), *self.copy_out()]
+            seconds.append(time.perf_counter() - begin_s)
+            for moment in moments:
+                moment.synchronize()
+        return statistics.median(seconds)
 
     def seconds_beside_copies(self, host_s: float, in_s: float, out_s: float) -> float:
         """Return the median time of an update on the host while both directions are busy."""

@@ -51,6 +51,7 @@ class Gradients:
         name = config.accumulate_dtype
         self._dtype: torch.dtype | None = None if name is None else getattr(torch, name)
         buffer_params = config.subgroup_params
+        assert buffer_params is not None  # its owner has had it chosen
         if config.gradient_bytes is not None:  # of which buffers take no more than a quarter
             buffer_params = max(1, min(buffer_params, config.gradient_bytes // 32))
         self._copies = (

@@ -17,12 +17,10 @@ from offload.optimizer.states import HostStates, SsdStates, States
 from offload.tiers import SsdTier
 from offload.tiers.memory import available_bytes
 from perfmodel.plan import PAGE_BYTES
+from perfmodel.schedules.subgroup_size import LEAST_STAGED, PAD_BYTES
 
 __all__ = ["Placement"]
 
-PAD_BYTES = 8192  # that each takes in staging beside its own
-# One comes, one is in work, one goes.
-_LEAST_SUBGROUPS = 3
 _MOST_AHEAD = 8
 
 
@@ -113,10 +111,10 @@ class Placement:
     def _take_room(self, tier: SsdTier, sizes: Sequence[int]) -> None:
         staging, largest = tier.arena.nbytes, max(sizes)
         slots = staging // (largest + PAD_BYTES)
-        if slots < _LEAST_SUBGROUPS:
+        if slots < LEAST_STAGED:
             raise ValueError(
-                f"staging_bytes={staging} is too little: {_LEAST_SUBGROUPS} subgroups of {largest} "
-                f"bytes need {_LEAST_SUBGROUPS * (largest + PAD_BYTES)}, padding included; give "
+                f"staging_bytes={staging} is too little: {LEAST_STAGED} subgroups of {largest} "
+                f"bytes need {LEAST_STAGED * (largest + PAD_BYTES)}, padding included; give "
                 "that, or a smaller subgroup_params"
             )
         # The old version stays until the new one is there.
@@ -129,7 +127,7 @@ class Placement:
                 self._config.path[0],
             )
         self._needed_bytes = needed_bytes
-        ahead = min(slots // _LEAST_SUBGROUPS, _MOST_AHEAD)
+        ahead = min(slots // LEAST_STAGED, _MOST_AHEAD)
         self.ahead = min(self.ahead, ahead) if self.ahead else ahead
         # Beside those and the one in work. What is staged at a step's end need not be read in the
         # next one, which begins with it.

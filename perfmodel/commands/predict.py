@@ -109,6 +109,7 @@ def strategy_of(plan: Plan) -> Strategy:
         placement=placement,
         update_schedule=optimizer.update_schedule,
         early_gradients=optimizer.early_gradients,
+        subgroup_params=optimizer.subgroup_params,
     )
 
 

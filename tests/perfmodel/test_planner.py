@@ -86,12 +86,7 @@ def test_pairs_are_compared_by_the_very_figures_that_are_predicted(workload: Wor
         modes = ("keep", "recompute", "host", "ssd")
         for activations in searched.activations(modes, 20.0 * GIB, states):
             for each in states:
-                chosen = each.strategy
-                strategy = replace(
-                    activations.strategy,
-                    placement=chosen.placement,
-                    early_gradients=chosen.early_gradients,
-                )
+                strategy = activations.strategy.with_states_of(each.strategy)
                 full = combined(one, strategy, machine, activations.step, each.update)
                 assert activations.step_s(each) == pytest.approx(full.step_s)
                 assert activations.device_bytes(each, machine) == full.device_bytes

@@ -241,6 +241,7 @@ def test_a_parameter_that_somebody_else_changed_is_trained_from_what_it_is(
         ({"staging_byte": 1}, "did you mean 'staging_bytes'"),
         ({"learning_rate": 1}, r"AdamW.learning_rate is not a setting .* lr, "),
         ({"subgroup_params": 0}, "subgroup_params=0"),
+        ({"subgroup_params": 1.5}, "subgroup_params=1.5"),
         ({"io_engine": "urin"}, "did you mean 'uring'"),
     ],
 )

@@ -96,6 +96,24 @@ def test_missing_gradients_and_foreign_changes_are_taken_as_without_a_device(
     require_equal(states, others)
 
 
+def test_the_model_chooses_the_size_of_subgroups_where_none_is_given(
+    adamw: Make, parameters: Make, give_grads: Make, device: EmulatedUpdates
+) -> None:
+    params, others = parameters(), parameters()
+    before = sum(device.done()["states in"])
+    optimizer = adamw(params, emulated_device=device, subgroup_params=None)
+    assert optimizer.config.subgroup_params == 1 << 20, "all of these few are one"
+    assert sum(device.done()["states in"]) > before, "the link was measured"
+    train(optimizer, params, give_grads, range(3))
+    whole = adamw(others)
+    train(whole, others, give_grads, range(3))
+    assert all(map(torch.equal, params, others))
+    before = sum(device.done()["states in"])
+    told = adamw(params, emulated_device=device, subgroup_params=None, update_schedule="host")
+    assert told.config.subgroup_params == 32 * 4096 // 8, "which fill the queue"
+    assert sum(device.done()["states in"]) == before, "nothing was to be measured"
+
+
 def test_checkpoints_go_to_a_device_and_back(
     adamw: Make, parameters: Make, give_grads: Make, device: EmulatedUpdates, tmp_path: Any
 ) -> None:

@@ -37,7 +37,9 @@ class Stubborn(EmulatedUpdates):
 def test_a_backward_does_not_wait_for_its_copies() -> None:
     device = Stubborn()
     param = torch.nn.Parameter(torch.zeros(1000))
-    gradients = Gradients(device, ThreadPool(1), OptimizerConfig(early_gradients=True))
+    gradients = Gradients(
+        device, ThreadPool(1), OptimizerConfig(early_gradients=True, subgroup_params=100)
+    )
     gradients.watch([param])
     gradients.leave_for_host([param])
     (param * 2).sum().backward()  # comes back although nothing has been copied
@@ -100,7 +102,9 @@ def test_any_order_of_backwards_gives_the_sums(
 def test_copies_that_fail_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     device = EmulatedUpdates()
     param = torch.nn.Parameter(torch.zeros(1000))
-    gradients = Gradients(device, ThreadPool(1), OptimizerConfig(early_gradients=True))
+    gradients = Gradients(
+        device, ThreadPool(1), OptimizerConfig(early_gradients=True, subgroup_params=100)
+    )
     gradients.watch([param])
     gradients.leave_for_host([param])
     param.sum().backward()

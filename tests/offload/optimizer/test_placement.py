@@ -10,8 +10,9 @@ import torch
 
 from offload.config import OptimizerConfig
 from offload.optimizer.layout import lay_out
-from offload.optimizer.placement import PAD_BYTES, Placement
+from offload.optimizer.placement import Placement
 from offload.optimizer.states import HostStates, SsdStates
+from perfmodel.schedules.subgroup_size import PAD_BYTES
 
 SUBGROUPS = lay_out(0, [torch.nn.Parameter(torch.zeros(10_000))], 100)
 
