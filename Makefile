@@ -75,6 +75,7 @@ gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest tests/offload tests/examples
 	$(PYTHON) -m benchmarks.nine_cases --json benchmarks/records/nine_cases.json
+	$(PYTHON) -m benchmarks.iterations --pairs 6 --json benchmarks/records/iterations.json
 
 clean:
 	rm -rf build .venv/.installed .venv/.bench *.egg-info offload/_C*.so offload/_cuda_kernels.so

@@ -21,7 +21,7 @@ import offload
 from examples.memory import StepMemory
 from examples.models import MODELS, ModelConfig, Run, call, recompute
 
-__all__ = ["OURS", "PEERS", "Case", "Figures", "Turns", "link_bytes_per_s"]
+__all__ = ["OURS", "PEERS", "Case", "Figures", "Turns", "link_bytes_per_s", "sum_of_bits"]
 
 HEAD_CHANNELS = 128
 OURS = ("host", "ssd", "auto")
@@ -156,7 +156,7 @@ class Turns:
     def digest(self, mode: str, seed: int) -> list[int]:
         """Take a step; return a sum of each gradient's bits, weighted by where they stand."""
         self._step(mode, seed)
-        return [_sum_of_bits(parameter.grad) for parameter in self._parameters]
+        return [sum_of_bits(parameter.grad) for parameter in self._parameters]
 
     def peak_bytes(self, mode: str, seed: int) -> float:
         """Take a step; return its worst moment above the device at rest."""
@@ -240,7 +240,8 @@ class Turns:
         return 0
 
 
-def _sum_of_bits(tensor: torch.Tensor | None) -> int:
+def sum_of_bits(tensor: torch.Tensor | None) -> int:
+    """Return a sum of the bits of 16-bit elements, weighted by where they stand."""
     assert tensor is not None
     bits = tensor.view(torch.int16).flatten()
     total = 0

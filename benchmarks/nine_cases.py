@@ -25,6 +25,7 @@ from benchmarks.record import (
     Interval,
     Record,
     add_record_arguments,
+    hidden_by_layers,
     median_interval,
     paired_ratios,
     positive,
@@ -69,21 +70,14 @@ class Measured:
         return median_interval(paired_ratios(self.samples[mode]["step_s"], both))
 
 
-def size(text: str) -> tuple[int, int]:
-    """Parse HIDDENxLAYERS."""
-    hidden, _, layers = text.partition("x")
-    try:
-        return positive(hidden), positive(layers)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HIDDENxLAYERS, as 8192x4") from error
-
-
 def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_record_arguments(parser, warm_up=4)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--sizes", nargs="+", type=size, default=SIZES, metavar="HIDDENxLAYERS")
+    parser.add_argument(
+        "--sizes", nargs="+", type=hidden_by_layers, default=SIZES, metavar="HIDDENxLAYERS"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES[1:-1], default=MODES[1:-1])
     for flag, default in (
         ("--seq-len", 1024),

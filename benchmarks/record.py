@@ -33,6 +33,7 @@ __all__ = [
     "Interval",
     "Record",
     "add_record_arguments",
+    "hidden_by_layers",
     "median_interval",
     "paired_ratios",
     "positive",
@@ -340,6 +341,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return value
+
+
+def hidden_by_layers(text: str) -> tuple[int, int]:
+    """Parse HIDDENxLAYERS."""
+    hidden, _, layers = text.partition("x")
+    try:
+        return positive(hidden), positive(layers)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HIDDENxLAYERS, as 8192x4") from error
 
 
 def _new_file(text: str) -> Path:

@@ -13,14 +13,21 @@ from typing import Any
 
 import pytest
 
-from benchmarks import activations, bandwidth, hooks, io, nine_cases, rok
+from benchmarks import activations, bandwidth, hooks, io, iterations, nine_cases, rok
+from benchmarks.iterations_worker import Case
 from benchmarks.record import ROOT, Interval, median_interval
 
 CONTRACT = {
     *("claim", "goal", "value", "met", "peers", "floor", "machine", "versions", "commit"),
     *("command", "samples"),
 }
-PATH_FLAGS = {"io": "--path", "hooks": "--path", "states": "--path", "interleaved": ""}
+PATH_FLAGS = {
+    "io": "--path",
+    "hooks": "--path",
+    "states": "--path",
+    "interleaved": "",
+    "iterations": "",
+}
 ROUNDS = ["--pairs", "6", "--warm-up", "1"]
 TINY_IO = ["--bytes", "2097152", "--tensor-bytes", "524288", "--block-bytes", "65536"]
 TINY_GPT = [
@@ -176,6 +183,40 @@ def test_nine_cases_notice_a_mode_whose_gradients_differ_in_a_bit(
             nine_cases.require_same_bits(turns, ["keep", "recompute"])
 
 
+def test_iterations_hold_all_placements_to_the_same_losses_and_name_absent_peers(
+    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("record") / "iterations.json"
+    flags = ["--device", "cpu", "--sizes", "128x2", "--seq-len", "32", "--vocab", "256"]
+    flags += ["--modes", "ours", "ours, early gradients", "ours, half moves", "torchao"]
+    found = record_of("iterations", spill_dir, out, *flags)
+    assert found["met"] is None, "no peer was there"
+    assert set(found["absent"]) == {"gpt 128x2, torchao"}
+    losses = found["samples"]["gpt 128x2"]["losses"]
+    first = losses.pop("ours")
+    assert len(first) == 7, "one to warm up, six that count"
+    assert set(losses) == {"ours, early gradients", "ours, half moves", "ours again"}
+    assert all(each == first for each in losses.values())
+    digests = [each["digest"] for each in found["facts"]["gpt 128x2"].values()]
+    assert digests[0]
+    assert all(each == digests[0] for each in digests)
+    assert found["claims"][-1]["met"]
+
+
+def test_iterations_notice_a_placement_with_other_losses() -> None:
+    case = Case(hidden=8, layers=1, seq_len=8, micro_batch=1, vocab=8, device="cpu")
+    found = iterations.Measured(case)
+    names = ("ours", "ours, half moves", "torchao")
+    found.losses = {name: [1.0, 2.0 + (name == "torchao")] for name in names}
+    found.facts = {name: {"digest": [5, 7]} for name in (*names, "ours again")}
+    assert iterations.claims_of(found)[-1].met
+    found.losses["ours again"] = [1.0, 2.0000000000000004]
+    assert iterations.claims_of(found)[-1].met is False
+    found.losses["ours again"] = found.losses["ours"]
+    found.facts["ours, half moves"] = {"digest": [5, 8]}
+    assert iterations.claims_of(found)[-1].met is False
+
+
 def test_states_are_held_against_their_bytes_and_decide_nothing_without_peers(
     spill_dir: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +279,7 @@ def test_what_fits_decides_which_micro_batches_are_compared() -> None:
         (bandwidth, ["--heads", "3"], "--heads 3"),
         (rok, ["--micro-batches", "0"], "'0'"),
         (nine_cases, ["--device", "cpu", "--sizes", "64"], "'64'"),
+        (iterations, ["--device", "cpu", "--sizes", "64x0"], "'64x0'"),
         (activations, ["--heads", "3"], "--heads 3"),
         (activations, ["--json", "/no/such/directory/a.json"], "/no/such/directory/a.json"),
     ],
