@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -18,12 +19,13 @@ from benchmarks.worker import Answer, Subject, Worker, serve
 from examples.heap import keep_freed_memory
 from examples.memory import StepMemory
 from examples.models import MODELS, ModelConfig, Run, call, recompute
+from offload.calibrate.operators import PROBE, operator_pieces, seconds_of
+from offload.calibrate.timing import Stopwatch
 from offload.native import FaultPlan
 
 __all__ = ["PROBE_FLOPS", "Trainee", "Training", "open_worker"]
 
-PROBE = 1024, 512, 2048
-PROBE_FLOPS = 2.0 * 1024 * 512 * 2048
+PROBE_FLOPS = 2.0 * math.prod(PROBE)
 """Of the product that tells how fast the machine is at the moment."""
 
 
@@ -195,14 +197,9 @@ class Trainee:
 
 def probe_s() -> float:
     """Return the median seconds of a product that calibration times as well: `PROBE_FLOPS`."""
-    rows, channels, width = PROBE
-    x, weight = torch.randn(rows, channels), torch.randn(width, channels)
-    seconds = []
-    for _ in range(7):
-        begin_s = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        seconds.append(time.perf_counter() - begin_s)
-    return statistics.median(seconds)
+    pieces = operator_pieces(torch.device("cpu"), torch.float32, ())
+    [probe] = (each for each in pieces if (each.name, each.amount) == ("linear", PROBE_FLOPS))
+    return statistics.median(seconds_of(probe, Stopwatch(torch.device("cpu"), least=7)))
 
 
 def open_offload(training: Training) -> offload.ActivationOffload:

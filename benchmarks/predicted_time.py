@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from benchmarks.predicted_memory import (
 from benchmarks.record import Record, add_record_arguments, positive, table, write_record
 from benchmarks.spill_directory import spill_directory
 from benchmarks.worker import number
+from examples.heap import keep_freed_memory
 from offload.calibrate import calibrate
 from perfmodel.machine import Machine, read_machine
 from perfmodel.plain_models import PLAIN_MODELS, plain_model
@@ -68,8 +70,9 @@ def measured_s(
 ) -> tuple[float, float]:
     """Return the median step of a process of its own, and that at the machine's calibrated speed.
 
-    The machine is shared and slower at one time than at another: before each step a product of
-    matrices is timed that was calibrated, and by what part it takes longer is divided out.
+    The machine is shared and slower at one time than at another: before and after each step a
+    product of matrices is timed that was calibrated, and by what part it takes longer is divided
+    out.
     """
     calibrated_s = PROBE_FLOPS / machine.device.matmul_flops_per_s[DTYPE].at(PROBE_FLOPS)
     seconds, slower = [], []
@@ -77,8 +80,10 @@ def measured_s(
         for _ in range(warm_up + steps):
             slower.append(number(worker.ask("probe"), "probe_s") / calibrated_s)
             seconds.append(number(worker.ask("step"), "step_s"))
-    step_s = statistics.median(seconds[warm_up:])
-    return step_s, step_s / statistics.median(slower[warm_up:])
+        slower.append(number(worker.ask("probe"), "probe_s") / calibrated_s)
+    around = [(one + other) / 2 for one, other in itertools.pairwise(slower)]
+    steady = [step_s / each for step_s, each in zip(seconds, around, strict=True)]
+    return statistics.median(seconds[warm_up:]), statistics.median(steady[warm_up:])
 
 
 def parsed() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
@@ -125,6 +130,7 @@ def main() -> None:
     """Measure and record; exits with 0 whether the goal is met or not."""
     arguments, parser = parsed()
     samples: dict[str, tuple[float, float, float]] = {}
+    keep_freed_memory()  # as workers do, so that all take their tensors from the same memory
     with ExitStack() as stack:
         directory = stack.enter_context(spill_directory(arguments.offload_path, parser))
         before = read_machine(arguments.machine) if arguments.machine else calibrate(directory)

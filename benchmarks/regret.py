@@ -29,6 +29,7 @@ from benchmarks.record import (
 )
 from benchmarks.spill_directory import spill_directory
 from benchmarks.worker import Worker, number
+from examples.heap import keep_freed_memory
 from offload.calibrate import calibrate
 from offload.config import Limits, Plan
 from perfmodel.machine import Machine, read_machine
@@ -289,6 +290,7 @@ def main() -> None:
     arguments, parser = parsed()
     problems: dict[str, dict[str, object]] = {}
     grids: dict[str, list[tuple[str, float, float]]] = {}
+    keep_freed_memory()  # as workers do, so that all take their tensors from the same memory
     with ExitStack() as stack:
         directory = stack.enter_context(spill_directory(arguments.offload_path, parser))
         machine = read_machine(arguments.machine) if arguments.machine else calibrate(directory)

@@ -101,7 +101,7 @@ def activation_step(
         backward_s=backward_s,
         recompute_s=again_s,
         stall_s=waited_s,
-        processor_s=processor_s(machine, 2 * schedule.moved_bytes) if to_ssd else 0.0,
+        processor_s=(processor_s(machine, 2 * schedule.moved_bytes, len(moved)) if to_ssd else 0.0),
         device_bytes=in_use.worst.nbytes + on_device,
         saved_bytes=in_use.saved_bytes,
         staging_bytes=staging if machine.link is not None else 0,
@@ -198,9 +198,16 @@ def room_for_saved(machine: Machine, strategy: Strategy) -> int | None:
     return max(0, strategy.memory_bytes - strategy.staging_bytes)
 
 
-def processor_s(machine: Machine, nbytes: int) -> float:
-    """Return by how much copies and checksums hold up a processor that computes as well."""
+def processor_s(machine: Machine, nbytes: int, tensors: float) -> float:
+    """Return by how much so many `tensors` that go to the SSD and back hold a processor up.
+
+    It copies and checks their `nbytes`, those of both ways together, and computes as well.
+    """
     drive, cores = machine.drive, machine.host.cores
-    if machine.link is not None or drive is None or not drive.processor_bytes_per_s:
+    if machine.link is not None or drive is None:
         return 0.0
-    return nbytes / drive.processor_bytes_per_s / cores
+    if drive.beside_bytes_per_s:
+        return nbytes / drive.beside_bytes_per_s + tensors * drive.beside_s
+    if drive.processor_bytes_per_s:
+        return nbytes / drive.processor_bytes_per_s / cores
+    return 0.0

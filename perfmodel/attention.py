@@ -141,7 +141,7 @@ class Attention:
             others = (shape.context - 1) * (k.nbytes + v.nbytes)  # keys and values of other ranks
             arriving = min(2, shape.context - 1) * (k.nbytes + v.nbytes)
             mixed = maps.run(
-                "attention",
+                "attention" if causal else "attention to all",
                 [q, k, v, *added],
                 q.nbytes,
                 saves=[q, k, v, *added],

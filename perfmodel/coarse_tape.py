@@ -110,14 +110,22 @@ class CoarseTape:
 
     # ---- what is saved -----------------------------------------------------------------------
 
-    @cached_property
+    @property
     def largest_bytes(self) -> int:
         """Of what a layer saves."""
+        return max(self._layer_bytes, default=0)
+
+    @cached_property
+    def mean_bytes(self) -> float:
+        """Of what a layer saves and is not small."""
+        large = [nbytes for nbytes in self._layer_bytes if nbytes >= self._least]
+        return sum(large) / len(large) if large else 0.0
+
+    @cached_property
+    def _layer_bytes(self) -> list[int]:
         layers = [stack.layer for stack in self._stacks]
         saved = self._first_saved.items()
-        return max(
-            (each.nbytes for each, at in saved if any(at in layer for layer in layers)), default=0
-        )
+        return [each.nbytes for each, at in saved if any(at in layer for layer in layers)]
 
     def _others(self, stack: Stack) -> dict[Value, bool]:
         """Return copies of what enters all layers of a stack alike, and whether they save it."""

@@ -200,7 +200,7 @@ class LayeredStep:
             backward_s=self.backward_s,
             recompute_s=self.recompute_s(again),
             stall_s=waited_s,
-            processor_s=processor_s(self._machine, 2 * schedule.moved_bytes) if to_ssd else 0.0,
+            processor_s=self._held_up_s(schedule.moved_bytes) if to_ssd else 0.0,
             device_bytes=self._beside(again, kept) + (staging if alone else window),
             saved_bytes=self._peak(again)[1] - schedule.moved_bytes,
             staging_bytes=0 if alone else staging,
@@ -208,6 +208,10 @@ class LayeredStep:
             ssd_bytes=schedule.moved_bytes if to_ssd else 0,
             schedule=schedule,
         )
+
+    def _held_up_s(self, moved_bytes: int) -> float:
+        tensors = moved_bytes / max(1.0, self._coarse.mean_bytes)
+        return processor_s(self._machine, 2 * moved_bytes, tensors)
 
     @property
     def largest_bytes(self) -> int:

@@ -28,7 +28,10 @@ __all__ = [
 
 _MOST = 1e24
 _MAY_BE_0 = frozenset(
-    ["operator_s", "update_params_per_s", "rated_bytes", "free_bytes", "processor_bytes_per_s"]
+    [
+        *("operator_s", "update_params_per_s", "rated_bytes", "free_bytes"),
+        *("processor_bytes_per_s", "beside_bytes_per_s", "beside_s"),
+    ]
 )
 
 
@@ -94,8 +97,9 @@ class Device:
     """Over the bytes of one operator that reads and writes."""
     operators_per_s: Mapping[str, Curve] = field(default_factory=dict)
     """By an operator's name, or that with ` backward`: the bytes that its forward moves over those
-    bytes, and of `attention` flops. Others: as products of matrices, and as `memory_bytes_per_s`
-    has it."""
+    bytes; of `linear` flops over the flops of one product; of `attention` and `attention to all`
+    flops over the flops for each byte of queries. Others: as products of matrices, and as
+    `memory_bytes_per_s` has it."""
     operator_s: float = 0.0
     """What each operator costs beside: a launch, a dispatch."""
     update_params_per_s: float = 0.0
@@ -136,6 +140,11 @@ class Drive:
     """What may be written in its life (TBW); 0: not known."""
     processor_bytes_per_s: float = 0.0
     """What a core copies, checks and hands over in a second of its time; 0: not known."""
+    beside_bytes_per_s: float = 0.0
+    """What goes to the drive and back for each second by which that holds up a processor which
+    computes meanwhile; 0: not known, and as `processor_bytes_per_s` has it."""
+    beside_s: float = 0.0
+    """By how much each tensor that goes there and back holds it up besides."""
     path: str = ""
 
 

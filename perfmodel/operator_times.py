@@ -13,7 +13,13 @@ __all__ = ["BACKWARD", "OperatorTimes", "operator_times"]
 BACKWARD = " backward"
 """Behind an operator's name in `Device.operators_per_s`."""
 # Operators of a tape that are to a device what another one is.
-_ALIKE = {"rotate": "weigh", "scale": "gate", "gelu_tanh": "gelu", "rms norm": "layer norm"}
+_ALIKE = {
+    "rotate": "weigh",
+    "scale": "gate",
+    "gelu_tanh": "gelu",
+    "rms norm": "layer norm",
+    "attention to all": "attention",
+}
 # What is added to something is read, as is that, and written.
 _ADDED = 3
 
@@ -79,9 +85,11 @@ class _Times:
         rates = self._device.operators_per_s
         rate = rates.get(name + way) or rates.get(_ALIKE.get(name, name) + way)
         if operator.matmul_flops:
-            return (
-                products * operator.matmul_flops / (rate or self._matmul).at(operator.matmul_flops)
-            )
+            flops = operator.matmul_flops
+            # What attention reaches depends on how long a sequence is, not on how many there are.
+            by_length = rate is not None and name.startswith("attention")
+            size = flops / operator.reads[0].nbytes if by_length else flops
+            return products * flops / (rate or self._matmul).at(size)
         nbytes = max(1.0, operator.moved_bytes)
         if rate is not None:
             return nbytes / rate.at(nbytes)

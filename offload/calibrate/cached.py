@@ -18,6 +18,7 @@ __all__ = ["CACHE", "present_machine"]
 
 CACHE = Path("~/.cache/offload")
 _MOST_DAYS = 30
+_FORM = "2"  # of what is measured: what was measured otherwise is of no use
 _DAY_S = 86_400
 
 
@@ -44,5 +45,5 @@ def present_machine(path: str | None = None, *, cache: Path = CACHE) -> Machine:
 def _mark(path: str | None) -> str:
     device = present_device()
     where = os.path.realpath(path) if path is not None else ""
-    said = [name_of(device), torch.__version__, str(torch.get_num_threads()), where]
+    said = [_FORM, name_of(device), torch.__version__, str(torch.get_num_threads()), where]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offload.calibrate.timing import Stopwatch
 from perfmodel.operator_times import BACKWARD
 
-__all__ = ["Piece", "operator_pieces"]
+__all__ = ["PROBE", "Piece", "operator_pieces", "seconds_of", "tiny"]
+
+PROBE = 1024, 512, 2048
+"""Rows and channels of the product that tells how fast the machine is at the moment."""
 
 _CHANNELS = 512
 _HEAD = 64
@@ -26,8 +31,23 @@ class Piece:
     dtype: str
     amount: float
     """Flops or bytes."""
+    size: float
+    """What its rate is a curve over: the same, or of attention flops for each byte of queries."""
+    nbytes: int
+    """Read and written."""
     prepare: Callable[[], Callable[[], object]]
     """Makes what it takes, and returns what is timed."""
+
+
+# What a piece of work goes round, so that a cache has little of it when it is its turn again.
+_COLD_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
+_MOST_COPIES = 32
+
+
+def seconds_of(piece: Piece, watch: Stopwatch) -> list[float]:
+    """Return how long `piece` takes, each time with other tensors of its kind."""
+    copies = min(_MOST_COPIES, max(1, _COLD_BYTES[watch.device.type] // piece.nbytes))
+    return watch.seconds(*(piece.prepare() for _ in range(copies)))
 
 
 def operator_pieces(device: torch.device, dtype: torch.dtype, mib: Sequence[int]) -> list[Piece]:
@@ -50,45 +70,63 @@ def _matmuls(device: torch.device, dtype: torch.dtype) -> Iterator[Piece]:
     for rows, channels, width in (
         (256, 256, 256),
         (512, 512, 512),
-        (1024, 512, 2048),
+        PROBE,
         (2048, 1024, 1024),
         (2048, 1024, 4096),
     ):
 
-        def prepare(
-            rows: int = rows, channels: int = channels, width: int = width
-        ) -> Callable[[], object]:
-            x = torch.randn(rows, channels, device=device, dtype=dtype)
-            weight = torch.randn(width, channels, device=device, dtype=dtype)
-            return lambda: F.linear(x, weight)
+        def inputs(rows: int = rows, channels: int = channels, width: int = width) -> list[Tensor]:
+            shapes = (rows, channels), (width, channels), (width,)
+            made = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+            return [each.requires_grad_() for each in made]
 
-        yield Piece("linear", _name(dtype), 2.0 * rows * channels * width, prepare)
-
-
-def _attention(device: torch.device, dtype: torch.dtype) -> Iterator[Piece]:
-    for length in (128, 256, 512, 1024):
-        heads = max(1, 4096 // length)
-        flops = 4.0 * heads * length * length * _HEAD / 2  # each sees those before it
-
-        def inputs(heads: int = heads, length: int = length) -> list[Tensor]:
-            made = torch.randn(3, 1, heads, length, _HEAD, device=device, dtype=dtype)
-            return [part.requires_grad_() for part in made]
-
-        def forward(
-            inputs: Callable[[], list[Tensor]] = inputs,
-        ) -> Callable[[], object]:
-            q, k, v = inputs()
-            return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        def forward(inputs: Callable[[], list[Tensor]] = inputs) -> Callable[[], object]:
+            parts = inputs()
+            return lambda: F.linear(*parts)
 
         def backward(inputs: Callable[[], list[Tensor]] = inputs) -> Callable[[], object]:
             parts = inputs()
-            q, k, v = parts
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            out = F.linear(*parts)
             given = torch.randn_like(out)
             return lambda: torch.autograd.grad(out, parts, given, retain_graph=True)
 
-        yield Piece("attention", _name(dtype), flops, forward)
-        yield Piece("attention" + BACKWARD, _name(dtype), 2 * flops, backward)
+        flops = 2.0 * rows * channels * width
+        moved = (rows * channels + channels * width + rows * width) * dtype.itemsize
+        yield Piece("linear", _name(dtype), flops, flops, moved, forward)
+        yield Piece("linear" + BACKWARD, _name(dtype), 2 * flops, flops, 2 * moved, backward)
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> Iterator[Piece]:
+    for causal, length in itertools.product((True, False), (128, 256, 512, 1024)):
+        heads = max(1, 4096 // length)
+        # Of half of all pairs where each sees those before it.
+        flops = 4.0 * heads * length * length * _HEAD * (0.5 if causal else 1.0)
+
+        def inputs(heads: int = heads, length: int = length) -> list[Tensor]:
+            # Side by side, as one product makes them.
+            made = torch.randn(1, length, 3, heads, _HEAD, device=device, dtype=dtype)
+            return [part.requires_grad_() for part in made.transpose(1, 3).unbind(2)]
+
+        def forward(
+            inputs: Callable[[], list[Tensor]] = inputs, causal: bool = causal
+        ) -> Callable[[], object]:
+            q, k, v = inputs()
+            return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        def backward(
+            inputs: Callable[[], list[Tensor]] = inputs, causal: bool = causal
+        ) -> Callable[[], object]:
+            parts = inputs()
+            q, k, v = parts
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            given = torch.randn_like(out)
+            return lambda: torch.autograd.grad(out, parts, given, retain_graph=True)
+
+        name = "attention" if causal else "attention to all"
+        query_bytes = heads * length * _HEAD * dtype.itemsize
+        size = flops / query_bytes
+        yield Piece(name, _name(dtype), flops, size, 4 * query_bytes, forward)
+        yield Piece(name + BACKWARD, _name(dtype), 2 * flops, size, 8 * query_bytes, backward)
 
 
 @dataclass(frozen=True)
@@ -146,7 +184,7 @@ def _others(device: torch.device, dtype: torch.dtype, mib: Sequence[int]) -> Ite
             def inputs(kind: _Kind = kind, rows: int = rows) -> list[Tensor]:
                 shapes = [(rows, kind.channels)] * kind.inputs + [(kind.channels,)] * kind.params
                 return [
-                    torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+                    torch.full(shape, 0.5, device=device, dtype=dtype).requires_grad_()
                     for shape in shapes
                 ]
 
@@ -164,6 +202,6 @@ def _others(device: torch.device, dtype: torch.dtype, mib: Sequence[int]) -> Ite
                 given = torch.randn_like(out)
                 return lambda: torch.autograd.grad(out, parts, given, retain_graph=True)
 
-            moved = kind.moved * nbytes
-            yield Piece(kind.name, _name(dtype), moved, forward)
-            yield Piece(kind.name + BACKWARD, _name(dtype), moved, backward)
+            moved, touched = kind.moved * nbytes, (kind.inputs + 1) * nbytes
+            yield Piece(kind.name, _name(dtype), moved, moved, touched, forward)
+            yield Piece(kind.name + BACKWARD, _name(dtype), moved, moved, 2 * touched, backward)

@@ -6,12 +6,14 @@ import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
+from offload.calibrate.beside import measure_held_up
 from offload.calibrate.drive import measure_drive
-from offload.calibrate.operators import operator_pieces, tiny
+from offload.calibrate.operators import Piece, operator_pieces, seconds_of, tiny
 from offload.calibrate.timing import Stopwatch, curve_of
 from offload.device import num_devices
 from offload.device.cuda_updates import CudaUpdates
@@ -30,7 +32,7 @@ _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torc
 # Tensors of operators, in MiB: what stays in a processor's caches, and what does not.
 _OPERATOR_MIB = {"cpu": (1, 8), "cuda": (4, 64)}
 
-Seconds = dict[tuple[str, str, float], list[float]]
+Seconds = dict[Piece, list[float]]
 
 
 def calibrate(
@@ -49,6 +51,12 @@ def calibrate(
     """
     chosen = device or present_device()
     drive = measure_drive(path, rounds) if path is not None else None
+    if drive is not None and path is not None and chosen.type == "cpu":
+        held_up = measure_held_up(path, rounds)
+        if held_up is not None:
+            drive = replace(
+                drive, beside_bytes_per_s=held_up.bytes_per_s, beside_s=held_up.tensor_s
+            )
     pool = ThreadPool(torch.get_num_threads())
     link, update_params_per_s = _link(chosen, pool)
     watch = Stopwatch(chosen)
@@ -71,7 +79,7 @@ def calibrate(
 
 
 def _operators(watch: Stopwatch, rounds: int, progress: Callable[[float], object]) -> Seconds:
-    """Return the seconds of every piece of work, by name, type and amount."""
+    """Return the seconds of every piece of work."""
     kind = watch.device.type
     pieces = [
         piece
@@ -81,16 +89,16 @@ def _operators(watch: Stopwatch, rounds: int, progress: Callable[[float], object
     found: Seconds = defaultdict(list)
     for turn in range(rounds):
         for at, piece in enumerate(pieces):
-            found[piece.name, piece.dtype, piece.amount] += watch.seconds(piece.prepare())
+            found[piece] += seconds_of(piece, watch)
             progress((turn + (at + 1) / len(pieces)) / rounds)
     return found
 
 
 def _curves(found: Seconds, dtype: str) -> dict[str, Curve]:
-    by_name: dict[str, list[tuple[float, Sequence[float]]]] = defaultdict(list)
-    for (name, of_type, amount), seconds in found.items():
-        if of_type == dtype:
-            by_name[name].append((amount, seconds))
+    by_name: dict[str, list[tuple[float, float, Sequence[float]]]] = defaultdict(list)
+    for piece, seconds in found.items():
+        if piece.dtype == dtype:
+            by_name[piece.name].append((piece.size, piece.amount, seconds))
     return {name: curve_of(measured) for name, measured in by_name.items()}
 
 
@@ -117,7 +125,8 @@ def _moved(watch: Stopwatch) -> Curve:
     for mib in _COPIED_MIB:
         count = (mib << 20) // 12
         x, y, z = (torch.ones(count, device=watch.device) for _ in range(3))
-        measured.append((12.0 * count, watch.seconds(partial(torch.add, x, y, out=z))))
+        nbytes = 12.0 * count
+        measured.append((nbytes, nbytes, watch.seconds(partial(torch.add, x, y, out=z))))
     return curve_of(measured)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,31 +28,36 @@ class Stopwatch:
         self.device = device
         self._least, self._enough_s = least, enough_s
 
-    def seconds(self, work: Callable[[], object]) -> list[float]:
-        """Return how long `work` took, at least `least` times or until `enough_s` have passed."""
-        work()  # kernels are chosen and memory is found in the first
+    def seconds(self, *works: Callable[[], object]) -> list[float]:
+        """Return how long `works` took, one after the other, until `enough_s` have passed.
+
+        At least each of them and `least` in all. The same work on other tensors has them come from
+        memory, as they do in a step, and not from a cache; what each returns lives on meanwhile.
+        """
+        # Kernels are chosen and memory is found in the first.
+        made = deque((work() for work in works), maxlen=len(works))
         found: list[float] = []
-        while len(found) < self._least or (
-            sum(found) < self._enough_s and len(found) < 100 * self._least
-        ):
-            found.append(self.once(work))
+        least = max(self._least, len(works))
+        while len(found) < least or (sum(found) < self._enough_s and len(found) < 100 * least):
+            seconds, result = self._once(works[len(found) % len(works)])
+            found.append(seconds)
+            made.append(result)
         return found
 
-    def once(self, work: Callable[[], object]) -> float:
-        """Return how long `work` takes once, until the device has done it."""
+    def _once(self, work: Callable[[], object]) -> tuple[float, object]:
         wait_for(self.device)
         begin_s = time.perf_counter()
-        work()
+        result = work()
         wait_for(self.device)
-        return time.perf_counter() - begin_s
+        return time.perf_counter() - begin_s, result
 
 
-def curve_of(measured: Sequence[tuple[float, Sequence[float]]]) -> Curve:
-    """Return the curve of pieces of work: the size of each, and the seconds that it took."""
+def curve_of(measured: Sequence[tuple[float, float, Sequence[float]]]) -> Curve:
+    """Return the curve of pieces of work: the size of each, how much it is, and its seconds."""
     ordered = sorted(measured)
-    sizes = tuple(size for size, _ in ordered)
-    rates = tuple(size / statistics.median(seconds) for size, seconds in ordered)
-    spreads = [_spread(seconds) for _, seconds in ordered]
+    sizes = tuple(size for size, _, _ in ordered)
+    rates = tuple(amount / statistics.median(seconds) for _, amount, seconds in ordered)
+    spreads = [_spread(seconds) for _, _, seconds in ordered]
     return Curve(sizes, rates, round(statistics.median(spreads), 4))
 
 

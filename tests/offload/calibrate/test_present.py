@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from offload.calibrate import calibrate
+from offload.calibrate import beside, calibrate
 from offload.calibrate.timing import Stopwatch, curve_of
 from perfmodel.machine import machine_of
 
@@ -21,7 +22,8 @@ def test_a_machine_comes_of_it_that_a_file_gives_back(tmp_path: Path) -> None:
     assert machine.drive.path == str(tmp_path)
     assert machine.link is None
     assert {"float32", "bfloat16"} == set(machine.device.matmul_flops_per_s)
-    assert {"attention", "gelu", "layer norm backward"} <= set(machine.device.operators_per_s)
+    names = {"attention", "attention to all backward", "linear backward", "gelu", "layer norm"}
+    assert names <= set(machine.device.operators_per_s)
     assert any("rated_bytes" in each for each in machine.not_measured)
     assert parts == sorted(parts)
     assert parts[-1] == 1
@@ -37,8 +39,8 @@ def test_a_directory_that_is_not_there_is_named_and_nothing_else_is_measured(
 
 
 def test_a_curve_has_the_median_rate_of_each_size() -> None:
-    curve = curve_of([(200.0, [1.0, 2.0, 9.0]), (100.0, [1.0, 1.0, 1.0])])
-    assert curve.sizes == (100.0, 200.0)
+    curve = curve_of([(20.0, 200.0, [1.0, 2.0, 9.0]), (10.0, 100.0, [1.0, 1.0, 1.0])])
+    assert curve.sizes == (10.0, 20.0)
     assert curve.rates == (100.0, 100.0)
 
 
@@ -47,3 +49,48 @@ def test_work_is_done_once_more_than_it_is_timed() -> None:
     watch = Stopwatch(torch.device("cpu"), least=3, enough_s=0.0)
     assert len(watch.seconds(lambda: calls.append(None))) == 3
     assert len(calls) == 4
+
+
+def test_work_goes_round_and_what_it_made_lives_until_its_turn_comes_again() -> None:
+    calls: list[int] = []
+    alive: list[int] = []
+
+    class Made:
+        def __init__(self, number: int) -> None:
+            calls.append(number)
+            alive.append(number)
+            self._number = number
+
+        def __del__(self) -> None:
+            alive.remove(self._number)
+
+    works = [partial(Made, number) for number in range(3)]
+    watch = Stopwatch(torch.device("cpu"), least=2, enough_s=0.0)
+    assert len(watch.seconds(*works)) == 3, "each of them at least"
+    assert calls == [0, 1, 2, 0, 1, 2]
+    assert not alive
+
+
+def test_what_a_byte_and_a_tensor_cost_follow_from_small_and_large_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    byte_s, tensor_s = 1e-10, 5e-4
+    lost = {1024: (100e6, 10), 8192: (800e6, 10)}
+
+    def held_up(path: str, tokens: int, rounds: int) -> tuple[int, int, float]:
+        nbytes, count = lost[tokens]
+        return int(nbytes), count, nbytes * byte_s + count * tensor_s
+
+    monkeypatch.setattr(beside, "_held_up", held_up)
+    found = beside.measure_held_up("/any", 1)
+    assert found is not None
+    assert found.bytes_per_s == pytest.approx(1 / byte_s)
+    assert found.tensor_s == pytest.approx(tensor_s)
+    monkeypatch.setattr(beside, "_held_up", lambda path, tokens, rounds: (tokens, 1, -1e-3))
+    assert beside.measure_held_up("/any", 1) is None, "noise"
+
+
+def test_a_step_moves_what_its_layers_save(tmp_path: Path) -> None:
+    nbytes, count, _ = beside._held_up(str(tmp_path), 1024, 1)
+    assert nbytes == 2 * count * 1024 * 512 * 4
+    assert count > 6, "of six layers two tensors each, but for what stays"
