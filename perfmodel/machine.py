@@ -97,9 +97,9 @@ class Device:
     """Over the bytes of one operator that reads and writes."""
     operators_per_s: Mapping[str, Curve] = field(default_factory=dict)
     """By an operator's name, or that with ` backward`: the bytes that its forward moves over those
-    bytes; of `linear` flops over the flops of one product; of `attention` and `attention to all`
-    flops over the flops for each byte of queries. Others: as products of matrices, and as
-    `memory_bytes_per_s` has it."""
+    bytes. What computes has its type behind that, as `linear backward bfloat16`: flops over the
+    flops of one product, and of `attention` and `attention to all` over the flops for each byte of
+    queries. Others: as products of matrices, and as `memory_bytes_per_s` has it."""
     operator_s: float = 0.0
     """What each operator costs beside: a launch, a dispatch."""
     update_params_per_s: float = 0.0

@@ -47,14 +47,15 @@ def operator_times(operators: Sequence[Operator], device: Device, dtype: str) ->
     if dtype not in device.matmul_flops_per_s:
         known = ", ".join(device.matmul_flops_per_s)
         raise ValueError(f"dtype={dtype!r}: {device.name!r} has rates for {known}")
-    times = _Times(device, device.matmul_flops_per_s[dtype])
+    times = _Times(device, dtype)
     backward_s = [times.backward_s(operator) for operator in reversed(operators)]
     return OperatorTimes(tuple(map(times.forward_s, operators)), tuple(reversed(backward_s)))
 
 
 class _Times:
-    def __init__(self, device: Device, matmul: Curve) -> None:
-        self._device, self._matmul = device, matmul
+    def __init__(self, device: Device, dtype: str) -> None:
+        self._device, self._dtype = device, dtype
+        self._matmul = device.matmul_flops_per_s[dtype]
         self._seen: set[Value] = set()  # that have a gradient by now
 
     def forward_s(self, operator: Operator) -> float:
@@ -81,19 +82,27 @@ class _Times:
         return self._device.operator_s + seconds + self._work_s(operator, BACKWARD, products)
 
     def _work_s(self, operator: Operator, way: str, products: int) -> float:
-        name = operator.name
-        rates = self._device.operators_per_s
-        rate = rates.get(name + way) or rates.get(_ALIKE.get(name, name) + way)
         if operator.matmul_flops:
-            flops = operator.matmul_flops
-            # What attention reaches depends on how long a sequence is, not on how many there are.
-            by_length = rate is not None and name.startswith("attention")
-            size = flops / operator.reads[0].nbytes if by_length else flops
-            return products * flops / (rate or self._matmul).at(size)
+            return products * operator.matmul_flops / self._flops_per_s(operator, way)
+        rate = self._rate(operator.name, way)
         nbytes = max(1.0, operator.moved_bytes)
         if rate is not None:
             return nbytes / rate.at(nbytes)
         return (2 if way else 1) * self._moving_s(nbytes)
+
+    def _rate(self, name: str, way: str) -> Curve | None:
+        rates = self._device.operators_per_s
+        return rates.get(name + way) or rates.get(_ALIKE.get(name, name) + way)
+
+    def _flops_per_s(self, operator: Operator, way: str) -> float:
+        rate = self._rate(operator.name, f"{way} {self._dtype}")
+        if rate is None:
+            return self._matmul.at(operator.matmul_flops)
+        if operator.name.startswith("attention"):
+            # What it reaches depends on how long a sequence is, not on how many there are.
+            queries_bytes = max(1, operator.reads[0].nbytes)
+            return rate.at(operator.matmul_flops / queries_bytes)
+        return rate.at(operator.matmul_flops)
 
     def _moving_s(self, nbytes: float) -> float:
         return nbytes / self._device.memory_bytes_per_s.at(nbytes) if nbytes else 0.0

@@ -13,8 +13,12 @@ from torch import Tensor
 from offload.calibrate.timing import Stopwatch
 from perfmodel.operator_times import BACKWARD
 
-__all__ = ["PROBE", "Piece", "operator_pieces", "seconds_of", "tiny"]
+__all__ = ["COMPUTING", "PROBE", "Piece", "operator_pieces", "seconds_of", "tiny"]
 
+COMPUTING = frozenset(
+    name + way for name in ("linear", "attention", "attention to all") for way in ("", BACKWARD)
+)
+"""Whose rates are flops, of each type."""
 PROBE = 1024, 512, 2048
 """Rows and channels of the product that tells how fast the machine is at the moment."""
 

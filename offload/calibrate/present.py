@@ -13,7 +13,7 @@ import torch
 
 from offload.calibrate.beside import measure_held_up
 from offload.calibrate.drive import measure_drive
-from offload.calibrate.operators import Piece, operator_pieces, seconds_of, tiny
+from offload.calibrate.operators import COMPUTING, Piece, operator_pieces, seconds_of, tiny
 from offload.calibrate.timing import Stopwatch, curve_of
 from offload.device import num_devices
 from offload.device.cuda_updates import CudaUpdates
@@ -107,13 +107,17 @@ def _device(watch: Stopwatch, found: Seconds, update_params_per_s: float) -> Dev
     names = [str(dtype).removeprefix("torch.") for dtype in _DTYPES[device.type]]
     curves = {name: _curves(found, name) for name in names}
     matmul = {name: curves[name].pop("linear") for name in names}
+    others = {key: curve for key, curve in curves[names[0]].items() if key not in COMPUTING}
+    others |= {
+        f"{key} {name}": curves[name][key] for name in names for key in COMPUTING & {*curves[name]}
+    }
     least_s = statistics.median(watch.seconds(tiny(device)))
     return Device(
         name=name_of(device),
         memory_bytes=memory_bytes(device),
         matmul_flops_per_s=matmul,
         memory_bytes_per_s=_moved(watch),
-        operators_per_s=curves[names[0]],
+        operators_per_s=others,
         operator_s=least_s,
         update_params_per_s=update_params_per_s or _torch_update(watch),
     )

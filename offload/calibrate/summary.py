@@ -35,9 +35,9 @@ def _computing(machine: Machine) -> Iterator[list[str]]:
     device = machine.device
     for dtype, curve in device.matmul_flops_per_s.items():
         yield _curve(f"matmul, {dtype}", "GFLOP/s", curve, 1e9)
-    for name in ("attention", "attention backward"):
-        if name in device.operators_per_s:
-            yield _curve(name, "GFLOP/s", device.operators_per_s[name], 1e9)
+    for name, curve in device.operators_per_s.items():
+        if name.startswith("attention"):
+            yield _curve(name, "GFLOP/s", curve, 1e9)
     yield _curve("memory of the device", "GB/s", device.memory_bytes_per_s, 1e9)
     yield _rate("memory of the host", "GB/s", machine.host.memory_bytes_per_s)
     yield _rate("update on the device", "Gparams/s", device.update_params_per_s)

@@ -71,6 +71,11 @@ def test_without_a_link_staging_is_the_devices_and_copies_hold_up_its_processor(
     moved = found("gpt", alone, activations="ssd")
     assert moved.staging_bytes == 0
     assert moved.processor_s == pytest.approx(2 * moved.ssd_bytes / 1e9 / alone.host.cores)
+    assert moved.schedule is not None
+    count = sum(tier == "ssd" for tier in moved.schedule.tiers)
+    beside = replace(alone.drive, beside_bytes_per_s=2e9, beside_s=1e-3)
+    measured = found("gpt", replace(alone, drive=beside), activations="ssd")
+    assert measured.processor_s == pytest.approx(measured.ssd_bytes / 1e9 + 1e-3 * count)
 
 
 def test_what_a_machine_lacks_is_refused_by_name() -> None:

@@ -60,6 +60,29 @@ def test_an_operators_own_rate_comes_first() -> None:
     assert (*times.forward_s, *times.backward_s) == (10.0, 20.0)
 
 
+def test_attention_takes_its_time_by_the_length_of_sequences_and_by_type() -> None:
+    def seconds(sequences: int, length: int, dtype: str) -> float:
+        writer = TapeWriter()
+        queries = [writer.value(name, 4 * sequences * length) for name in ("q", "k", "v")]
+        flops = 2.0 * sequences * length * length
+        writer.run("attention", queries, saves=queries, matmul_flops=flops)
+        [forward_s], [backward_s] = (
+            getattr(operator_times(writer.operators, device, dtype), way)
+            for way in ("forward_s", "backward_s")
+        )
+        assert backward_s == 2 * flops / MATMUL
+        return forward_s / flops
+
+    # Of 100 and of 1,000 positions: half of either in flops for each byte of queries.
+    curve = Curve((50.0, 500.0), (1e6, 1e7))
+    device = replace(DEVICE, operators_per_s={"attention float32": curve})
+    assert seconds(1, 100, "float32") == seconds(100, 100, "float32") == pytest.approx(1e-6)
+    assert seconds(1, 1000, "float32") == pytest.approx(1e-7)
+    both = {"float32": DEVICE.matmul_flops_per_s["float32"]}
+    device = replace(device, matmul_flops_per_s={**both, "bfloat16": both["float32"]})
+    assert seconds(1, 100, "bfloat16") == pytest.approx(1 / MATMUL), "fp32's rate is none of its"
+
+
 def test_a_gradient_that_comes_twice_is_added() -> None:
     writer = TapeWriter()
     x = writer.value("x", 500)

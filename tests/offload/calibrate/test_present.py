@@ -22,7 +22,8 @@ def test_a_machine_comes_of_it_that_a_file_gives_back(tmp_path: Path) -> None:
     assert machine.drive.path == str(tmp_path)
     assert machine.link is None
     assert {"float32", "bfloat16"} == set(machine.device.matmul_flops_per_s)
-    names = {"attention", "attention to all backward", "linear backward", "gelu", "layer norm"}
+    names = {"gelu", "layer norm backward", "attention float32", "linear backward bfloat16"}
+    names |= {"attention to all backward float32", "attention to all bfloat16"}
     assert names <= set(machine.device.operators_per_s)
     assert any("rated_bytes" in each for each in machine.not_measured)
     assert parts == sorted(parts)
