@@ -11,7 +11,13 @@ from typing import Any
 from perfmodel.plan_file import Plan
 from perfmodel.workload import Strategy, Workload
 
-__all__ = ["emit_deepspeed", "emit_transformers", "recomputed_layers"]
+__all__ = [
+    "emit_deepspeed",
+    "emit_transformers",
+    "recomputed_layers",
+    "require_of_deepspeed",
+    "require_of_transformers",
+]
 
 
 def recomputed_layers(workload: Workload, strategy: Strategy) -> tuple[int, ...]:
@@ -38,7 +44,9 @@ def emit_deepspeed(workload: Workload, strategy: Strategy, plan: Plan) -> dict[s
     """
     plan.check_workload(workload)
     parallel = workload.parallel
-    _require_of_deepspeed(workload, strategy, plan)
+    require_of_deepspeed(workload, strategy)
+    if (plan.optimizer is None) != (strategy.optimizer == "torch"):
+        raise ValueError(f"optimizer={strategy.optimizer!r} is not that of the plan")
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
     found: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": workload.micro_batch,
@@ -70,7 +78,8 @@ def emit_deepspeed(workload: Workload, strategy: Strategy, plan: Plan) -> dict[s
     return found | {"offload": plan.to_json()}
 
 
-def _require_of_deepspeed(workload: Workload, strategy: Strategy, plan: Plan) -> None:
+def require_of_deepspeed(workload: Workload, strategy: Strategy) -> None:
+    """Raise ValueError where DeepSpeed cannot be told what is meant."""
     parallel, shares = workload.parallel, strategy.shares
     layers = recomputed_layers(workload, strategy)
     whole = len(layers) in (0, workload.model.num_layers + workload.model.encoder_layers)
@@ -107,8 +116,6 @@ def _require_of_deepspeed(workload: Workload, strategy: Strategy, plan: Plan) ->
         problem = (
             f"placement={strategy.placement!r} needs zero_stage 1, 2 or 3 with DeepSpeed, not 0"
         )
-    elif (plan.optimizer is None) != (strategy.optimizer == "torch"):
-        problem = f"optimizer={strategy.optimizer!r} is not that of the plan"
     if problem:
         raise ValueError(problem)
 
@@ -119,18 +126,8 @@ def emit_transformers(workload: Workload, strategy: Strategy) -> dict[str, Any]:
     Under DeepSpeed its config is one more, `deepspeed=`. Raises ValueError where they cannot say
     what is meant.
     """
-    parallel = workload.parallel
-    for key in ("tensor", "pipeline", "context"):
-        if getattr(parallel, key) > 1:
-            raise ValueError(f"{key}={getattr(parallel, key)}: a Trainer's ranks share data alone")
-    if parallel.zero_stage and workload.framework != "deepspeed":
-        raise ValueError(
-            f"zero_stage={parallel.zero_stage} of a Trainer needs framework='deepspeed', not "
-            f"{workload.framework!r}"
-        )
+    require_of_transformers(workload, strategy)
     layers = recomputed_layers(workload, strategy)
-    if len(layers) not in (0, workload.model.num_layers + workload.model.encoder_layers):
-        raise ValueError(f"recompute={layers}: a Trainer runs all layers again, or none")
     found: dict[str, Any] = {
         "per_device_train_batch_size": workload.micro_batch,
         "gradient_accumulation_steps": workload.accumulation,
@@ -144,3 +141,19 @@ def emit_transformers(workload: Workload, strategy: Strategy) -> dict[str, Any]:
     if strategy.optimizer == "torch":
         found["optim"] = "adamw_torch"
     return found
+
+
+def require_of_transformers(workload: Workload, strategy: Strategy) -> None:
+    """Raise ValueError where a Trainer cannot be told what is meant."""
+    parallel = workload.parallel
+    for key in ("tensor", "pipeline", "context"):
+        if getattr(parallel, key) > 1:
+            raise ValueError(f"{key}={getattr(parallel, key)}: a Trainer's ranks share data alone")
+    if parallel.zero_stage and workload.framework != "deepspeed":
+        raise ValueError(
+            f"zero_stage={parallel.zero_stage} of a Trainer needs framework='deepspeed', not "
+            f"{workload.framework!r}"
+        )
+    layers = recomputed_layers(workload, strategy)
+    if len(layers) not in (0, workload.model.num_layers + workload.model.encoder_layers):
+        raise ValueError(f"recompute={layers}: a Trainer runs all layers again, or none")

@@ -11,7 +11,7 @@ from perfmodel.emit import recomputed_layers
 from perfmodel.model import Model
 from perfmodel.workload import Strategy, Workload
 
-__all__ = ["emit_megatron"]
+__all__ = ["emit_megatron", "require_of_megatron"]
 
 SHARDING = {2: "optim_grads", 3: "optim_grads_params"}
 
@@ -23,18 +23,24 @@ def emit_megatron(workload: Workload, strategy: Strategy) -> list[str]:
     States on the host are Megatron's own to move. Its token table is filled up to a multiple of
     the tensor ranks. Raises ValueError where Megatron has no flag for what is meant.
     """
-    for problem in (
-        *_problems_of_model(workload.model),
-        *_problems_of_ranks(workload),
-        *_problems_of_states(workload, strategy),
-    ):
-        raise ValueError(problem)
+    require_of_megatron(workload, strategy)
     return [
         *_of_model(workload),
         *_of_ranks(workload),
         *_of_recompute(workload, strategy),
         *_of_states(workload, strategy),
     ]
+
+
+def require_of_megatron(workload: Workload, strategy: Strategy) -> None:
+    """Raise ValueError where Megatron has no flag for what is meant."""
+    for problem in (
+        *_problems_of_model(workload.model),
+        *_problems_of_ranks(workload),
+        *_problems_of_states(workload, strategy),
+    ):
+        raise ValueError(problem)
+    _of_recompute(workload, strategy)
 
 
 def _problems_of_model(model: Model) -> Iterator[str]:

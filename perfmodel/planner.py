@@ -17,7 +17,7 @@ from perfmodel.machine import Machine
 from perfmodel.plan_file import Limits
 from perfmodel.prediction import Prediction, combined, device_memory_bytes
 from perfmodel.units import format_bytes
-from perfmodel.workload import Workload
+from perfmodel.workload import Strategy, Workload
 
 __all__ = ["Choice", "Found", "Search", "limits_of", "plan", "swept"]
 
@@ -43,6 +43,8 @@ class Search:
     """None: the workload's own. Ranks that are in none share batches."""
     fine: int = 4
     """In how many steps layers, memory and shares are tried."""
+    refusal: Callable[[Workload, Strategy], str] | None = None
+    """Says in a line why one is not to be chosen, and nothing where it may be."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +156,14 @@ class _Planned:
         allowed = limits_of(machine, limits)
         self._bounds = {key: allowed.get(key, math.inf) for key in _LIMITED}
         self._room = self._bounds["device_bytes"]
+        self._refused = ""
 
     @cached_property
     def _sums(self) -> list[_Sum]:
         search = self._search
         sums = list(self._pairs(lambda _: True))
+        if not sums and self._refused:
+            raise ValueError(self._refused)
         if not sums:
             raise ValueError(
                 f"{self._machine.name!r} has nothing to choose from: "
@@ -183,7 +188,17 @@ class _Planned:
                 continue
             for activations in self._searched.activations(modes, self._room, states):
                 for each in some:
-                    yield _sum(activations, each, self._machine)
+                    if not self._refuses(activations, each):
+                        yield _sum(activations, each, self._machine)
+
+    def _refuses(self, activations: ActivationChoice, states: StatesChoice) -> bool:
+        """Say whether a pair is not to be chosen, and keep the first reason."""
+        if self._search.refusal is None:
+            return False
+        strategy = activations.strategy.with_states_of(states.strategy)
+        said = self._search.refusal(states.workload, strategy)
+        self._refused = self._refused or said
+        return bool(said)
 
     def anything_fits(self) -> bool:
         """Say whether a pair keeps to all limits, without going through more than it takes."""

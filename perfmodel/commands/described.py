@@ -111,19 +111,29 @@ def batch_of(prediction: Prediction) -> str:
     return f"{prediction.workload.micro_batch} x {prediction.workload.accumulation}"
 
 
-def choices_table(found: Found, machine: Machine) -> list[str]:
-    """Return a row for each choice."""
+def ranks_of(prediction: Prediction) -> str:
+    """Return how ranks share the work."""
+    parallel = prediction.workload.parallel
+    stages = f"{parallel.pipeline} stages" if parallel.pipeline > 1 else ""
+    zero = f"ZeRO-{parallel.zero_stage}" if parallel.zero_stage else ""
+    return ", ".join(filter(None, (stages, zero))) or "-"
+
+
+def choices_table(found: Found, machine: Machine, *, ranks: bool = False) -> list[str]:
+    """Return a row for each choice; with `ranks` also how they share the work."""
     rows = [
         [
             choice.name,
             activations_of(choice.prediction),
             states_of(choice.prediction),
+            *([ranks_of(choice.prediction)] if ranks else []),
             batch_of(choice.prediction),
             *figures(choice.prediction, machine),
         ]
         for choice in found.choices
     ]
-    return table(HEADER, rows, left=4)
+    head = [*HEADER[:3], "ranks", *HEADER[3:]] if ranks else HEADER
+    return table(head, rows, left=4 + ranks)
 
 
 def details(prediction: Prediction) -> list[str]:

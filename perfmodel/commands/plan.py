@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from perfmodel.commands.arguments import (
     add_ranks,
     listed,
     one_of,
+    whole,
 )
 from perfmodel.commands.asked import Asked, asked
 from perfmodel.commands.described import (
@@ -28,13 +30,18 @@ from perfmodel.commands.described import (
 )
 from perfmodel.commands.sweep import run_sweep
 from perfmodel.commands.tables import ascii_line, json_text
-from perfmodel.emit import emit_deepspeed, emit_transformers
-from perfmodel.emit_megatron import emit_megatron
+from perfmodel.emit import (
+    emit_deepspeed,
+    emit_transformers,
+    require_of_deepspeed,
+    require_of_transformers,
+)
+from perfmodel.emit_megatron import emit_megatron, require_of_megatron
 from perfmodel.plan import TIERS
 from perfmodel.plan_file import Plan, Predicted
 from perfmodel.planner import Found, Search, plan
 from perfmodel.prediction import Prediction
-from perfmodel.workload import ACTIVATIONS
+from perfmodel.workload import ACTIVATIONS, Strategy, Workload
 
 __all__ = ["NOTHING_FITS", "add_arguments", "plan_of", "run"]
 
@@ -74,6 +81,8 @@ def _add_search(parser: Parser) -> None:
     add("--optimizer", type=listed(one_of("offload", "torch")), help="offload, torch")
     add("--placement", type=listed(one_of(*TIERS)), help=f"of offload's states: {', '.join(TIERS)}")
     add("--keep-micro-batch", action="store_true", help="no other micro-batch than the given one")
+    add("--zero-stages", type=listed(whole), metavar="N,N", help="0 to 3, besides --zero-stage")
+    add("--pipelines", type=listed(whole), metavar="N,N", help="numbers of stages of --gpus")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -105,7 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
     if emitted is not None:
         print(emitted)
     elif not arguments.json:
-        print("\n".join(_lines(found, wanted)))
+        ranks = arguments.zero_stages is not None or arguments.pipelines is not None
+        print("\n".join(_lines(found, wanted, ranks=ranks)))
     return 0
 
 
@@ -115,10 +125,15 @@ def search_of(arguments: argparse.Namespace, wanted: Asked) -> Search:
         "activations": arguments.activations,
         "optimizers": arguments.optimizer,
         "placements": arguments.placement,
+        "zero_stages": arguments.zero_stages,
+        "pipelines": arguments.pipelines,
     }
     chosen = {key: value for key, value in chosen.items() if value is not None}
     if arguments.keep_micro_batch:
         chosen["micro_batches"] = (wanted.workload.micro_batch,)
+    if arguments.emit:
+        chosen["refusal"] = partial(refusal, arguments.emit)
+    _require_ranks(arguments)
     machine = wanted.machine
     for flag, values in (
         ("--activations", arguments.activations or ()),
@@ -136,6 +151,29 @@ def search_of(arguments: argparse.Namespace, wanted: Asked) -> Search:
     if machine.link is None and "host" in (arguments.activations or ()):
         raise ValueError(f"--activations host: the device's memory is the host's on {machine.name}")
     return Search(**chosen)
+
+
+def _require_ranks(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for stages that there are not."""
+    for stage in arguments.zero_stages or ():
+        if stage > 3:
+            raise ValueError(f"--zero-stages {stage} is not 0, 1, 2 or 3")
+    if 0 in (arguments.pipelines or ()):
+        raise ValueError("--pipelines 0 is not at least 1")
+
+
+def refusal(kind: str, workload: Workload, strategy: Strategy) -> str:
+    """Return why a framework cannot be told of a strategy; nothing where it can."""
+    require = {
+        "deepspeed": require_of_deepspeed,
+        "megatron": require_of_megatron,
+        "transformers": require_of_transformers,
+    }[kind]
+    try:
+        require(workload, strategy)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def plan_of(prediction: Prediction, wanted: Asked, path: list[str]) -> Plan:
@@ -172,13 +210,13 @@ def emission(kind: str, best: Prediction, wanted: Asked, arguments: argparse.Nam
     return shlex.join(emit_megatron(workload, strategy))
 
 
-def _lines(found: Found, wanted: Asked) -> list[str]:
+def _lines(found: Found, wanted: Asked, *, ranks: bool) -> list[str]:
     machine, best = wanted.used_machine, found.choices[0]
     return [
         heading(wanted.workload, wanted.machine),
         *map(ascii_line, wanted.notes),
         "",
-        *choices_table(found, machine),
+        *choices_table(found, machine, ranks=ranks),
         "",
         ascii_line(f"{best.name}: {best.why}"),
         ascii_line(f"{found.fitting} of {found.tried} strategies fit"),
