@@ -18,6 +18,7 @@ from perfmodel.prediction import (
     rank_tape,
     rank_times,
     rank_traffic,
+    step_parts,
     zeroed_s,
 )
 from perfmodel.states import held, held_bytes
@@ -82,13 +83,16 @@ class ActivationChoice:
 
     def step_s(self, states: StatesChoice) -> float:
         """Return the seconds of a step with `states`."""
-        one_s = self.step.duration_s
-        sent_s = states.update.gradients_s
-        if states.strategy.early_gradients:
-            sent_s = max(0.0, sent_s - self.step.backward_s)
-        waited_s = states.traffic.waited_s(self.step.backward_s, self.repeats * one_s)
-        beside_s = waited_s + sent_s + states.zeroed_s + states.update.update_s
-        return (self.repeats + self.bubble) * one_s + beside_s
+        parts = step_parts(
+            self.step,
+            states.update,
+            states.traffic,
+            states.zeroed_s,
+            times=self.repeats,
+            bubble=self.bubble,
+            early_gradients=states.strategy.early_gradients,
+        )
+        return sum(parts.values())
 
     def written(self, states: StatesChoice) -> int:
         """Return what a step writes to the SSD with `states`."""

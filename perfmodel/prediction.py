@@ -33,6 +33,7 @@ __all__ = [
     "rank_times",
     "rank_traffic",
     "shape_of",
+    "step_parts",
     "zeroed_s",
 ]
 
@@ -204,21 +205,16 @@ def combined(
 ) -> Prediction:
     """Return the step that so many of these forwards and backwards make, and one update."""
     parallel, times = workload.parallel, workload.accumulation
-    bubble = (parallel.pipeline - 1) / parallel.chunks
     traffic = rank_traffic(workload, machine)
-    gradients_s = update.gradients_s
-    if strategy.early_gradients:  # beside the last backward
-        gradients_s = max(0.0, gradients_s - step.backward_s)
-    parts = {
-        "forward": times * step.forward_s,
-        "backward": times * step.backward_s,
-        "recompute": times * step.recompute_s,
-        "activation transfers": times * (step.stall_s + step.processor_s),
-        "pipeline bubble": bubble * step.duration_s,
-        "network": traffic.waited_s(step.backward_s, times * step.duration_s),
-        "gradient transfers": gradients_s,
-        "update": update.update_s + zeroed_s(workload, machine),
-    }
+    parts = step_parts(
+        step,
+        update,
+        traffic,
+        zeroed_s(workload, machine),
+        times=times,
+        bubble=(parallel.pipeline - 1) / parallel.chunks,
+        early_gradients=strategy.early_gradients,
+    )
     step_s = sum(parts.values())
     items = _items(workload, strategy, machine, step)
     host = held_bytes(items, "host", "backward"), held_bytes(items, "host", "update")
@@ -237,6 +233,35 @@ def combined(
         ssd_write_bytes=written,
         life_days=_life_days(machine, written / step_s * DAY_S),
     )
+
+
+def step_parts(
+    step: ActivationStep,
+    update: UpdateStep,
+    traffic: RankTraffic,
+    zeroed: float,
+    *,
+    times: int,
+    bubble: float,
+    early_gradients: bool,
+) -> dict[str, float]:
+    """Return the seconds of a step of so many forwards and backwards, by what they go to.
+
+    `bubble`: of a pipeline, in forwards and backwards; `zeroed`: of setting gradients to nothing.
+    """
+    gradients_s = update.gradients_s
+    if early_gradients:  # beside the last backward
+        gradients_s = max(0.0, gradients_s - step.backward_s)
+    return {
+        "forward": times * step.forward_s,
+        "backward": times * step.backward_s,
+        "recompute": times * step.recompute_s,
+        "activation transfers": times * (step.stall_s + step.processor_s),
+        "pipeline bubble": bubble * step.duration_s,
+        "network": traffic.waited_s(step.backward_s, times * step.duration_s),
+        "gradient transfers": gradients_s,
+        "update": update.update_s + zeroed,
+    }
 
 
 def _device_bytes(items: Sequence[Held], machine: Machine) -> int:
