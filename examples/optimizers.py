@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from flags import one_of
@@ -12,7 +12,7 @@ from torch import nn
 
 import offload
 
-__all__ = ["add_optimizer_flags", "learning_rate", "make_optimizer"]
+__all__ = ["add_optimizer_flags", "clip", "learning_rate", "make_optimizer"]
 
 
 def placement(text: str) -> str:
@@ -35,7 +35,7 @@ def add_optimizer_flags(add: Callable[..., object]) -> None:
 def make_optimizer(
     args: argparse.Namespace, parameters: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """Return AdamW with weight decay for matrices only.
+    """Return AdamW with weight decay for matrices only; a plan's settings come before the flags'.
 
     Raises OSError where the states do not fit on the SSD.
     """
@@ -47,18 +47,27 @@ def make_optimizer(
         return torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
     where = args.optimizer_placement or "auto"
     path = args.offload_path if "ssd" in where or "nvme" in where else ()
+    names = ("staging_bytes", "spill_bytes", "ssd_write_bytes_per_day", "io_engine")
+    settings = {name: getattr(args, name) for name in names} | (args.planned_optimizer or {})
+    # Gradients that have left are clipped where they are.
+    max_norm = (args.max_norm or None) if settings.get("early_gradients") else None
     return offload.AdamW(
         groups,
         lr=args.lr,
         betas=betas,
         placement=where,
         path=path,
-        subgroup_params=1 << 20,
-        staging_bytes=args.staging_bytes,
-        spill_bytes=args.spill_bytes,
-        ssd_write_bytes_per_day=args.ssd_write_bytes_per_day,
-        io_engine=args.io_engine,
+        max_norm=max_norm,
+        **settings,
     )
+
+
+def clip(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float
+) -> None:
+    """Clip gradients, unless `max_norm` is 0 or the optimizer does so itself."""
+    if max_norm and getattr(optimizer, "max_norm", None) is None:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def learning_rate(step: int, num_steps: int, highest: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from typing import Any
 
 from flags import byte_size
@@ -56,6 +57,7 @@ def follow_plan(args: argparse.Namespace, vocab_size: int, num_ranks: int) -> Pl
 
     Raises ValueError for a wrong plan, one for another run, or when nothing fits, and OSError.
     """
+    args.planned_optimizer = None
     if args.device_memory is not None and args.plan != "auto":
         raise ValueError("--device-memory is a limit for --plan auto; a file has its own")
     if args.plan is None:
@@ -86,6 +88,13 @@ def follow_plan(args: argparse.Namespace, vocab_size: int, num_ranks: int) -> Pl
     if optimizer is not None:
         args.optimizer_placement = optimizer.placement
         args.offload_path = list(optimizer.path) or args.offload_path
+        args.planned_optimizer = {
+            one.name: getattr(optimizer, one.name)
+            for one in fields(optimizer)
+            if one.name not in ("placement", "path") and getattr(optimizer, one.name) is not None
+        }
+        if num_ranks > 1:  # their sums come later than a gradient that leaves early
+            args.planned_optimizer["early_gradients"] = False
     return plan
 
 

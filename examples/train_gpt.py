@@ -29,7 +29,7 @@ from heap import keep_freed_memory
 from loaders import LOADERS, Order, missing_package, open_loader
 from memory import StepMemory, resident_bytes
 from models import MODELS, ModelConfig, Run, call, recompute
-from optimizers import add_optimizer_flags, learning_rate, make_optimizer
+from optimizers import add_optimizer_flags, clip, learning_rate, make_optimizer
 from plans import add_plan_flags, follow_plan, recompute_some
 from ranks import joined_ranks, leave
 from summary import Measured, conclusion, summarize
@@ -224,8 +224,7 @@ class Trainer:
                 # ... and comes back in here.
                 loss.backward()
             total += loss.detach()
-        if args.max_norm:
-            nn.utils.clip_grad_norm_(self.bare.parameters(), args.max_norm)
+        clip(self.optimizer, self.bare.parameters(), args.max_norm)
         self.optimizer.step()
         return self.mean_over_ranks(total)
 
