@@ -26,6 +26,10 @@ class StepTrace:
     duration_s: float
     storages: tuple[Value, ...]
     """Whose bytes the tensors of the trace are."""
+    places: tuple[tuple[int, int], ...]
+    """The first and the last operator that save each of them."""
+    begin_s: tuple[float, ...]
+    """When each operator's backward begins."""
 
 
 def step_trace(
@@ -61,7 +65,15 @@ def step_trace(
     ]
     blocks = tuple(_block(tape, times, block, savers, number) for block in tape.blocks)
     small_bytes = sum(storage.nbytes for storage in savers.keys() - large.keys())
-    return StepTrace(Trace(tuple(tensors)), blocks, small_bytes, ends[-1], tuple(large))
+    return StepTrace(
+        Trace(tuple(tensors)),
+        blocks,
+        small_bytes,
+        ends[-1],
+        tuple(large),
+        tuple((min(places), max(places)) for places in large.values()),
+        tuple(begin_s),
+    )
 
 
 def _savers(tape: Tape, again: Collection[range]) -> dict[Value, list[int]]:

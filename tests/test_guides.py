@@ -34,7 +34,7 @@ def test_the_commands_of_the_guide_run(
         assert program == "perfmodel"
         assert main(words) == 0, capsys.readouterr().err
         assert capsys.readouterr().out, line
-    assert {each.name for each in tmp_path.iterdir()} == {"plan.json", "chart.svg"}
+    assert {each.name for each in tmp_path.iterdir()} == {"plan.json", "chart.svg", "step.svg"}
 
 
 def test_the_example_of_the_guide_runs(tmp_path: Path) -> None:

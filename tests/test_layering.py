@@ -45,7 +45,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("activation_step", "replays", "update_step"),
         ("layered_step",),
         ("prediction",),
-        ("choices", "validate"),
+        ("choices", "validate", "step_timeline"),
         ("planner",),
         ("commands",),
         ("cli",),

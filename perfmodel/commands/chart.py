@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Column", "chart"]
+__all__ = ["Column", "chart", "round_up", "words"]
 
 TIERS = (("device", "#3b6ea5"), ("host", "#e0a13a"), ("SSD", "#7a9e5b"))
 LIMIT = "#b03030"
@@ -32,14 +32,14 @@ class Column:
 def chart(columns: Sequence[Column], *, title: str, x_label: str, limit_bytes: float) -> str:
     """Return the SVG. Bars are stacked, device first; the line is `limit_bytes` of the device."""
     most = max([limit_bytes, *(sum(each.tiers) for each in columns), 1]) / _GIB
-    step = _round_up(most / _TICKS)
+    step = round_up(most / _TICKS)
     top = step * math.ceil(most / step)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
             f'width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-            _words(WIDTH / 2, 20, title, size=14),
+            words(WIDTH / 2, 20, title, size=14),
             *_axes(step, top, x_label),
             *_bars(columns, top),
             *_limit(limit_bytes / _GIB, top),
@@ -49,7 +49,7 @@ def chart(columns: Sequence[Column], *, title: str, x_label: str, limit_bytes: f
     )
 
 
-def _round_up(value: float) -> float:
+def round_up(value: float) -> float:
     """Return 1, 2 or 5 times a power of ten, at least `value`."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(each * power for each in (1, 2, 5, 10) if each * power >= value)
@@ -59,7 +59,8 @@ def _y(value: float, top: float) -> float:
     return HEIGHT - BELOW - (HEIGHT - TOP - BELOW) * value / top
 
 
-def _words(x: float, y: float, text: str, *, anchor: str = "middle", size: float = 12) -> str:
+def words(x: float, y: float, text: str, *, anchor: str = "middle", size: float = 12) -> str:
+    """Return a text at a place."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:.3g}">'
         f"{escape(text)}</text>"
@@ -70,10 +71,10 @@ def _axes(step: float, top: float, x_label: str) -> Iterator[str]:
     for tick in range(round(top / step) + 1):
         y = _y(tick * step, top)
         yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>'
-        yield _words(LEFT - 6, y + 4, f"{tick * step:g}", anchor="end")
-    yield _words((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 15, x_label)
+        yield words(LEFT - 6, y + 4, f"{tick * step:g}", anchor="end")
+    yield words((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 15, x_label)
     middle = (TOP + HEIGHT - BELOW) / 2
-    yield f'<g transform="rotate(-90 18 {middle})">{_words(18, middle, "GiB of a rank")}</g>'
+    yield f'<g transform="rotate(-90 18 {middle})">{words(18, middle, "GiB of a rank")}</g>'
 
 
 def _bars(columns: Sequence[Column], top: float) -> Iterator[str]:
@@ -93,19 +94,19 @@ def _bars(columns: Sequence[Column], top: float) -> Iterator[str]:
                     f"<title>{name}: {nbytes / _GIB:.2f} GiB</title></rect>"
                 )
             below += nbytes / _GIB
-        yield _words(x + room * 0.3, HEIGHT - BELOW + 16, column.label, size=size)
+        yield words(x + room * 0.3, HEIGHT - BELOW + 16, column.label, size=size)
 
 
 def _limit(limit: float, top: float) -> Iterator[str]:
     y = _y(limit, top)
     yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{LIMIT}" stroke-dasharray="6 3"/>'
-    yield _words(WIDTH - RIGHT, y - 4, f"device limit: {limit:.3g} GiB", anchor="end")
+    yield words(WIDTH - RIGHT, y - 4, f"device limit: {limit:.3g} GiB", anchor="end")
 
 
 def _legend(all_fit: bool) -> Iterator[str]:
     for at, (name, colour) in enumerate(TIERS):
         x = LEFT + 90 * at
         yield f'<rect x="{x}" y="34" width="12" height="12" fill="{colour}"/>'
-        yield _words(x + 18, 44, name, anchor="start")
+        yield words(x + 18, 44, name, anchor="start")
     if not all_fit:
-        yield _words(LEFT + 90 * len(TIERS), 44, "pale: does not fit", anchor="start")
+        yield words(LEFT + 90 * len(TIERS), 44, "pale: does not fit", anchor="start")

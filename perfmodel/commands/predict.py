@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from perfmodel.commands.arguments import (
@@ -22,11 +23,13 @@ from perfmodel.commands.described import (
     prediction_json,
     states_of,
 )
+from perfmodel.commands.step_chart import step_chart
 from perfmodel.commands.tables import digits, gib, json_text, table
 from perfmodel.machine import read_machine
 from perfmodel.model import Model
 from perfmodel.plan_file import Plan, Predicted, read_plan
 from perfmodel.prediction import Prediction, predict
+from perfmodel.step_timeline import step_timeline
 from perfmodel.workload import Parallel, Strategy, Workload
 
 __all__ = ["add_arguments", "run", "strategy_of", "workload_of"]
@@ -40,10 +43,16 @@ def add_arguments(parser: Parser) -> None:
     add_batch(parser)
     add_ranks(parser)
     parser.add_argument("--json", action="store_true", help="print all as JSON")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE.svg", help="draw a micro-batch and the update over time"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Predict and print. Raises ValueError and OSError for what cannot be used."""
+    output = arguments.output
+    if output is not None and not output.endswith(".svg"):
+        raise ValueError(f"-o {output}: what is drawn is an .svg")
     plan = read_plan(arguments.plan)
     if arguments.model is None and arguments.layers is None:
         wanted = _made_for(plan, arguments)
@@ -59,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     require_modelled(workload)
     found = predict(workload, strategy_of(plan), wanted.used_machine)
     same = plan.is_for_machine(wanted.machine)
+    if output is not None:
+        Path(output).write_text(_drawn(found, wanted), encoding="utf-8")
     if arguments.json:
         said = asdict(plan.predicted) if plan.predicted is not None else None
         both = {"predicted": prediction_json(found, wanted.used_machine), "plan": said}
@@ -71,6 +82,18 @@ def run(arguments: argparse.Namespace) -> int:
         print("the plan was made with another machine's speeds\n")
     print("\n".join(details(found)))
     return 0
+
+
+def _drawn(found: Prediction, wanted: Asked) -> str:
+    """Return the picture of a step."""
+    workload, times = found.workload, found.workload.accumulation
+    timeline = step_timeline(workload, found.strategy, wanted.used_machine)
+    title = (
+        f"{workload.model.name or 'a model'} on {wanted.machine.name}: a forward and backward of "
+        f"{workload.micro_batch} x {workload.seq_len:,} tokens"
+        f"{f', of which a step has {times}' if times > 1 else ''}, and the update"
+    )
+    return step_chart(timeline, title=title, peak_bytes=found.device_bytes)
 
 
 def _made_for(plan: Plan, arguments: argparse.Namespace) -> Asked:

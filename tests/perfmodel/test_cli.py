@@ -88,6 +88,54 @@ def test_a_written_plan_is_read_and_predicted_as_it_says(
             assert found["predicted"][key] == pytest.approx(then, rel=0.1), key
 
 
+def test_a_step_is_drawn_over_time(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plan, picture = str(tmp_path / "plan.json"), tmp_path / "step.svg"
+    moved = ["--activations", "ssd", "--placement", "host", "--optimizer", "offload"]
+    large = ["plan", "--layers", "4", "--hidden", "1024", "--heads", "8", "--seq-len", "1024"]
+    batch = ["--micro-batch", "4", "--accumulation", "2", "--machine", "rtx-4090"]
+    said(capsys, *large, *batch, *moved, "--path", "/nvme", "-o", plan)
+    written = json.loads(Path(plan).read_text())
+    written["activations"]["memory_bytes"] = None  # as much leaves as costs no time
+    Path(plan).write_text(json.dumps(written))
+    predict = ["predict", plan, "--machine", "rtx-4090"]
+    said(capsys, *predict, "-o", str(picture))
+    root = ElementTree.fromstring(picture.read_text())
+    words = ["".join(each.itertext()) for each in root]
+    for part in ("forward", "backward", "update", "ssd write", "to host", "seconds"):
+        assert part in words, part
+    assert any("predicted peak" in each for each in words)
+    assert "a.png: what is drawn is" in said(capsys, *predict, "-o", "a.png", status=2)
+
+
+def test_ways_to_share_the_work_are_tried_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", "gpt2-xl", "--machine", "a100-80gb-sxm", "--seq-len", "1024"]
+    words += ["--micro-batch", "1", "--global-batch", "32", "--gpus", "8"]
+    found = json.loads(
+        said(capsys, *words, "--zero-stages", "0,1,3", "--pipelines", "1,2,4", "--json")
+    )
+    alone = json.loads(said(capsys, *words, "--json"))
+    assert found["tried"] > alone["tried"]
+    assert found["choices"][0]["step_s"] <= alone["choices"][0]["step_s"]
+    lines = said(capsys, *words, "--zero-stages", "3").splitlines()
+    assert "ranks" in lines[2]
+    assert any("ZeRO-3" in each for each in lines[3:6])
+    for wrong in (["--zero-stages", "4"], ["--pipelines", "0"]):
+        assert wrong[0] in said(capsys, *words, *wrong, status=2)
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "megatron", "transformers"])
+def test_only_what_a_framework_can_be_told_is_chosen_from(
+    capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    # On this device some layers are run again, and states shared out, where nobody says otherwise.
+    words = ["plan", "--machine", "h100-sxm", "--seq-len", "4096", "--micro-batch", "8"]
+    words += ["--model", "llama-2-7b", "--gpus", "8", "--device-memory", "75GiB"]
+    zero = [] if kind == "transformers" else ["--zero-stage", "1"]
+    assert said(capsys, *words, *zero, "--path", "/nvme", "--emit", kind)
+    shared = said(capsys, *words, "--tensor", "2", "--emit", "transformers", status=2)
+    assert "tensor=2: a Trainer's ranks share data alone" in shared
+
+
 def test_a_plan_for_the_ssd_needs_its_directories(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
