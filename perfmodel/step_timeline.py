@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from perfmodel.activation_step import activation_step, channels_of, repeated, run_again
+from perfmodel.activation_step import (
+    activation_step,
+    channels_of,
+    repeated,
+    room_for_saved,
+    run_again,
+)
 from perfmodel.machine import Machine
 from perfmodel.memory import Moment, step_bytes
 from perfmodel.operator_times import OperatorTimes
@@ -82,8 +89,11 @@ def step_timeline(workload: Workload, strategy: Strategy, machine: Machine) -> S
     if step.schedule is None:
         graph.add_step()
     else:
-        channel = channels_of(machine, strategy.activations)
-        graph.add_step(step.schedule, channel)
+        channel, room = (
+            channels_of(machine, strategy.activations),
+            room_for_saved(machine, strategy),
+        )
+        graph.add_step(step.schedule, channel, math.inf if room is None else room)
     computed = graph.simulated()
     update = update_step(workload, strategy, machine)
     memory = _Memory(workload, strategy, machine)
@@ -156,26 +166,22 @@ class _Graph:
         yield from open_spans.values()
 
     def add_step(
-        self, schedule: ActivationSchedule | None = None, channel: Channel | None = None
+        self,
+        schedule: ActivationSchedule | None = None,
+        channel: Channel | None = None,
+        room: float = math.inf,
     ) -> None:
-        """Add all of it; what a schedule moves goes through `channel`."""
+        """Add all of it; what a schedule moves goes through `channel`, so that `room` is enough."""
         moved = [] if schedule is None else _moved(schedule)
-        saved: dict[int, list[int]] = {}
-        needed: dict[int, list[int]] = {}
-        for index in moved:
-            first, last = self.found.places[index]
-            saved.setdefault(first, []).append(index)
-            needed.setdefault(last, []).append(index)
-        reads = sorted(moved, key=lambda index: schedule.read_s[index]) if schedule else []
         if channel is not None and channel.mixed_bytes_per_s < math.inf:
             # What one direction has alone may be more than both have together.
             rates = (getattr(channel, f"{way}_bytes_per_s") for way in ("mixed", "read", "write"))
             self._rates[_BOTH_WAYS] = max(rates)
-        for at in range(len(self.tape.operators)):
-            self.forward[at] = self._add(DEVICE, self._times.forward_s[at], "forward")
-            for index in saved.get(at, ()):
-                assert channel is not None
-                self.written[index] = self._copy(index, channel, 0, self.forward[at])
+        self._add_forward({*moved}, channel, room - self.found.small_bytes)
+        needed: dict[int, list[int]] = {}
+        for index in moved:
+            needed.setdefault(self.found.places[index][1], []).append(index)
+        reads = sorted(moved, key=lambda index: schedule.read_s[index]) if schedule else []
         for at in reversed(range(len(self.tape.operators))):
             while reads and schedule and channel is not None:
                 # Before the next operator begins, so that it ends when it is wanted.
@@ -186,6 +192,27 @@ class _Graph:
                 ready = [self.written[index], self.backward.get(at + 1, self.forward[at])]
                 self.read[index] = self._copy(index, channel, 1, *ready)
             self._add_backward(at, [self.read[index] for index in needed.get(at, ())])
+
+    def _add_forward(self, moved: set[int], channel: Channel | None, room: float) -> None:
+        """Add the forward, which waits where what is saved has no room until more has left."""
+        saved: dict[int, list[int]] = {}
+        for index, (first, _) in enumerate(self.found.places):
+            saved.setdefault(first, []).append(index)
+        leaving: deque[int] = deque()
+        held = 0
+        for at in range(len(self.tape.operators)):
+            mine = saved.get(at, ())
+            held += sum(self.found.trace.tensors[index].nbytes for index in mine)
+            gone = []
+            while held > room and leaving:
+                index = leaving.popleft()
+                held -= self.found.trace.tensors[index].nbytes
+                gone.append(self.written[index])
+            self.forward[at] = self._add(DEVICE, self._times.forward_s[at], "forward", *gone)
+            for index in (each for each in mine if each in moved):
+                assert channel is not None
+                self.written[index] = self._copy(index, channel, 0, self.forward[at])
+                leaving.append(index)
 
     def _add_backward(self, at: int, reads: list[int]) -> None:
         if at in self._again:
