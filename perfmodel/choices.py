@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -99,6 +100,17 @@ class ActivationChoice:
         return self.repeats * self.step.ssd_bytes + states.update.ssd_bytes
 
 
+def _some_batches(sequences: int, given: int) -> list[int]:
+    """Return micro-batches that divide a step's sequences: all, or from 1 up and the given one."""
+    low = [size for size in range(1, math.isqrt(sequences) + 1) if sequences % size == 0]
+    sizes = sorted({*low, *(sequences // size for size in low)})
+    last = len(sizes) - 1
+    if last < _MICRO_BATCHES:
+        return sizes
+    some = {sizes[round(at * last / (_MICRO_BATCHES - 1))] for at in range(_MICRO_BATCHES)}
+    return sorted(some | ({given} & {*sizes}))
+
+
 class Searched:
     """A workload and a machine, and what can be chosen for them."""
 
@@ -115,10 +127,6 @@ class Searched:
         """Yield the same step in other forwards, stages of ZeRO, or parts of a pipeline."""
         given = self._workload
         sequences, parallel = given.micro_batch * given.accumulation, given.parallel
-        batches = (
-            micro_batches
-            or [size for size in range(1, sequences + 1) if sequences % size == 0][-_MICRO_BATCHES:]
-        )
         for stages in pipelines or (parallel.pipeline,):
             ranks = parallel.data * parallel.pipeline
             if ranks % stages or (sequences * parallel.data) % (ranks // stages):
@@ -129,6 +137,7 @@ class Searched:
                 shared = replace(parallel, pipeline=stages, data=ranks // stages, zero_stage=stage)
                 whole = sequences * parallel.data // shared.data
                 one = replace(given, parallel=shared, micro_batch=whole, accumulation=1)
+                batches = micro_batches or _some_batches(whole, given.micro_batch)
                 yield from (one.with_batch(size) for size in batches if whole % size == 0)
 
     def states(

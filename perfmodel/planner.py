@@ -84,18 +84,27 @@ def plan(
 
 
 def swept(
-    workload: Workload, machine: Machine, limits: Limits, key: str, values: Sequence[int]
+    workload: Workload,
+    machine: Machine,
+    limits: Limits,
+    key: str,
+    values: Sequence[int],
+    search: Search | None = None,
 ) -> list[tuple[int, Found]]:
-    """Return `plan` for each value of `seq_len` or `micro_batch`. Raises ValueError for another."""
-    found = []
+    """Return `plan` for each value of `seq_len` or `micro_batch`. Raises ValueError for another.
+
+    A micro-batch that is asked for is not split into smaller ones.
+    """
+    found, chosen = [], search or Search()
     for value in values:
         if key == "seq_len":
             one = replace(workload, seq_len=value)
         elif key == "micro_batch":
             one = replace(workload, micro_batch=value)
+            chosen = replace(chosen, micro_batches=(value,))
         else:
             raise ValueError(f"{key!r} is not swept; seq_len and micro_batch are")
-        found.append((value, plan(one, machine, limits)))
+        found.append((value, plan(one, machine, limits, chosen)))
     return found
 
 
@@ -164,6 +173,11 @@ class _Planned:
         sums = list(self._pairs(lambda _: True))
         if not sums and self._refused:
             raise ValueError(self._refused)
+        if not sums and search.pipelines:
+            raise ValueError(
+                f"pipelines={search.pipelines}: no number of stages divides the ranks and their "
+                "sequences"
+            )
         if not sums:
             raise ValueError(
                 f"{self._machine.name!r} has nothing to choose from: "

@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.emit and arguments.json:
         raise ValueError("--emit and --json are two things to print; give one of them")
     if arguments.sweep is not None:
-        return run_sweep(arguments)
+        return run_sweep(arguments, search_of)
     if arguments.output is not None and arguments.output.endswith(".svg"):
         raise ValueError(f"-o {arguments.output} is a chart's name, which is of a --sweep")
     wanted = asked(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from perfmodel.commands.described import (
 )
 from perfmodel.commands.tables import ascii_line, bar, json_text, table
 from perfmodel.plan import nearest
-from perfmodel.planner import Found, limits_of, swept
+from perfmodel.planner import Found, Search, limits_of, swept
 
 __all__ = ["run_sweep", "sweep_values"]
 
@@ -51,21 +52,23 @@ def sweep_values(text: str) -> tuple[str, list[int]]:
     return key, values
 
 
-def run_sweep(arguments: argparse.Namespace) -> int:
+def run_sweep(
+    arguments: argparse.Namespace, search_of: Callable[[argparse.Namespace, Asked], Search]
+) -> int:
     """Search for each value and print. Raises ValueError and OSError for what cannot be used."""
     key, values = sweep_values(arguments.sweep)
     output = arguments.output
     if output is not None and not output.endswith(".svg"):
         raise ValueError(f"-o {output}: a --sweep writes a chart, as chart.svg, and no plan")
-    for flag in ("emit", "activations", "optimizer", "placement"):
-        if getattr(arguments, flag) is not None:
-            raise ValueError(f"--{flag} does not go with --sweep, which tries all there is")
+    if arguments.emit is not None:
+        raise ValueError("--emit does not go with --sweep: it prints one plan")
     name = key.replace("-", "_")
     if getattr(arguments, name) is not None:
         raise ValueError(f"--{key} and --sweep {key} say the same; give one of them")
     setattr(arguments, name, values[-1])
     wanted = asked(arguments)
-    found = swept(wanted.workload, wanted.used_machine, wanted.limits, name, values)
+    search = search_of(arguments, wanted)
+    found = swept(wanted.workload, wanted.used_machine, wanted.limits, name, values, search)
     if output is not None:
         Path(output).write_text(_chart(key, found, wanted), encoding="utf-8")
     print(json_text(_json(key, found, wanted)) if arguments.json else _text(key, found, wanted))

@@ -130,10 +130,33 @@ def test_a_days_bytes_keep_the_ssd_from_being_chosen() -> None:
     assert not found.choices
 
 
+@pytest.mark.parametrize("sequences", [120, 1440, 4096, 1 << 20, 997])
+def test_however_many_sequences_a_micro_batch_of_one_and_the_given_one_are_tried(
+    sequences: int,
+) -> None:
+    given = next(size for size in range(5, sequences + 1) if sequences % size == 0)
+    one = replace(WORKLOAD, micro_batch=given, accumulation=sequences // given)
+    sizes = [each.micro_batch for each in Searched(one, MACHINE, 4).workloads((), (), ())]
+    assert {1, given, sequences} <= {*sizes}
+    assert all(sequences % size == 0 for size in sizes)
+    assert len(sizes) <= 13
+
+
+def test_stages_that_divide_no_ranks_are_named() -> None:
+    with pytest.raises(ValueError, match=r"pipelines=\(3,\): no number of stages divides"):
+        plan(WORKLOAD, MACHINE, search=Search(pipelines=(3,)))
+
+
 def test_a_sweep_has_a_plan_for_each_value() -> None:
     found = swept(WORKLOAD, MACHINE, Limits(), "seq_len", (1024, 2048))
     assert [value for value, _ in found] == [1024, 2048]
     assert all(each.choices for _, each in found)
+    batches = swept(
+        WORKLOAD, MACHINE, Limits(), "micro_batch", (2, 8), Search(activations=("keep",))
+    )
+    best = [each.choices[0].prediction for _, each in batches]
+    assert [each.workload.micro_batch for each in best] == [2, 8], "none is split"
+    assert {each.strategy.activations for each in best} == {"keep"}
     with pytest.raises(ValueError, match="'vocab' is not swept"):
         swept(WORKLOAD, MACHINE, Limits(), "vocab", (1,))
 
