@@ -86,6 +86,8 @@ def require_of_deepspeed(workload: Workload, strategy: Strategy) -> None:
     problem = ""
     if parallel.sequence:
         problem = "sequence=True is not in DeepSpeed, whose ranks of `context` share sequences"
+    elif parallel.tensor > 1 and parallel.zero_stage == 3:
+        problem = f"tensor={parallel.tensor} goes with zero_stage 0, 1 or 2 in DeepSpeed, not 3"
     elif parallel.chunks > 1:
         problem = f"chunks={parallel.chunks}: DeepSpeed's pipelines do not interleave"
     elif parallel.pipeline > 1 and parallel.zero_stage > 1:

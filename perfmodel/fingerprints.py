@@ -115,7 +115,7 @@ def _workload_line(workload: Workload) -> str:
     ranks = f"{parallel.ranks} rank{'s' if parallel.ranks > 1 else ''}"
     return (
         f"{model.name or 'a model'} ({layers} layers, hidden {model.hidden_size}), "
-        f"{workload.accumulation} × {workload.micro_batch} × {workload.seq_len} tokens, "
+        f"{workload.accumulation} x {workload.micro_batch} x {workload.seq_len} tokens, "
         f"{workload.dtype}, {ranks}{f' ({described})' if shared else ''}, "
         f"{workload.framework}"
     )
@@ -124,7 +124,7 @@ def _workload_line(workload: Workload) -> str:
 def _machine_line(machine: Machine) -> str:
     device, drive = machine.device, machine.drive
     parts = [
-        f"{machine.name}: {machine.devices} × {device.name}, {format_bytes(device.memory_bytes)}",
+        f"{machine.name}: {machine.devices} x {device.name}, {format_bytes(device.memory_bytes)}",
         f"host {format_bytes(machine.host.memory_bytes)}",
     ]
     if drive is not None:

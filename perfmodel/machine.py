@@ -246,7 +246,10 @@ def read_machine(name: str) -> Machine:
     if name in known:
         text = (resources.files("perfmodel") / "machines" / f"{name}.json").read_text("utf-8")
     elif name.endswith(".json") or "/" in name:
-        text = Path(name).read_text(encoding="utf-8")
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{name} is no text") from None
     else:
         raise ValueError(
             f"machine={name!r} is not known: {', '.join(known)}, or the path of a machine.json"

@@ -340,8 +340,8 @@ def _plain(value: Any) -> Any:
 
 def read_plan(path: str | Path) -> Plan:
     """Return the plan of a file. Raises ValueError naming it and what is wrong, and OSError."""
-    text = Path(path).read_text(encoding="utf-8")
     try:
+        text = Path(path).read_text(encoding="utf-8")
         return Plan.from_mapping(json.loads(text))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None

@@ -19,7 +19,7 @@ from perfmodel.prediction import Prediction, combined, device_memory_bytes
 from perfmodel.units import format_bytes
 from perfmodel.workload import Strategy, Workload
 
-__all__ = ["Choice", "Found", "Search", "limits_of", "plan", "swept"]
+__all__ = ["Choice", "Found", "Search", "limits_of", "plan"]
 
 _SAME = 1.005
 """Steps so close to each other are equally fast: what moves less, or is simpler, comes first."""
@@ -81,31 +81,6 @@ def plan(
     Raises ValueError for a workload that the machine cannot run at all.
     """
     return _Planned(workload, machine, limits or Limits(), search or Search()).found()
-
-
-def swept(
-    workload: Workload,
-    machine: Machine,
-    limits: Limits,
-    key: str,
-    values: Sequence[int],
-    search: Search | None = None,
-) -> list[tuple[int, Found]]:
-    """Return `plan` for each value of `seq_len` or `micro_batch`. Raises ValueError for another.
-
-    A micro-batch that is asked for is not split into smaller ones.
-    """
-    found, chosen = [], search or Search()
-    for value in values:
-        if key == "seq_len":
-            one = replace(workload, seq_len=value)
-        elif key == "micro_batch":
-            one = replace(workload, micro_batch=value)
-            chosen = replace(chosen, micro_batches=(value,))
-        else:
-            raise ValueError(f"{key!r} is not swept; seq_len and micro_batch are")
-        found.append((value, plan(one, machine, limits, chosen)))
-    return found
 
 
 def limits_of(machine: Machine, limits: Limits) -> dict[str, float]:

@@ -12,6 +12,7 @@ UNITS = {
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGTP", 1)},
     "B": 1,
 }
+_MOST_DIGITS = 30
 
 
 def parse_bytes(text: str, key: str = "size") -> int:
@@ -23,6 +24,8 @@ def parse_bytes(text: str, key: str = "size") -> int:
             f"{key}={text!r} is not a size; it is a number of bytes such as 4096, or one with "
             "KiB, MiB, GiB, TiB, or kB, MB, GB, TB"
         )
+    if len(found[1]) > _MOST_DIGITS:
+        raise ValueError(f"{key}={text[:20]}... has more than {_MOST_DIGITS} digits")
     return round(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
 
 

@@ -45,7 +45,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("activation_step", "replays", "update_step"),
         ("layered_step",),
         ("prediction",),
-        ("choices", "validate", "step_timeline"),
+        ("choices", "validate", "step_timeline", "chosen_plan"),
         ("planner",),
         ("commands",),
         ("cli",),

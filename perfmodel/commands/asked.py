@@ -93,7 +93,8 @@ def asked(arguments: argparse.Namespace) -> Asked:
     notes += tuple(_positions(workload))
     require_modelled(workload)
     limits = limits_of(arguments)
-    if limits.device_bytes is not None:
+    several = any(getattr(arguments, key, None) for key in ("zero_stages", "pipelines"))
+    if limits.device_bytes is not None and not several:
         _require_room(workload, machine, limits.device_bytes)
     return Asked(workload, machine, limits, notes)
 
@@ -198,7 +199,8 @@ def parallel_of(arguments: argparse.Namespace) -> Parallel:
     of_one = Parallel(**shared, sequence=bool(arguments.sequence_parallel))
     data = getattr(arguments, "data", None)
     if data is None:
-        ranks = of_one.ranks if arguments.gpus is None else arguments.gpus
+        gpus = getattr(arguments, "gpus", None)  # not of what simulates, which has --data
+        ranks = of_one.ranks if gpus is None else gpus
         data, left = divmod(ranks, of_one.ranks)
         if left or not data:
             raise ValueError(

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from perfmodel.chosen_plan import plan_of
 from perfmodel.commands.arguments import (
     Parser,
     add_batch,
@@ -38,12 +39,12 @@ from perfmodel.emit import (
 )
 from perfmodel.emit_megatron import emit_megatron, require_of_megatron
 from perfmodel.plan import TIERS
-from perfmodel.plan_file import Plan, Predicted
+from perfmodel.plan_file import Plan
 from perfmodel.planner import Found, Search, plan
 from perfmodel.prediction import Prediction
 from perfmodel.workload import ACTIVATIONS, Strategy, Workload
 
-__all__ = ["NOTHING_FITS", "add_arguments", "plan_of", "run"]
+__all__ = ["NOTHING_FITS", "add_arguments", "run"]
 
 NOTHING_FITS = 3
 EMITTED = ("deepspeed", "megatron", "transformers")
@@ -81,8 +82,8 @@ def _add_search(parser: Parser) -> None:
     add("--optimizer", type=listed(one_of("offload", "torch")), help="offload, torch")
     add("--placement", type=listed(one_of(*TIERS)), help=f"of offload's states: {', '.join(TIERS)}")
     add("--keep-micro-batch", action="store_true", help="no other micro-batch than the given one")
-    add("--zero-stages", type=listed(whole), metavar="N,N", help="0 to 3, besides --zero-stage")
-    add("--pipelines", type=listed(whole), metavar="N,N", help="numbers of stages of --gpus")
+    add("--zero-stages", type=listed(whole), metavar="N,N", help="0 to 3, for --zero-stage")
+    add("--pipelines", type=listed(whole), metavar="N,N", help="stages, for --pipeline")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -109,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     best = found.choices[0].prediction
     emitted = emission(arguments.emit, best, wanted, arguments) if arguments.emit else None
     if arguments.output is not None:
-        text = json_text(plan_of(best, wanted, arguments.path).to_json())
+        text = json_text(written_plan(best, wanted, arguments.path).to_json())
         Path(arguments.output).write_text(text + "\n", encoding="utf-8")
     if emitted is not None:
         print(emitted)
@@ -134,6 +135,11 @@ def search_of(arguments: argparse.Namespace, wanted: Asked) -> Search:
     if arguments.emit:
         chosen["refusal"] = partial(refusal, arguments.emit)
     _require_ranks(arguments)
+    if wanted.workload.plain and max(arguments.pipelines or (1,)) > 1:
+        raise ValueError(
+            f"--pipelines: ranks of {wanted.workload.plain}, which is examples/train_gpt.py's, "
+            "share data alone; give a config.json instead"
+        )
     machine = wanted.machine
     for flag, values in (
         ("--activations", arguments.activations or ()),
@@ -143,13 +149,19 @@ def search_of(arguments: argparse.Namespace, wanted: Asked) -> Search:
     ):
         if "ssd" in values and machine.drive is None:
             raise ValueError(f"{flag} asks for an SSD, and {machine.name} has no drive")
+    if arguments.optimizer == ("torch",) and arguments.placement:
+        raise ValueError("--placement is of offload's states; torch's are where the parameters are")
     if arguments.optimizer == ("torch",) and wanted.workload.dtype != "float32":
         raise ValueError(
             f"--optimizer torch is for --dtype float32, not {wanted.workload.dtype}: it has no "
             "master copies"
         )
-    if machine.link is None and "host" in (arguments.activations or ()):
-        raise ValueError(f"--activations host: the device's memory is the host's on {machine.name}")
+    for flag, values in (
+        ("--activations", arguments.activations),
+        ("--placement", arguments.placement),
+    ):
+        if machine.link is None and values == ("host",):
+            raise ValueError(f"{flag} host: the device's memory is the host's on {machine.name}")
     return Search(**chosen)
 
 
@@ -160,6 +172,11 @@ def _require_ranks(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--zero-stages {stage} is not 0, 1, 2 or 3")
     if 0 in (arguments.pipelines or ()):
         raise ValueError("--pipelines 0 is not at least 1")
+    for one, several in (("zero_stage", "zero_stages"), ("pipeline", "pipelines")):
+        given, tried = getattr(arguments, one), getattr(arguments, several)
+        if given is not None and tried is not None:
+            names = f"--{one.replace('_', '-')} and --{several.replace('_', '-')}"
+            raise ValueError(f"{names} say the same; give one of them")
 
 
 def refusal(kind: str, workload: Workload, strategy: Strategy) -> str:
@@ -176,34 +193,20 @@ def refusal(kind: str, workload: Workload, strategy: Strategy) -> str:
     return ""
 
 
-def plan_of(prediction: Prediction, wanted: Asked, path: list[str]) -> Plan:
+def written_plan(prediction: Prediction, wanted: Asked, path: list[str]) -> Plan:
     """Return the plan to be written. Raises ValueError where its SSD has no directory."""
     strategy, drive = prediction.strategy, wanted.machine.drive
     directories = tuple(path) or ((drive.path,) if drive is not None and drive.path else ())
     if not directories and (strategy.activations == "ssd" or "ssd" in strategy.shares):
         raise ValueError("--path is missing: the best plan uses the SSD, in directories there")
-    return Plan.of(
-        prediction.workload,
-        strategy,
-        machine=wanted.machine,
-        path=directories,
-        limits=wanted.limits,
-        predicted=Predicted(
-            step_s=prediction.step_s,
-            peak_device_bytes=prediction.device_bytes,
-            peak_host_bytes=prediction.host_bytes,
-            ssd_bytes=prediction.ssd_bytes,
-            ssd_write_bytes=prediction.ssd_write_bytes,
-            tokens_per_s=prediction.tokens_per_s,
-        ),
-    )
+    return plan_of(prediction, wanted.machine, path=directories, limits=wanted.limits)
 
 
 def emission(kind: str, best: Prediction, wanted: Asked, arguments: argparse.Namespace) -> str:
     """Return a framework's configuration. Raises ValueError where it cannot be told."""
     workload, strategy = best.workload, best.strategy
     if kind == "deepspeed":
-        made = plan_of(best, wanted, arguments.path)
+        made = written_plan(best, wanted, arguments.path)
         return json_text(emit_deepspeed(workload, strategy, made))
     if kind == "transformers":
         return json_text(emit_transformers(workload, strategy))

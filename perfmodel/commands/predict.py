@@ -58,13 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         wanted = _made_for(plan, arguments)
     else:
         wanted = asked(arguments)
+        wanted = replace(wanted, workload=_in_batches(wanted.workload, plan))
         plan.check_workload(wanted.workload)
-    workload = wanted.workload
-    workload = replace(
-        workload,
-        micro_batch=plan.micro_batch or workload.micro_batch,
-        accumulation=plan.accumulation or workload.accumulation,
-    )
+    workload = _in_batches(wanted.workload, plan)
     require_modelled(workload)
     found = predict(workload, strategy_of(plan), wanted.used_machine)
     same = plan.is_for_machine(wanted.machine)
@@ -96,7 +92,23 @@ def _drawn(found: Prediction, wanted: Asked) -> str:
     return step_chart(timeline, title=title, peak_bytes=found.device_bytes)
 
 
+def _in_batches(workload: Workload, plan: Plan) -> Workload:
+    """Return `workload` with its sequences in the forwards that a plan has chosen, if as many."""
+    micro_batch = plan.micro_batch or workload.micro_batch
+    accumulation = plan.accumulation or workload.accumulation
+    if micro_batch * accumulation != workload.micro_batch * workload.accumulation:
+        return workload
+    return workload.with_batch(micro_batch)
+
+
 def _made_for(plan: Plan, arguments: argparse.Namespace) -> Asked:
+    given = [
+        f"--{key.replace('_', '-')}"
+        for key, value in vars(arguments).items()
+        if key not in ("plan", "machine", "output", "json", "command", "run") and value
+    ]
+    if given:
+        raise ValueError(f"{given[0]} is nothing without --model, or the numbers of one")
     if plan.workload is None or plan.workload.of is None:
         raise ValueError(f"--model is missing: {arguments.plan} does not say what it was made for")
     return Asked(workload_of(plan.workload.of), read_machine(arguments.machine))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from perfmodel.commands.described import (
 )
 from perfmodel.commands.tables import ascii_line, bar, json_text, table
 from perfmodel.plan import nearest
-from perfmodel.planner import Found, Search, limits_of, swept
+from perfmodel.planner import Found, Search, limits_of, plan
 
 __all__ = ["run_sweep", "sweep_values"]
 
@@ -65,10 +66,14 @@ def run_sweep(
     name = key.replace("-", "_")
     if getattr(arguments, name) is not None:
         raise ValueError(f"--{key} and --sweep {key} say the same; give one of them")
-    setattr(arguments, name, values[-1])
-    wanted = asked(arguments)
-    search = search_of(arguments, wanted)
-    found = swept(wanted.workload, wanted.used_machine, wanted.limits, name, values, search)
+    found: Swept = []
+    for value in values:
+        setattr(arguments, name, value)
+        wanted = asked(arguments)
+        search = search_of(arguments, wanted)
+        if name == "micro_batch":  # none is split into smaller ones
+            search = replace(search, micro_batches=(value,))
+        found.append((value, plan(wanted.workload, wanted.used_machine, wanted.limits, search)))
     if output is not None:
         Path(output).write_text(_chart(key, found, wanted), encoding="utf-8")
     print(json_text(_json(key, found, wanted)) if arguments.json else _text(key, found, wanted))

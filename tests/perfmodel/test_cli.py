@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,12 +18,9 @@ from hypothesis import strategies as st
 from perfmodel.cli import COMMANDS, main
 from perfmodel.known_models import known_models
 from perfmodel.machine import known_machines, read_machine
-from perfmodel.plan_file import read_plan
+from tests.perfmodel.said import BATCH, PLAN, SMALL, said
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--layers", "2", "--hidden", "256", "--heads", "4"]
-BATCH = ["--seq-len", "256", "--micro-batch", "2"]
-PLAN = ["plan", *SMALL, *BATCH, "--machine", "rtx-4090"]
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -33,13 +29,6 @@ CONFIG = {
     "num_attention_heads": 4,
     "vocab_size": 256,
 }
-
-
-def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
-    """Return what is printed on stdout, or on stderr where the status is none of success."""
-    assert main(words) == status
-    out = capsys.readouterr()
-    return out.err if status else out.out
 
 
 # ---- plan ------------------------------------------------------------------------------------
@@ -66,45 +55,6 @@ def test_the_memory_that_is_listed_adds_up(capsys: pytest.CaptureFixture[str]) -
             by_phase[each["phase"]] += each["nbytes"] if each["tier"] == tier else 0
         assert found[key] == by_phase[""] + max(by_phase["backward"], by_phase["update"])
     assert sum(found["parts_s"].values()) == pytest.approx(found["step_s"])
-
-
-def test_a_written_plan_is_read_and_predicted_as_it_says(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    path = str(tmp_path / "plan.json")
-    for extra in ([], ["--activations", "ssd", "--placement", "ssd", "--optimizer", "offload"]):
-        said(capsys, *PLAN, *extra, "--path", "/nvme/spill", "-o", path)
-        plan = read_plan(path)
-        assert plan.is_for_machine(read_machine("rtx-4090"))
-        found = json.loads(said(capsys, "predict", path, "--machine", "rtx-4090", "--json"))
-        assert found["made_with_this_machine"]
-        assert plan.predicted is not None
-        # A search looks at fewer layers, and less closely, than a prediction.
-        for key, then in (
-            ("device_bytes", plan.predicted.peak_device_bytes),
-            ("ssd_write_bytes", plan.predicted.ssd_write_bytes),
-            ("step_s", plan.predicted.step_s),
-        ):
-            assert found["predicted"][key] == pytest.approx(then, rel=0.1), key
-
-
-def test_a_step_is_drawn_over_time(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    plan, picture = str(tmp_path / "plan.json"), tmp_path / "step.svg"
-    moved = ["--activations", "ssd", "--placement", "host", "--optimizer", "offload"]
-    large = ["plan", "--layers", "4", "--hidden", "1024", "--heads", "8", "--seq-len", "1024"]
-    batch = ["--micro-batch", "4", "--accumulation", "2", "--machine", "rtx-4090"]
-    said(capsys, *large, *batch, *moved, "--path", "/nvme", "-o", plan)
-    written = json.loads(Path(plan).read_text())
-    written["activations"]["memory_bytes"] = None  # as much leaves as costs no time
-    Path(plan).write_text(json.dumps(written))
-    predict = ["predict", plan, "--machine", "rtx-4090"]
-    said(capsys, *predict, "-o", str(picture))
-    root = ElementTree.fromstring(picture.read_text())
-    words = ["".join(each.itertext()) for each in root]
-    for part in ("forward", "backward", "update", "ssd write", "to host", "seconds"):
-        assert part in words, part
-    assert any("predicted peak" in each for each in words)
-    assert "a.png: what is drawn is" in said(capsys, *predict, "-o", "a.png", status=2)
 
 
 def test_ways_to_share_the_work_are_tried_and_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,33 +125,15 @@ def test_nothing_fits_is_another_status_and_says_what_would_help(
     assert found["change"]
 
 
-def test_a_sweep_has_a_row_for_each_length_and_draws_them(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    path = tmp_path / "chart.svg"
-    words = ["plan", "--model", "llama-2-7b", "--machine", "h100-sxm", "--micro-batch", "1"]
-    words += ["--sweep", "seq-len=1024:4096", "-o", str(path)]
-    lines = said(capsys, *words).splitlines()
-    rows = [line.split()[0] for line in lines if line.endswith(("]", ">"))]
-    assert rows == ["1024", "2048", "4096"]
-    texts = {each.text for each in ElementTree.parse(path).iter() if each.tag.endswith("text")}
-    assert {*rows, "seq-len"} <= texts
-    found = json.loads(said(capsys, *words, "--json"))
-    assert [each["seq_len"] for each in found] == [1024, 2048, 4096]
-
-
 # ---- the others ------------------------------------------------------------------------------
 
 
-def test_a_plan_for_another_workload_is_not_predicted(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_simulating_without_ranks_that_share_data_has_one_of_them(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = str(tmp_path / "plan.json")
-    said(capsys, *PLAN, "--keep-micro-batch", "-o", path, "--path", "/nvme")
-    same = ["predict", path, *SMALL, *BATCH, "--machine"]
-    assert "another machine's speeds" in said(capsys, *same, "laptop")
-    err = said(capsys, *same, "laptop", "--accumulation", "2", status=2)
-    assert "accumulation is 1 in the plan and 2 here" in err
+    words = ["simulate", "--model", "llama-3-8b", "--machine", "h100-sxm", "--seq-len", "4096"]
+    words += ["--global-batch", "8", "--micro-batch", "1"]
+    assert said(capsys, *words) == said(capsys, *words, "--data", "1")
 
 
 def test_simulating_has_a_row_for_each_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +183,9 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
         ),
         (["plan", "--model", "gpt2", "--machine", "laptop", "--seq-len", "8"], "--micro-batch is"),
         ([*PLAN, "--device-memory", "40Gb"], "'40Gb' is not a size"),
+        ([*PLAN, "--device-memory", f"{'9' * 400}.0"], "more than 30 digits"),
+        ([*PLAN, "--pipelines", "2", "--gpus", "2"], "share data alone"),
+        ([*PLAN, "--zero-stage", "1", "--zero-stages", "2"], "say the same"),
         ([*PLAN, "--device-memory", "1MiB"], "--device-memory of 1.00 MiB is below"),
         ([*PLAN, "--emit", "megatron", "--framework", "torch"], "does not go with"),
         ([*PLAN, "-o", "chart.svg"], "--sweep"),

@@ -15,7 +15,7 @@ from perfmodel.machine import read_machine
 from perfmodel.model import Model
 from perfmodel.plain_models import PLAIN_MODELS, plain_model
 from perfmodel.plan_file import Limits
-from perfmodel.planner import Search, limits_of, plan, swept
+from perfmodel.planner import Search, limits_of, plan
 from perfmodel.prediction import combined
 from perfmodel.workload import Parallel, Workload
 
@@ -145,20 +145,6 @@ def test_however_many_sequences_a_micro_batch_of_one_and_the_given_one_are_tried
 def test_stages_that_divide_no_ranks_are_named() -> None:
     with pytest.raises(ValueError, match=r"pipelines=\(3,\): no number of stages divides"):
         plan(WORKLOAD, MACHINE, search=Search(pipelines=(3,)))
-
-
-def test_a_sweep_has_a_plan_for_each_value() -> None:
-    found = swept(WORKLOAD, MACHINE, Limits(), "seq_len", (1024, 2048))
-    assert [value for value, _ in found] == [1024, 2048]
-    assert all(each.choices for _, each in found)
-    batches = swept(
-        WORKLOAD, MACHINE, Limits(), "micro_batch", (2, 8), Search(activations=("keep",))
-    )
-    best = [each.choices[0].prediction for _, each in batches]
-    assert [each.workload.micro_batch for each in best] == [2, 8], "none is split"
-    assert {each.strategy.activations for each in best} == {"keep"}
-    with pytest.raises(ValueError, match="'vocab' is not swept"):
-        swept(WORKLOAD, MACHINE, Limits(), "vocab", (1,))
 
 
 @pytest.mark.parametrize("kind", PLAIN_MODELS)

@@ -1,0 +1,86 @@
+"""The plan of a strategy that was predicted: what it needs of each tier stands in it as a limit.
+
+A run's own defaults are others (half of what is free on an SSD, a quarter of the host's memory), so
+that a plan without limits would be planned for one room and run in another.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from perfmodel.machine import Machine
+from perfmodel.plan_file import Limits, Plan, Predicted
+from perfmodel.prediction import Prediction, forwards_waiting
+
+__all__ = ["plan_of"]
+
+_SLACK = 1.1
+"""Pages, and tensors that are freed a moment later than predicted."""
+
+
+def plan_of(
+    prediction: Prediction,
+    machine: Machine,
+    *,
+    path: tuple[str, ...] = (),
+    limits: Limits | None = None,
+) -> Plan:
+    """Return the plan of `prediction`. Raises ValueError where an SSD has no `path`."""
+    plan = Plan.of(
+        prediction.workload,
+        prediction.strategy,
+        machine=machine,
+        path=path,
+        limits=limits,
+        predicted=Predicted(
+            step_s=prediction.step_s,
+            peak_device_bytes=prediction.device_bytes,
+            peak_host_bytes=prediction.host_bytes,
+            ssd_bytes=prediction.ssd_bytes,
+            ssd_write_bytes=prediction.ssd_write_bytes,
+            tokens_per_s=prediction.tokens_per_s,
+        ),
+    )
+    moved, states = _written(prediction)
+    a_day = limits.ssd_write_bytes_per_day if limits is not None else None
+    daily = None if a_day is None else a_day / machine.devices / max(1, moved + states)
+    section, optimizer = plan.activations, plan.optimizer
+    if section.offload is not None and section.offload.tier == "host":
+        room = _room(prediction, "host", activations=True)
+        section = replace(section, offload=replace(section.offload, host_bytes=room))
+    elif section.offload is not None:
+        offload = replace(
+            section.offload,
+            spill_bytes=_room(prediction, "ssd", activations=True),
+            ssd_write_bytes_per_day=None if daily is None else max(1, int(daily * moved)),
+        )
+        section = replace(section, offload=offload)
+    if optimizer is not None and "ssd" in optimizer.shares:
+        optimizer = replace(
+            optimizer,
+            spill_bytes=_room(prediction, "ssd", activations=False),
+            ssd_write_bytes_per_day=None if daily is None else max(1, int(daily * states)),
+        )
+    return replace(plan, activations=section, optimizer=optimizer)
+
+
+def _room(prediction: Prediction, tier: str, *, activations: bool) -> int:
+    """Return what a tier is to have room for, of activations or of states."""
+    nbytes = sum(
+        each.nbytes
+        for each in prediction.held
+        if each.tier == tier and (each.name == "activations") is activations
+    )
+    return max(1, math.ceil(_SLACK * nbytes))
+
+
+def _written(prediction: Prediction) -> tuple[int, int]:
+    """Return what a step writes to the SSD of activations and of states."""
+    workload = prediction.workload
+    held = sum(
+        each.nbytes for each in prediction.held if each.tier == "ssd" and each.name == "activations"
+    )
+    once = held / (1 + forwards_waiting(workload))
+    moved = min(prediction.ssd_write_bytes, round(workload.accumulation * once))
+    return moved, prediction.ssd_write_bytes - moved
