@@ -46,9 +46,10 @@ def make_optimizer(
         # Fused, because the default makes temporary copies of all gradients.
         return torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
     where = args.optimizer_placement or "auto"
-    path = args.offload_path if "ssd" in where or "nvme" in where else ()
+    on_ssd = "ssd" in where or "nvme" in where
+    path = (args.optimizer_path or args.offload_path) if on_ssd else ()
     names = ("staging_bytes", "spill_bytes", "ssd_write_bytes_per_day", "io_engine")
-    settings = {name: getattr(args, name) for name in names} | (args.planned_optimizer or {})
+    settings = {name: getattr(args, name) for name in names} | args.planned_optimizer
     # Gradients that have left are clipped where they are.
     max_norm = (args.max_norm or None) if settings.get("early_gradients") else None
     return offload.AdamW(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Collection
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
 from flags import byte_size
@@ -13,7 +13,7 @@ from models import Run, call, recompute
 from torch import Tensor
 
 from offload.config import Limits, Plan, read_plan
-from offload.session import plan_here
+from offload.session import plan_here, require_offered
 from perfmodel.plain_models import plain_model
 from perfmodel.workload import Parallel, Workload
 
@@ -57,7 +57,8 @@ def follow_plan(args: argparse.Namespace, vocab_size: int, num_ranks: int) -> Pl
 
     Raises ValueError for a wrong plan, one for another run, or when nothing fits, and OSError.
     """
-    args.planned_optimizer = None
+    args.planned_activations = args.planned_optimizer = {}
+    args.optimizer_path = []
     if args.device_memory is not None and args.plan != "auto":
         raise ValueError("--device-memory is a limit for --plan auto; a file has its own")
     if args.plan is None:
@@ -77,30 +78,28 @@ def follow_plan(args: argparse.Namespace, vocab_size: int, num_ranks: int) -> Pl
                 )
             workload = workload.with_batch(plan.micro_batch)
         plan.check_workload(workload)
+        require_offered(plan)
     args.micro_batch, args.grad_accum = workload.micro_batch, workload.accumulation
     activations, optimizer = plan.activations, plan.optimizer
     args.offload = {"keep": "none"}.get(activations.mode, activations.mode)
     args.recompute = activations.recompute
     if activations.offload is not None:
-        _take(args, activations.offload, "staging_bytes", "min_tensor_bytes", "memory_bytes")
+        args.memory_bytes = activations.offload.memory_bytes
         args.offload_path = list(activations.offload.path) or args.offload_path
+        args.planned_activations = _settings(activations.offload, "tier", "path")
     args.optimizer = "torch" if optimizer is None else "offload"
     if optimizer is not None:
         args.optimizer_placement = optimizer.placement
-        args.offload_path = list(optimizer.path) or args.offload_path
-        args.planned_optimizer = {
-            one.name: getattr(optimizer, one.name)
-            for one in fields(optimizer)
-            if one.name not in ("placement", "path") and getattr(optimizer, one.name) is not None
-        }
-        if num_ranks > 1:  # their sums come later than a gradient that leaves early
-            args.planned_optimizer["early_gradients"] = False
+        if optimizer.placement == "auto":
+            [args.optimizer_placement] = optimizer.shares
+        args.optimizer_path = list(optimizer.path)
+        args.planned_optimizer = _settings(optimizer, "placement", "path")
     return plan
 
 
-def _take(args: argparse.Namespace, section: Any, *names: str) -> None:
-    for name in names:
-        setattr(args, name, getattr(section, name))
+def _settings(section: Any, *but: str) -> dict[str, Any]:
+    """Return what a section of a plan says beside a few, which come before what flags say."""
+    return {name: value for name, value in asdict(section).items() if name not in but}
 
 
 def recompute_some(numbers: Collection[int], blocks: int) -> Run:

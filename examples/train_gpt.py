@@ -149,19 +149,12 @@ def open_offload(
                 f"--offload-path {path} is in RAM ({facts.filesystem}), where nothing would be "
                 "saved; name a directory on an SSD"
             )
-    return offload.ActivationOffload(
-        tier=tier,
-        path=args.offload_path,
-        host_bytes=args.host_bytes,
-        min_tensor_bytes=args.min_tensor_bytes,
-        staging_bytes=args.staging_bytes,
-        spill_bytes=args.spill_bytes,
-        memory_bytes=args.memory_bytes,
-        tolerated_slowdown=args.tolerated_slowdown,
-        ssd_write_bytes_per_day=args.ssd_write_bytes_per_day,
-        ssd_rated_bytes=args.ssd_rated_bytes,
-        io_engine=args.io_engine,
+    names = (
+        *("host_bytes", "min_tensor_bytes", "staging_bytes", "spill_bytes", "memory_bytes"),
+        *("tolerated_slowdown", "ssd_write_bytes_per_day", "ssd_rated_bytes", "io_engine"),
     )
+    settings = {name: getattr(args, name) for name in names} | args.planned_activations
+    return offload.ActivationOffload(tier=tier, path=args.offload_path, **settings)
 
 
 class Trainer:
@@ -195,7 +188,7 @@ class Trainer:
         run: Run = {"recompute": recompute, "auto": act.block if act else call}.get(
             args.offload, call
         )
-        if getattr(args, "recompute", None):  # a plan names them
+        if getattr(args, "recompute", None) is not None:  # a plan names them, or none
             run = recompute_some(args.recompute, args.layers * (2 if args.model == "t5" else 1))
         self.bare = MODELS[args.model](config, run).to(self.device)
         parameters = list(self.bare.parameters())

@@ -11,19 +11,26 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from offload.activations import ActivationOffload, ActivationStats
 from offload.calibrate import present_machine
 from offload.config import Limits, Plan, read_plan
 from offload.optimizer import AdamW
+from perfmodel.chosen_plan import plan_of
+from perfmodel.machine import Machine
 from perfmodel.model import Model
 from perfmodel.plan_file import Predicted
 from perfmodel.planner import Search
 from perfmodel.planner import plan as search_plan
 from perfmodel.workload import Workload
 
-__all__ = ["Session", "plan_here"]
+__all__ = ["Session", "plan_here", "require_offered"]
+
+# Of what one rank without a device sends to another: into a socket, out of it, each read and
+# written, at both ends.
+_COPIES = 8
 
 
 class Session:
@@ -50,6 +57,7 @@ class Session:
         self.plan = _plan_of(plan, workload, limits, paths)
         if workload is not None:
             self.plan.check_workload(workload)
+        require_offered(self.plan)
         require_parameters(self.plan, model)
         section = self.plan.activations
         self._again = section.recompute
@@ -115,33 +123,52 @@ class Session:
 
 
 def plan_here(workload: Workload, limits: Limits | None = None, path: tuple[str, ...] = ()) -> Plan:
-    """Return the best plan for this machine, measured once. Raises ValueError if nothing fits.
+    """Return the best plan for this machine, measured once, by the first rank for all.
 
-    Batches stay as `workload` has them.
+    Batches stay as `workload` has them. Raises ValueError if nothing fits, on every rank.
     """
+    if not dist.is_available() or not dist.is_initialized():
+        return _planned(workload, limits, path)
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [_planned(workload, limits, path).to_json()]
+        except (OSError, ValueError) as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return Plan.from_mapping(answer[0])
+
+
+def _planned(workload: Workload, limits: Limits | None, path: tuple[str, ...]) -> Plan:
     machine = present_machine(path[0] if path else None)
     if not path:
         machine = replace(machine, drive=None)
+    # Without a device all ranks share one memory; else as many devices as ranks are used.
+    ranks = workload.parallel.ranks
+    used = ranks if machine.link is None else min(machine.devices, ranks)
+    machine = replace(machine, devices=used, network_bytes_per_s=_network(machine))
     found = search_plan(workload, machine, limits, _as_given(workload))
     if not found.choices:
         over = ", ".join(f"{key} by {nbytes}" for key, nbytes in (found.over or {}).items())
         raise ValueError(f"no plan fits: over {over}; {found.change}")
-    best = found.choices[0].prediction
-    return Plan.of(
-        best.workload,
-        best.strategy,
-        machine=machine,
-        path=path,
-        limits=limits,
-        predicted=Predicted(
-            step_s=best.step_s,
-            peak_device_bytes=best.device_bytes,
-            peak_host_bytes=best.host_bytes,
-            ssd_bytes=best.ssd_bytes,
-            ssd_write_bytes=best.ssd_write_bytes,
-            tokens_per_s=best.tokens_per_s,
-        ),
-    )
+    return plan_of(found.choices[0].prediction, machine, path=path, limits=limits)
+
+
+def _network(machine: Machine) -> float:
+    """Return what ranks send each other, where that was not measured: by way of the host."""
+    if machine.network_bytes_per_s:
+        return machine.network_bytes_per_s
+    if machine.link is not None:
+        return machine.link.to_device_bytes_per_s
+    return machine.host.memory_bytes_per_s / _COPIES
+
+
+def require_offered(plan: Plan) -> None:
+    """Raise ValueError for what a plan may say and no run does yet."""
+    if plan.report is not None:
+        raise ValueError(f"report={plan.report!r} is not written yet; leave it out")
 
 
 def require_parameters(plan: Plan, model: torch.nn.Module) -> None:

@@ -196,7 +196,10 @@ class Searched:
             yield Strategy(optimizer="torch")
         if "offload" not in optimizers:
             return
-        early = workload.framework == "torch" and not alone
+        # Sums of other ranks' gradients come later than one that has left.
+        parallel = workload.parallel
+        summed = parallel.data * parallel.context > 1 and parallel.zero_stage < 2
+        early = workload.framework == "torch" and not alone and not summed
         if "device" in placements:
             yield Strategy(placement="device")
         if "host" in placements and not alone:

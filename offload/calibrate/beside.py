@@ -37,11 +37,13 @@ def measure_held_up(path: str, rounds: int) -> HeldUp | None:
     """Train layers with what they save kept, and moved to `path`, in turns; compare the steps.
 
     Twice, with small tensors and large ones: what a tensor costs and what a byte costs follow from
-    both. None where moving costs too little to be told from noise.
+    both. None where moving costs too little to be told from noise, or nothing could be moved.
     """
     (few_bytes, count, small_s), (many_bytes, _, large_s) = (
         _held_up(path, tokens, rounds) for tokens in _TOKENS
     )
+    if not 0 < few_bytes < many_bytes:
+        return None
     byte_s = (large_s - small_s) / (many_bytes - few_bytes)
     if byte_s <= 0:
         byte_s = large_s / many_bytes
@@ -56,7 +58,8 @@ def _held_up(path: str, tokens: int, rounds: int) -> tuple[int, int, float]:
     layers = [nn.Sequential(nn.Linear(_CHANNELS, _CHANNELS), nn.GELU()) for _ in range(_LAYERS)]
     model, x = nn.Sequential(*layers), torch.randn(tokens, _CHANNELS)
     lost = []
-    with ActivationOffload(tier="ssd", path=path, staging_bytes=_STAGING_BYTES) as act:
+    everything: dict[str, Any] = {"staging_bytes": _STAGING_BYTES, "schedule": "all"}
+    with ActivationOffload(tier="ssd", path=path, **everything) as act:
         for turn in range(_STEPS * (rounds + 1)):
             kept_s = _seconds(model, x, nullcontext)
             before = act.stats()

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from offload.calibrate.present import calibrate
 from offload.device.present import name_of, present_device
+from offload.native import inspect_directory
 from perfmodel.machine import Machine, read_machine
 
 __all__ = ["CACHE", "present_machine"]
@@ -31,7 +33,7 @@ def present_machine(path: str | None = None, *, cache: Path = CACHE) -> Machine:
     file = cache.expanduser() / f"machine-{_mark(path)}.json"
     try:
         if time.time() - file.stat().st_mtime < _MOST_DAYS * _DAY_S:
-            return read_machine(str(file))
+            return _as_it_is(read_machine(str(file)), path)
     except (FileNotFoundError, ValueError):
         pass  # none, or one that an older release wrote
     machine = calibrate(path)
@@ -40,6 +42,14 @@ def present_machine(path: str | None = None, *, cache: Path = CACHE) -> Machine:
     whole.write_text(json.dumps(machine.to_json(), indent=1) + "\n", encoding="utf-8")
     whole.replace(file)  # another rank may do the same
     return machine
+
+
+def _as_it_is(machine: Machine, path: str | None) -> Machine:
+    """Return a machine with what its drive has free now."""
+    if machine.drive is None or path is None:
+        return machine
+    free_bytes = inspect_directory(path).free_bytes
+    return replace(machine, drive=replace(machine.drive, free_bytes=free_bytes))
 
 
 def _mark(path: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import statistics
 import time
 from collections.abc import Callable
@@ -23,8 +24,8 @@ _STAGING_BYTES = 64 << 20
 def measure_drive(path: str, rounds: int = 3) -> Drive:
     """Write, read and do both at once in `path`, `rounds` times; return the medians.
 
-    Raises OSError with errno, message and path where `path` cannot be written to, RuntimeError
-    where it has no room for what is written: 256 MiB.
+    Raises OSError with errno, message and path where `path` cannot be written to, or has no room
+    for what is written: 256 MiB.
     """
     config = ActivationsConfig(tier="ssd", path=(path,), staging_bytes=_STAGING_BYTES)
     tier = SsdTier(config)
@@ -72,7 +73,7 @@ class _Round:
         extent = self._tier.write(self._source.data_ptr(), _PIECE_BYTES)
         if extent is None:
             self._tier.raise_write_error()
-            raise RuntimeError(f"{self._path} has no room for the {2 * _PIECES} pieces of 8 MiB")
+            raise OSError(errno.ENOSPC, f"no room for {2 * _PIECES} pieces of 8 MiB", self._path)
         return extent
 
     def _write_all(self) -> None:

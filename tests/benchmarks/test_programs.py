@@ -215,6 +215,11 @@ def test_iterations_notice_a_placement_with_other_losses() -> None:
     found.losses["ours again"] = found.losses["ours"]
     found.facts["ours, half moves"] = {"digest": [5, 8]}
     assert iterations.claims_of(found)[-1].met is False
+    found.facts["ours, half moves"] = {"digest": [5, 7]}
+    assert iterations.claims_of(found)[-1].met
+    found.absent["ours, all on the device"] = "out of memory"
+    assert iterations.claims_of(found)[-1].met is None
+    assert iterations.claims_of(iterations.Measured(case))[-1].met is None
 
 
 def test_states_are_held_against_their_bytes_and_decide_nothing_without_peers(

@@ -17,7 +17,7 @@ from examples.models import MODELS, ModelConfig
 from offload.config import Limits, Plan, read_plan
 from perfmodel.machine import Machine, read_machine
 from perfmodel.plain_models import plain_model
-from perfmodel.workload import Strategy, Workload
+from perfmodel.workload import Parallel, Strategy, Workload
 
 LAYERS, HIDDEN, HEADS, SEQ, VOCAB = 4, 64, 4, 32, 256
 LEAST = 4096
@@ -165,3 +165,16 @@ def test_where_nothing_fits_it_says_what_would_do(here: Machine) -> None:
         )
     with pytest.raises(ValueError, match="plan='auto' needs workload="):
         offload.Session(torch.nn.Identity())
+
+
+def test_ranks_without_a_device_share_its_memory_in_a_plan(here: Machine) -> None:
+    two = replace(workload_of(), parallel=Parallel(data=2))
+    plans = [offload.session.plan_here(each) for each in (workload_of(), two)]
+    devices = [plan.machine.of["devices"] for plan in plans if plan.machine and plan.machine.of]
+    assert devices == [1, 2]
+
+
+def test_a_plan_that_asks_for_what_is_not_there_yet_is_refused(tmp_path: Path) -> None:
+    plan = replace(planned(tmp_path), report="run.jsonl")
+    with pytest.raises(ValueError, match=r"report='run.jsonl' is not written yet"):
+        offload.Session(torch.nn.Identity(), plan)

@@ -142,6 +142,16 @@ def test_however_many_sequences_a_micro_batch_of_one_and_the_given_one_are_tried
     assert len(sizes) <= 13
 
 
+@pytest.mark.parametrize(("data", "stage", "early"), [(1, 0, True), (2, 0, False), (2, 3, True)])
+def test_gradients_leave_early_only_where_no_other_ranks_are_added_later(
+    data: int, stage: int, early: bool
+) -> None:
+    one = replace(WORKLOAD, parallel=Parallel(data=data, zero_stage=stage))
+    machine = replace(MACHINE, devices=2)
+    states = [*Searched(one, machine, 4).states(one, ("offload",), ("host", "ssd"))]
+    assert {each.strategy.early_gradients for each in states} == {early}
+
+
 def test_stages_that_divide_no_ranks_are_named() -> None:
     with pytest.raises(ValueError, match=r"pipelines=\(3,\): no number of stages divides"):
         plan(WORKLOAD, MACHINE, search=Search(pipelines=(3,)))

@@ -89,6 +89,8 @@ def test_what_a_byte_and_a_tensor_cost_follow_from_small_and_large_tensors(
     assert found.tensor_s == pytest.approx(tensor_s)
     monkeypatch.setattr(beside, "_held_up", lambda path, tokens, rounds: (tokens, 1, -1e-3))
     assert beside.measure_held_up("/any", 1) is None, "noise"
+    monkeypatch.setattr(beside, "_held_up", lambda path, tokens, rounds: (0, 0, 1e-3))
+    assert beside.measure_held_up("/any", 1) is None, "nothing moved"
 
 
 def test_a_step_moves_what_its_layers_save(tmp_path: Path) -> None:
