@@ -142,18 +142,20 @@ def plan_here(workload: Workload, limits: Limits | None = None, path: tuple[str,
 
 
 def _planned(workload: Workload, limits: Limits | None, path: tuple[str, ...]) -> Plan:
-    machine = present_machine(path[0] if path else None)
+    whole = present_machine(path[0] if path else None)
     if not path:
-        machine = replace(machine, drive=None)
+        whole = replace(whole, drive=None)
     # Without a device all ranks share one memory; else as many devices as ranks are used.
     ranks = workload.parallel.ranks
-    used = ranks if machine.link is None else min(machine.devices, ranks)
-    machine = replace(machine, devices=used, network_bytes_per_s=_network(machine))
+    used = ranks if whole.link is None else min(whole.devices, ranks)
+    machine = replace(whole, devices=used)
+    if ranks > 1:
+        machine = replace(machine, network_bytes_per_s=_network(machine))
     found = search_plan(workload, machine, limits, _as_given(workload))
     if not found.choices:
         over = ", ".join(f"{key} by {nbytes}" for key, nbytes in (found.over or {}).items())
         raise ValueError(f"no plan fits: over {over}; {found.change}")
-    return plan_of(found.choices[0].prediction, machine, path=path, limits=limits)
+    return plan_of(found.choices[0].prediction, whole, path=path, limits=limits)
 
 
 def _network(machine: Machine) -> float:

@@ -44,7 +44,9 @@ def plan_of(
     )
     moved, states = _written(prediction)
     a_day = limits.ssd_write_bytes_per_day if limits is not None else None
-    daily = None if a_day is None else a_day / machine.devices / max(1, moved + states)
+    ranks = prediction.workload.parallel.ranks
+    sharing = ranks if machine.link is None else min(machine.devices, ranks)
+    daily = None if a_day is None else a_day / sharing / max(1, moved + states)
     section, optimizer = plan.activations, plan.optimizer
     if section.offload is not None and section.offload.tier == "host":
         room = _room(prediction, "host", activations=True)

@@ -167,11 +167,22 @@ def test_where_nothing_fits_it_says_what_would_do(here: Machine) -> None:
         offload.Session(torch.nn.Identity())
 
 
-def test_ranks_without_a_device_share_its_memory_in_a_plan(here: Machine) -> None:
+def test_ranks_without_a_device_share_its_memory_in_a_plan(
+    here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Machine] = []
+    search = offload.session.search_plan
+
+    def spied(workload: Workload, machine: Machine, *rest: Any) -> Any:
+        seen.append(machine)
+        return search(workload, machine, *rest)
+
+    monkeypatch.setattr(offload.session, "search_plan", spied)
     two = replace(workload_of(), parallel=Parallel(data=2))
     plans = [offload.session.plan_here(each) for each in (workload_of(), two)]
-    devices = [plan.machine.of["devices"] for plan in plans if plan.machine and plan.machine.of]
-    assert devices == [1, 2]
+    assert [each.devices for each in seen] == [1, 2]
+    assert seen[1].network_bytes_per_s > 0
+    assert all(plan.is_for_machine(replace(here, drive=None)) for plan in plans)
 
 
 def test_a_plan_that_asks_for_what_is_not_there_yet_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from perfmodel.machine import read_machine
 from perfmodel.plain_models import plain_model
 from perfmodel.plan_file import Limits
 from perfmodel.prediction import Prediction, predict
-from perfmodel.workload import Strategy, Workload
+from perfmodel.workload import Parallel, Strategy, Workload
 
 MACHINE = read_machine("rtx-4090")
 MODEL = plain_model("gpt", num_layers=4, hidden_size=512, num_heads=8, seq_len=512)
@@ -53,8 +53,10 @@ def test_each_part_on_the_ssd_may_take_what_was_predicted_of_it() -> None:
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_what_may_be_written_in_a_day_is_shared_by_what_is_written(devices: int) -> None:
-    found = predicted(activations="ssd", placement="ssd")
-    machine = replace(MACHINE, devices=devices)
+    shared = replace(WORKLOAD, parallel=Parallel(data=devices))
+    machine = replace(MACHINE, devices=4, network_bytes_per_s=1e11)
+    strategy = Strategy(activations="ssd", placement="ssd")
+    found = predict(shared, strategy, replace(machine, devices=devices))
     limits = Limits(ssd_write_bytes_per_day=10**15)
     plan = plan_of(found, machine, path=("/nvme",), limits=limits)
     assert plan.activations.offload is not None
