@@ -14,12 +14,21 @@ from perfmodel.attention import Attention
 from perfmodel.maps import INDEX_BYTES, STATISTIC_BYTES, Maps
 from perfmodel.model import Model
 from perfmodel.perceptron import Perceptron
-from perfmodel.shape import CPU, CUDA, TRANSFORMERS, TRANSFORMERS_CUDA, Kernels, Shape
+from perfmodel.shape import (
+    CPU,
+    CUDA,
+    MEGATRON,
+    TRANSFORMERS,
+    TRANSFORMERS_CUDA,
+    Kernels,
+    Shape,
+)
 from perfmodel.tape import Tape, Value
 
 __all__ = [
     "CPU",
     "CUDA",
+    "MEGATRON",
     "TRANSFORMERS",
     "TRANSFORMERS_CUDA",
     "Kernels",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from perfmodel.maps import INDEX_BYTES, STATISTIC_BYTES, Maps
 from perfmodel.tape import Value
 
 __all__ = ["Perceptron"]
 
+_FUSED = ("gelu", "gelu_tanh", "silu")  # with a gate: Megatron's kernels
 _OFFSET_BYTES = 4  # where each expert's tokens end
 
 
@@ -24,13 +27,23 @@ class Perceptron:
         maps, hidden, inner = self._maps, self._model.hidden_size, self._inner
         bias = self._model.ffn_bias
         x = maps.gathered(x)
-        active = self.activated(maps.linear(x, hidden, inner, bias=bias))
+        active = maps.linear(x, hidden, inner, bias=bias)
         if self._model.gated:
-            other = maps.linear(x, hidden, inner, bias=bias)
-            active = maps.run("gate", [active, other], saves=[active, other])
+            # Its map comes behind the activation.
+            active = self._gated(active, lambda: maps.linear(x, hidden, inner, bias=bias))
+        else:
+            active = self.activated(active)
         if self._shape.kernels.transformers and self._model.positions == "relative":
             active = maps.dropout(active)  # T5's
         return maps.reduced(maps.linear(active, inner, hidden, bias=bias))
+
+    def _gated(self, gate: Value, mapped: Callable[[], Value]) -> Value:
+        """Take down an activated gate times the other part, which `mapped` takes down."""
+        if self._shape.kernels.fused_gate and self._model.activation in _FUSED:
+            both = [gate, mapped()]
+        else:
+            both = [self.activated(gate), mapped()]
+        return self._maps.run("gate", both, saves=both)
 
     def activated(self, x: Value) -> Value:
         """Take down the activation of a model."""
@@ -101,8 +114,7 @@ class Perceptron:
         if model.gated:
             half = up.nbytes // 2
             gate, other = maps.writer.view("parts", up, half, half)
-            active = self.activated(gate)
-            active = maps.run("gate", [active, other], saves=[active, other])
+            active = self._gated(gate, lambda: other)
         else:
             active = self.activated(up)
         return maps.linear(active, inner, hidden, bias=model.ffn_bias, rows=rows, copies=experts)

@@ -15,6 +15,7 @@ from perfmodel.model import Model
 from perfmodel.operator_times import OperatorTimes, operator_times
 from perfmodel.parameters import rank_parameters
 from perfmodel.plain_models import plain_shape
+from perfmodel.shape import MEGATRON
 from perfmodel.states import Held, held, held_bytes
 from perfmodel.tape import Tape
 from perfmodel.update_step import UpdateStep, update_step
@@ -121,7 +122,7 @@ def shape_of(workload: Workload, machine: Machine) -> Shape:
             kernels=kernels,
         )
     if workload.framework == "megatron":
-        kernels = CUDA
+        kernels = MEGATRON
     else:
         kernels = TRANSFORMERS if cpu else TRANSFORMERS_CUDA
     parallel = workload.parallel

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from perfmodel.model import Model
 from perfmodel.plan import require_flag, require_whole
 
-__all__ = ["CPU", "CUDA", "TRANSFORMERS", "TRANSFORMERS_CUDA", "Kernels", "Shape"]
+__all__ = ["CPU", "CUDA", "MEGATRON", "TRANSFORMERS", "TRANSFORMERS_CUDA", "Kernels", "Shape"]
 
 _MOST = 1 << 40
 
@@ -19,6 +19,8 @@ class Kernels:
     fused_attention: bool = True
     """Scores are not stored; without: as `softmax(q @ k) @ v` has it, with dropout between."""
     fused_rms_norm: bool = False
+    fused_gate: bool = False
+    """One kernel activates a gate's part and multiplies with the other; it saves what it reads."""
     mask_bytes: int = 0
     """Of an element that dropout chose; 0: as much as the element."""
     grouped_attention: bool = False
@@ -35,6 +37,9 @@ class Kernels:
 
 CPU = Kernels()
 CUDA = Kernels(fused_rms_norm=True, mask_bytes=1)
+# As Megatron-LM trains by itself: Transformer Engine's attention, `bias_swiglu_fusion`. A fused
+# GELU saves its input alone, which is what any saves.
+MEGATRON = Kernels(fused_rms_norm=True, fused_gate=True, mask_bytes=1, grouped_attention=True)
 TRANSFORMERS = Kernels(
     grouped_attention=True,
     attention_follows_queries=True,

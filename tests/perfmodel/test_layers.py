@@ -12,9 +12,11 @@ import torch
 import offload
 from examples.memory import StepMemory
 from examples.models import MODELS, ModelConfig, call, recompute
+from perfmodel.known_models import read_known_model
 from perfmodel.layers import (
     CPU,
     CUDA,
+    MEGATRON,
     TRANSFORMERS,
     TRANSFORMERS_CUDA,
     Kernels,
@@ -238,7 +240,7 @@ def test_stages_that_there_cannot_be_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", MODEL_CONFIGS)
-@pytest.mark.parametrize("kernels", [CPU, CUDA, TRANSFORMERS, TRANSFORMERS_CUDA])
+@pytest.mark.parametrize("kernels", [CPU, CUDA, MEGATRON, TRANSFORMERS, TRANSFORMERS_CUDA])
 def test_every_model_of_a_config_has_a_tape_whose_step_leaves_nothing(
     kind: str, kernels: Kernels
 ) -> None:
@@ -254,3 +256,48 @@ def test_every_model_of_a_config_has_a_tape_whose_step_leaves_nothing(
                 assert found.left_bytes == 0
                 assert all(min(each.saved_bytes, each.other_bytes) >= 0 for each in found.moments)
             assert found.worst.nbytes > step_bytes(tape, range(len(tape.blocks))).saved_bytes
+
+
+def layer_bytes(model: Model, shape: Shape) -> int:
+    """Return what one more layer saves."""
+    one, two = (
+        tape_of(replace(model, num_layers=layers), shape).saved_bytes() for layers in (1, 2)
+    )
+    return two - one
+
+
+def test_megatrons_layers_keep_no_repeated_heads_and_no_activated_gate() -> None:
+    model, shape = read_known_model("llama-3-8b"), Shape(batch=1, seq_len=256, element_bytes=2)
+    hidden, inner, kv = model.hidden_size, model.ffn_size, model.kv_size
+    statistics = 4 * (2 + model.num_heads)  # of both norms, and of each head's softmax
+    # Both norms with their maps, queries and what is attended; keys and values; fc1 and fc2.
+    expected = 2 * (6 * hidden + 2 * kv + 3 * inner) + statistics
+    assert layer_bytes(model, replace(shape, kernels=MEGATRON)) == shape.tokens * expected
+    repeated, activated = 2 * (hidden - kv), inner
+    assert layer_bytes(model, replace(shape, kernels=CUDA)) == shape.tokens * (
+        expected + 2 * (repeated + activated)
+    )
+
+
+def test_megatrons_layers_without_a_gate_or_groups_are_plain_ones() -> None:
+    model = Model(num_layers=1, hidden_size=64, num_heads=4, vocab_size=100, dropout=0.1)
+    for fused in (True, False):
+        plain, megatron = (
+            Shape(
+                batch=2,
+                seq_len=16,
+                element_bytes=2,
+                kernels=replace(kernels, fused_attention=fused),
+            )
+            for kernels in (CUDA, MEGATRON)
+        )
+        assert layer_bytes(model, megatron) == layer_bytes(model, plain)
+
+
+def test_scores_that_are_stored_are_of_repeated_heads() -> None:
+    model = read_known_model("llama-3-8b")
+    shape = Shape(
+        batch=1, seq_len=64, element_bytes=2, kernels=replace(MEGATRON, fused_attention=False)
+    )
+    names = [each.name for each in tape_of(model, shape).operators]
+    assert names.count("repeat") == 2 * model.num_layers

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from perfmodel.machine import read_machine
 from perfmodel.model import Model
 from perfmodel.plain_models import PLAIN_MODELS, plain_model
-from perfmodel.prediction import Prediction, predict
+from perfmodel.prediction import Prediction, predict, shape_of
+from perfmodel.shape import MEGATRON
 from perfmodel.workload import Parallel, Strategy, Workload
 
 MACHINE = read_machine("a100-80gb-sxm")
@@ -83,6 +84,13 @@ def test_a_pipeline_has_a_bubble_that_more_micro_batches_make_smaller() -> None:
     many = step(parallel=Parallel(pipeline=4), accumulation=32)
     assert few.parts_s["pipeline bubble"] / few.step_s > 0.3
     assert many.parts_s["pipeline bubble"] / many.step_s < 0.1
+
+
+def test_megatron_computes_in_kernels_of_its_own() -> None:
+    model = Model(num_layers=1, hidden_size=64, num_heads=4, vocab_size=100)
+    workload = Workload(model=model, seq_len=16, framework="megatron", fused_attention=False)
+    kernels = shape_of(workload, read_machine("h100-sxm")).kernels
+    assert kernels == replace(MEGATRON, fused_attention=False)
 
 
 def test_a_network_that_is_not_there_is_refused_by_name() -> None:
