@@ -20,6 +20,9 @@ _ALIKE = {
     "rms norm": "layer norm",
     "attention to all": "attention",
 }
+# Fused attention: its backward has four products, and one of the forward's two once more.
+_RECOMPUTED = 5 / 4
+_RECOMPUTE = ("attention", "attention to all")
 # What is added to something is read, as is that, and written.
 _ADDED = 3
 
@@ -41,8 +44,10 @@ def operator_times(operators: Sequence[Operator], device: Device, dtype: str) ->
     """Return the times of a tape's `operators`, where gradients of parameters are added up.
 
     Products of matrices take their flops, each of their two gradients as many, whatever they move;
-    all else its bytes. A device's own rate for an operator comes first. Raises ValueError for a
-    `dtype` that the device has no rate for.
+    all else its bytes. The backward of fused attention computes its scores again: 2.5 times the
+    forward's flops. A device's own rate for an operator comes first; for that backward it counts
+    twice the forward's flops, as calibration does. Raises ValueError for a `dtype` that the device
+    has no rate for.
     """
     if dtype not in device.matmul_flops_per_s:
         known = ", ".join(device.matmul_flops_per_s)
@@ -81,9 +86,12 @@ class _Times:
         )
         return self._device.operator_s + seconds + self._work_s(operator, BACKWARD, products)
 
-    def _work_s(self, operator: Operator, way: str, products: int) -> float:
+    def _work_s(self, operator: Operator, way: str, products: float) -> float:
         if operator.matmul_flops:
-            return products * operator.matmul_flops / self._flops_per_s(operator, way)
+            own = self._rate(operator.name, f"{way} {self._dtype}")
+            if own is None and way and operator.name in _RECOMPUTE:
+                products *= _RECOMPUTED
+            return products * operator.matmul_flops / self._flops_per_s(operator, own)
         rate = self._rate(operator.name, way)
         nbytes = max(1.0, operator.moved_bytes)
         if rate is not None:
@@ -94,8 +102,7 @@ class _Times:
         rates = self._device.operators_per_s
         return rates.get(name + way) or rates.get(_ALIKE.get(name, name) + way)
 
-    def _flops_per_s(self, operator: Operator, way: str) -> float:
-        rate = self._rate(operator.name, f"{way} {self._dtype}")
+    def _flops_per_s(self, operator: Operator, rate: Curve | None) -> float:
         if rate is None:
             return self._matmul.at(operator.matmul_flops)
         if operator.name.startswith("attention"):

@@ -70,7 +70,7 @@ def test_attention_takes_its_time_by_the_length_of_sequences_and_by_type() -> No
             getattr(operator_times(writer.operators, device, dtype), way)
             for way in ("forward_s", "backward_s")
         )
-        assert backward_s == 2 * flops / MATMUL
+        assert backward_s == 2.5 * flops / MATMUL
         return forward_s / flops
 
     # Of 100 and of 1,000 positions: half of either in flops for each byte of queries.
@@ -81,6 +81,22 @@ def test_attention_takes_its_time_by_the_length_of_sequences_and_by_type() -> No
     both = {"float32": DEVICE.matmul_flops_per_s["float32"]}
     device = replace(device, matmul_flops_per_s={**both, "bfloat16": both["float32"]})
     assert seconds(1, 100, "bfloat16") == pytest.approx(1 / MATMUL), "fp32's rate is none of its"
+
+
+@pytest.mark.parametrize("name", ["attention", "attention to all"])
+def test_the_backward_of_attention_computes_scores_again_unless_its_rate_is_known(
+    name: str,
+) -> None:
+    writer = TapeWriter()
+    queries = [writer.value(part, 400) for part in ("q", "k", "v")]
+    writer.run(name, queries, saves=queries, matmul_flops=1e6)
+    # Four products to the forward's two, and one of those once more.
+    times = operator_times(writer.operators, DEVICE, "float32")
+    assert times.backward_s == (pytest.approx(2.5 * 1e6 / MATMUL),)
+    # A rate is of twice the forward's flops, as it is measured.
+    rates = {"attention backward float32": Curve((1.0,), (1e8,))}
+    times = operator_times(writer.operators, replace(DEVICE, operators_per_s=rates), "float32")
+    assert times.backward_s == (pytest.approx(2 * 1e6 / 1e8),)
 
 
 def test_a_gradient_that_comes_twice_is_added() -> None:
