@@ -191,8 +191,8 @@ FITS = {
             link_bytes_per_s=46054612500.0,
             subgroup_s=0.0013867352376993785,
         ),
-        converted_params_per_s=1721440616.513983,
-        beside_s=0.8041645907512305,
+        converted_params_per_s=1721986450.8073304,
+        beside_s=0.7943533915540137,
     ),
     "A100": IterationFit(
         UpdateFit(
@@ -202,7 +202,7 @@ FITS = {
             link_bytes_per_s=15542168674.698793,
             subgroup_s=1.6937233555353967e-17,
         ),
-        converted_params_per_s=2258150757.347163,
-        beside_s=0.6991165171039214,
+        converted_params_per_s=2250883946.811551,
+        beside_s=0.6945378772188263,
     ),
 }

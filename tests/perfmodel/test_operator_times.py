@@ -99,6 +99,40 @@ def test_the_backward_of_attention_computes_scores_again_unless_its_rate_is_know
     assert times.backward_s == (pytest.approx(2 * 1e6 / 1e8),)
 
 
+@pytest.mark.parametrize("machine", ["h100-sxm", "h200-sxm", "dos-h100"])
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [("attention", 284.1e12, 287.1e12), ("attention to all", 369.9e12, 290.6e12)],
+)
+def test_attention_on_hopper_is_about_as_fast_as_its_kernel_was_measured_by_others(
+    machine: str, name: str, forward: float, backward: float
+) -> None:
+    # FlashAttention-2 of 8192 positions, heads of 128: Dao-AILab/flash-attention, pull request
+    # 1791. Flops of half of all pairs where it is causal; a backward is said to have 2.5 times as
+    # many.
+    length, channels = 8192, 2048
+    flops = 4.0 * length * length * channels * (0.5 if name == "attention" else 1)
+    writer = TapeWriter()
+    parts = [writer.value(part, 2 * length * channels) for part in ("q", "k", "v")]
+    writer.run(name, parts, saves=parts, matmul_flops=flops)
+    device = read_machine(machine).device
+    times = operator_times(writer.operators, device, "bfloat16")
+    assert times.forward_s[0] == pytest.approx(flops / forward, rel=0.2)
+    assert times.backward_s[0] == pytest.approx(2.5 * flops / backward, rel=0.2)
+
+
+def test_attention_on_ampere_is_at_most_what_its_kernel_reaches() -> None:
+    # Dao (2023): 73 % of peak forward and 63 % backward, at best.
+    for machine in ("a100-40gb-pcie", "a100-40gb-sxm", "a100-80gb-pcie", "a100-80gb-sxm"):
+        rates = read_machine(machine).device.operators_per_s
+        for causal in ("", " to all"):
+            ahead, back = (
+                max(rates[f"attention{causal}{way} bfloat16"].rates) for way in ("", " backward")
+            )
+            assert 0.6 * 312e12 < ahead < 0.74 * 312e12
+            assert 0.5 * 312e12 < back * 2.5 / 2 < 0.64 * 312e12
+
+
 def test_a_gradient_that_comes_twice_is_added() -> None:
     writer = TapeWriter()
     x = writer.value("x", 500)
