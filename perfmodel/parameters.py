@@ -33,6 +33,13 @@ class Parameter:
         """How many elements."""
         return prod(self.shape)
 
+    @property
+    def layer(self) -> str:
+        """Which layer it is of, as `layer 3` or `encoder 0`; empty: of none."""
+        kind, _, rest = self.name.partition(" ")
+        number = rest.partition(" ")[0]
+        return f"{kind} {number}" if kind in ("layer", "encoder") and number.isdigit() else ""
+
 
 @lru_cache(maxsize=64)  # a planner asks for the same one again and again
 def rank_parameters(workload: Workload) -> tuple[Parameter, ...]:
@@ -42,7 +49,7 @@ def rank_parameters(workload: Workload) -> tuple[Parameter, ...]:
     tokens; a map's bias with its outputs. Norms, positions and routers are whole on each. Stages
     have as many layers as others, or one fewer; a tied token table is in the first and in the last.
     With LoRA two matrices stand beside each map of a layer, routers left out, and they alone are
-    trained. Queries, keys and values are one map where they are not rotated, as on a tape.
+    trained. Queries, keys and values are one map, or three, as on a tape.
     """
     model, parallel = workload.model, workload.parallel
     extra = 1 if workload.plain == "bert" else 0  # what stands for a token to guess
@@ -179,7 +186,8 @@ class _Cut:
     def layer(self, name: str, *, cross: bool = False) -> Iterator[Parameter]:
         """Yield the parameters of one layer; `cross`: with attention to an encoder."""
         model = self._model
-        yield from self._attention(f"{name} attention", fused=model.positions != "rotary")
+        fused = model.positions != "rotary" if model.fused_heads is None else model.fused_heads
+        yield from self._attention(f"{name} attention", fused=fused)
         if cross:
             yield from self._attention(f"{name} cross-attention", fused=False)
         yield from self._perceptrons(f"{name} perceptron")
@@ -192,7 +200,7 @@ class _Cut:
             yield from self._map(f"{name} qkv", hidden, self._query + 2 * self._kv, bias=bias)
         else:
             yield from self._map(f"{name} query", hidden, self._query, bias=bias)
-        if not fused and name.endswith("cross-attention"):
+        if not fused and name.endswith("cross-attention") and model.fused_heads is not False:
             yield from self._map(f"{name} keys and values", hidden, 2 * self._kv, bias=bias)
         elif not fused:
             yield from self._map(f"{name} key", hidden, self._kv, bias=bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from perfmodel.maps import INDEX_BYTES, STATISTIC_BYTES, Maps
 from perfmodel.tape import Value
@@ -92,7 +93,7 @@ class Perceptron:
         """Take down how each token's experts are chosen; return their weights, in fp32."""
         maps, model, run = self._maps, self._model, self._maps.run
         rows = self._shape.stream_rows
-        logits = maps.linear(x, model.hidden_size, model.num_experts, bias=False, rows=rows)
+        logits = maps.one_map(x, model.hidden_size, model.num_experts, rows=rows)
         likely = run(
             "softmax", [logits], rows * model.num_experts * STATISTIC_BYTES, saves_output=True
         )
@@ -109,12 +110,13 @@ class Perceptron:
     def _expert_maps(self, x: Value, rows: int) -> Value:
         maps, model, inner = self._maps, self._model, self._inner
         experts, hidden = model.num_experts, model.hidden_size
-        width = inner * (2 if model.gated else 1)
-        up = maps.linear(x, hidden, width, bias=model.ffn_bias, rows=rows, copies=experts)
-        if model.gated:
-            half = up.nbytes // 2
-            gate, other = maps.writer.view("parts", up, half, half)
-            active = self._gated(gate, lambda: other)
+        one = partial(maps.linear, bias=model.ffn_bias, rows=rows, copies=experts)
+        if not model.gated:
+            active = self.activated(one(x, hidden, inner))
+        elif maps.lora_rank:  # each has adapters of its own
+            active = self._gated(one(x, hidden, inner), lambda: one(x, hidden, inner))
         else:
-            active = self.activated(up)
-        return maps.linear(active, inner, hidden, bias=model.ffn_bias, rows=rows, copies=experts)
+            both = one(x, hidden, 2 * inner)
+            gate, other = maps.writer.view("parts", both, both.nbytes // 2, both.nbytes // 2)
+            active = self._gated(gate, lambda: other)
+        return one(active, inner, hidden)

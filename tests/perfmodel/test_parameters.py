@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from examples.models import MODELS, ModelConfig, call
+from perfmodel.known_models import known_models, read_known_model
+from perfmodel.layers import CUDA, MEGATRON, TRANSFORMERS, Shape, tape_of
 from perfmodel.model import NORMS, POSITIONS, Model
 from perfmodel.parameters import Parameter, flat_gradient_count, rank_parameters, zero_count
 from perfmodel.plain_models import PLAIN_MODELS, plain_model
@@ -128,6 +131,34 @@ def test_adapters_stand_beside_every_map_of_every_layer(kind: str) -> None:
     assert len(trained) == 2 * len(maps)
     frozen = sum(each.count for each in found if not each.trained)
     assert frozen == sum(each.numel() for each in model.parameters())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", known_models())
+def test_adapters_are_those_of_a_tape(name: str, *, shared: bool) -> None:
+    model = replace(read_known_model(name), num_layers=2)
+    tensor = next(size for size in (2, 5) if model.num_heads % size == 0) if shared else 1
+    model = replace(model, encoder_layers=min(2, model.encoder_layers))
+    workload = Workload(model=model, seq_len=16, lora_rank=8, parallel=Parallel(tensor=tensor))
+    trained = sum(each.count for each in rank_parameters(workload) if each.trained)
+    for kernels in (CUDA, MEGATRON, TRANSFORMERS):
+        shape = Shape(batch=1, seq_len=16, element_bytes=2, kernels=kernels, tensor=tensor)
+        operators = tape_of(model, shape, lora_rank=8).operators
+        assert sum(each.param_bytes for each in operators) == 2 * trained
+
+
+def test_routers_have_no_adapters_and_experts_parts_have_their_own() -> None:
+    model = replace(read_known_model("mixtral-8x7b"), num_layers=1)
+    found = rank_parameters(Workload(model=model, seq_len=16, lora_rank=4))
+    attention = 4 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
+    experts = 8 * 3 * 4 * (4096 + 14_336)
+    assert sum(each.count for each in found if each.trained) == attention + experts
+
+
+def test_parameters_are_of_the_layer_that_their_name_says() -> None:
+    model = plain_model("t5", **SIZES)
+    found = {each.layer for each in rank_parameters(Workload(model=model, seq_len=64))}
+    assert found == {"", *(f"{kind} {at}" for kind in ("encoder", "layer") for at in range(3))}
 
 
 @given(
