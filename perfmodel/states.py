@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from operator import add
 
 from perfmodel.parameters import Parameter, flat_gradient_count, rank_parameters, zero_count
 from perfmodel.plan import (
@@ -306,17 +307,15 @@ class _Rank:
                 live = min(count, _MAX_LIVE_PARAMETERS) * self._element_bytes
                 yield Held("gathered parameters", "device", live, phase="backward")
         elif framework == "torch" and self._zero > 1:
-            # FSDP2 gathers a layer while it computes with another, and reduces gradients likewise;
-            # at stage 2 what was gathered stays until the backward is done with it.
+            # FSDP2 gathers a layer while it computes with another, and reduces gradients likewise.
+            # What is in no layer is a group of its own, the root's, which stays gathered until the
+            # backward ends; at stage 2 everything does.
             # DistributedDataParallel's buckets are the gradients' own memory
             # (gradient_as_bucket_view), Megatron's contiguous buffer as well.
-            model, stages = self._workload.model, self._workload.parallel.pipeline
-            layers = -(-(model.num_layers + model.encoder_layers) // stages)
-            two = [-(-2 * number // layers) for number in (count, trained)]
-            gathered = count if self._zero == 2 else min(count, two[0])
+            gathered = count if self._zero == 2 else _count_at_once(self._params)
             nbytes = gathered * self._element_bytes
             yield Held("gathered parameters", "device", nbytes, phase="backward")
-            nbytes = min(trained, two[1]) * self._element_bytes
+            nbytes = _count_at_once(self._trained) * self._element_bytes
             yield Held("gradient buckets", "device", nbytes, phase="backward")
 
     def staging(self) -> Iterator[Held]:
@@ -328,6 +327,15 @@ class _Rank:
 
 def _count(params: Iterable[Parameter]) -> int:
     return sum(each.count for each in params)
+
+
+def _count_at_once(params: Iterable[Parameter]) -> int:
+    """Return the elements of what is in no layer, and of the two layers in a row with the most."""
+    counts = {"": 0}
+    for each in params:
+        counts[each.layer] = counts.get(each.layer, 0) + each.count
+    outside, *layers = counts.values()
+    return outside + max(map(add, layers, [*layers[1:], 0]), default=0)
 
 
 def _boundaries(sizes: Sequence[int], row_bytes: int, shares: dict[str, float]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perfmodel.known_models import read_known_model
 from perfmodel.plain_models import PLAIN_MODELS, plain_model
 from perfmodel.plan import DTYPES, TIERS, OptimizerConfig
 from perfmodel.published import deepspeed_zero2_bytes, deepspeed_zero3_bytes
@@ -127,6 +128,31 @@ def test_deepspeeds_buckets_have_the_sizes_of_its_defaults() -> None:
         assert [each.phase for each in found if each.name == "gradient buckets"] == [phase]
         assert named(found, "gradient buckets") == 2 * 500_000_000
     assert named(three, "gathered parameters") == 2 * PARAMS
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_fsdp_gathers_what_is_in_no_layer_beside_two_layers(rank: int) -> None:
+    model = read_known_model("llama-3-8b")
+    workload = Workload(
+        model=model, seq_len=128, lora_rank=rank, parallel=Parallel(data=8, zero_stage=3)
+    )
+    found = held(workload, TORCH)
+    # Token table, head and the last norm; of each layer four maps of attention, three others.
+    outside = 2 * 128_256 * 4096 + 4096
+    maps = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), *3 * [(4096, 14_336)]]
+    layer = 2 * 4096 + sum(one * other for one, other in maps)
+    adapters = rank * sum(map(sum, maps))
+    assert named(found, "gathered parameters") == 2 * (outside + 2 * (layer + adapters))
+    trained = 2 * adapters if rank else outside + 2 * layer
+    assert named(found, "gradient buckets") == 2 * trained
+
+
+def test_fsdp_gathers_no_more_than_there_is() -> None:
+    parallel = Parallel(data=8, zero_stage=3)
+    for layers in (1, 2):
+        model = replace(MODEL, num_layers=layers)
+        found = held(Workload(model=model, seq_len=128, parallel=parallel), TORCH)
+        assert named(found, "gathered parameters") == 2 * model.num_params
 
 
 def test_staging_of_activations_is_held_only_where_they_leave() -> None:
