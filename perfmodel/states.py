@@ -283,7 +283,7 @@ class _Rank:
             # Updated parameters on their way back, in their own precision.
             nbytes = self._states * self._element_bytes
             yield Held("update buffers", "host", nbytes, pinned=True)
-        elif self._beside:
+        elif self._beside and (self._workload.framework == "torch" or self._leaves):
             kind, _ = update_schedule_of(self._strategy.update_schedule)
             buffers = 1 if kind == "stride" else 2
             yield Held("update buffers", "device", buffers * 3 * _FP32_BYTES * most)

@@ -155,6 +155,20 @@ def test_fsdp_gathers_no_more_than_there_is() -> None:
         assert named(found, "gathered parameters") == 2 * model.num_params
 
 
+@pytest.mark.parametrize("framework", ["deepspeed", "megatron"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_states_that_stay_on_the_device_need_no_buffers_of_another_framework(
+    framework: str, stage: int
+) -> None:
+    given_workload = workload(framework, data=2, zero_stage=stage)
+    stays, leaves = (
+        held(given_workload, Strategy(placement=placement)) for placement in ("device", "host")
+    )
+    for tier in ("device", "host"):
+        assert named(stays, "update buffers", tier=tier) == 0
+    assert named(leaves, "update buffers", tier="host") > 0
+
+
 def test_staging_of_activations_is_held_only_where_they_leave() -> None:
     for kind in ("keep", "recompute"):
         found = held(workload(), replace(TORCH, activations=kind))
