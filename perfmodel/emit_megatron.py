@@ -89,8 +89,6 @@ def _problems_of_ranks(workload: Workload) -> Iterator[str]:
     tensor, stages = parallel.tensor, parallel.pipeline * parallel.chunks
     if workload.lora_rank:
         yield f"lora_rank={workload.lora_rank}: Megatron-LM trains all parameters"
-    if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
-        yield f"tensor={tensor} neither divides num_kv_heads={model.num_kv_heads} nor is a multiple"
     if model.num_experts and tensor > 1 and (model.ffn_bias or not parallel.sequence):
         yield (
             f"num_experts={model.num_experts} with tensor={tensor} needs sequence=True and "

@@ -108,6 +108,11 @@ class Shape:
                 raise ValueError(
                     f"tensor={self.tensor} does not divide {name}={getattr(model, name)}"
                 )
+        if model.num_kv_heads % self.tensor and self.tensor % model.num_kv_heads:
+            raise ValueError(
+                f"tensor={self.tensor} neither divides num_kv_heads={model.num_kv_heads} nor is a "
+                "multiple of it; allowed is either"
+            )
         if self.context > 1 and (model.positions == "relative" or model.score_softcap):
             raise ValueError(
                 f"context={self.context} needs attention without score_softcap and without "

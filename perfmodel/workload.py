@@ -95,6 +95,11 @@ class Workload:
         ):
             if whole % getattr(parallel, key):
                 raise ValueError(f"{key}={getattr(parallel, key)} does not divide {name}={whole}")
+        if model.num_kv_heads % parallel.tensor and parallel.tensor % model.num_kv_heads:
+            raise ValueError(
+                f"tensor={parallel.tensor} neither divides num_kv_heads={model.num_kv_heads} nor "
+                "is a multiple of it; allowed is either"
+            )
         if parallel.sequence and self.seq_len % parallel.tensor:
             raise ValueError(
                 f"sequence=True with tensor={parallel.tensor} does not divide "

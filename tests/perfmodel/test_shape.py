@@ -39,6 +39,7 @@ def test_a_wrong_shape_is_refused(more: dict[str, Any], match: str) -> None:
     [
         ({"tensor": 4}, {}, "tensor=4 does not divide num_heads=6"),
         ({"tensor": 3}, {"ffn_size": 32}, "tensor=3 does not divide ffn_size=32"),
+        ({"tensor": 2}, {"num_kv_heads": 3}, "tensor=2 neither divides num_kv_heads=3 nor is a"),
         ({"context": 2}, {"positions": "relative"}, "context=2 needs attention without"),
         ({"context": 2}, {"score_softcap": True}, "context=2 needs attention without"),
     ],

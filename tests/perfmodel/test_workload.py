@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from perfmodel.model import Model
 from perfmodel.plain_models import plain_model
-from perfmodel.workload import Parallel, Strategy, Workload
+from perfmodel.workload import FRAMEWORKS, Parallel, Strategy, Workload
 
 MODEL = plain_model("gpt", num_layers=6, hidden_size=384, num_heads=6, seq_len=256)
 
@@ -34,6 +35,19 @@ def test_a_workload_that_cannot_be_is_refused_by_its_key(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         workload(**changes)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_ranks_share_heads_of_keys_or_have_one_together(framework: str) -> None:
+    def split(tensor: int) -> Workload:
+        parallel = Parallel(tensor=tensor)
+        return Workload(model=model, seq_len=64, framework=framework, parallel=parallel)
+
+    model = Model(num_layers=1, hidden_size=96, num_heads=12, num_kv_heads=6, vocab_size=9)
+    for tensor in (1, 2, 3, 6, 12):
+        assert split(tensor).parallel.tensor == tensor
+    with pytest.raises(ValueError, match="tensor=4 neither divides num_kv_heads=6 nor is a mult"):
+        split(4)
 
 
 @pytest.mark.parametrize(
