@@ -160,7 +160,8 @@ def _of_model(workload: Workload) -> Iterator[str]:
         yield from ("--moe-router-topk", str(model.experts_per_token))
         if model.experts_per_token == 1:  # of one alone, a softmax afterwards is always 1
             yield "--moe-router-pre-softmax"
-    yield from ("--attention-dropout", str(model.dropout), "--hidden-dropout", str(model.dropout))
+    attention = model.dropout if model.attention_dropout is None else model.attention_dropout
+    yield from ("--attention-dropout", str(attention), "--hidden-dropout", str(model.dropout))
 
 
 def _of_ranks(workload: Workload) -> Iterator[str]:

@@ -260,6 +260,7 @@ def _model_of(read: _Arguments, tensor: int) -> Model:
     groups = read.whole("num_query_groups") if read.flag("group_query_attention") else heads
     ffn_size = read.whole_or("ffn_hidden_size", ffn_size)
     experts = read.whole_or("num_experts", 0)
+    dropout, of_scores = read.number("hidden_dropout"), read.number("attention_dropout")
     return Model(
         name="megatron",
         num_layers=read.whole("num_layers"),
@@ -281,5 +282,6 @@ def _model_of(read: _Arguments, tensor: int) -> Model:
         tied=not read.flag("untie_embeddings_and_output_weights"),
         num_experts=experts,
         experts_per_token=read.whole("moe_router_topk") if experts else 1,
-        dropout=max(read.number("hidden_dropout"), read.number("attention_dropout")),
+        dropout=dropout,
+        attention_dropout=None if of_scores == dropout else of_scores,
     )

@@ -141,6 +141,12 @@ def test_megatron_core_takes_every_flag_that_is_emitted(
     assert host.optimizer_offload_fraction == strategy.shares.get("host", 0.0)
 
 
+def test_both_dropouts_are_said() -> None:
+    model = replace(MODEL, dropout=0.2, attention_dropout=0.0)
+    flags = valued(emit_megatron(replace(WORKLOAD, model=model), Strategy()))
+    assert (flags["--hidden-dropout"], flags["--attention-dropout"]) == ("0.2", "0.0")
+
+
 @pytest.mark.parametrize(
     ("parallel", "layers", "said"),
     [

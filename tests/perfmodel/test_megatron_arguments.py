@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from perfmodel.layers import tape_of
+from perfmodel.machine import read_machine
 from perfmodel.megatron_arguments import ignored_of_megatron, workload_of_megatron
+from perfmodel.prediction import shape_of
 
 # Llama 2 7B.
 WORDS = (
@@ -89,6 +92,29 @@ def test_the_token_table_is_filled_up_as_megatron_does(changes: dict[str, Any], 
 )
 def test_the_activation_is_that_of_the_kernel(changes: dict[str, Any], activation: str) -> None:
     assert workload_of_megatron({**NEEDED, **changes}).model.activation == activation
+
+
+def test_dropout_of_the_stream_is_apart_from_that_of_scores() -> None:
+    def saved_bytes(**changes: Any) -> int:
+        found = workload_of_megatron({**NEEDED, **changes})
+        machine = read_machine("h100-sxm")
+        return tape_of(found.model, shape_of(found, machine)).saved_bytes()
+
+    kept = {"hidden_dropout": 0.0}
+    found = workload_of_megatron({**NEEDED, **kept}).model
+    assert (found.dropout, found.attention_dropout, found.drops_scores) == (0.0, 0.1, True)
+    found = workload_of_megatron({**NEEDED, "attention_dropout": 0.0}).model
+    assert (found.dropout, found.drops_scores) == (0.1, False)
+    assert workload_of_megatron(NEEDED).model.attention_dropout is None
+    # A fused kernel makes the masks of scores again; what else drops keeps a byte of each element:
+    # behind the embedding, and twice in each of two layers.
+    elements = 5 * NEEDED["hidden_size"] * NEEDED["seq_length"] * NEEDED["micro_batch_size"]
+    without = saved_bytes(**kept, attention_dropout=0.0)
+    assert saved_bytes(**kept) == without
+    assert saved_bytes() == saved_bytes(attention_dropout=0.0) == without + elements
+    assert saved_bytes(**kept, attention_backend="unfused") > saved_bytes(
+        **kept, attention_dropout=0.0, attention_backend="unfused"
+    )
 
 
 def test_virtual_stages_are_counted_or_sized() -> None:

@@ -32,6 +32,8 @@ def gpt_models(draw: st.DrawFn) -> Model:
     attention, output, ffn = draw(st.sampled_from(BIASES))
     gated = draw(st.booleans())
     experts = draw(st.sampled_from([0, 0, 4, 8]))
+    positions = draw(st.sampled_from(["learned", "rotary"]))
+    dropout, of_scores = (draw(st.sampled_from([0.0, 0.1, 0.25])) for _ in range(2))
     return tried(
         Model,
         name=draw(st.sampled_from(["", "a", "b"])),
@@ -48,13 +50,14 @@ def gpt_models(draw: st.DrawFn) -> Model:
         attention_bias=attention,
         output_bias=output,
         ffn_bias=ffn,
-        positions=draw(st.sampled_from(["learned", "rotary"])),
+        positions=positions,
         max_positions=draw(st.sampled_from([0, 64, 256])),
         vocab_size=draw(st.integers(1, 1000)),
         tied=draw(st.booleans()),
         num_experts=experts,
         experts_per_token=draw(st.integers(1, 2)) if experts else 1,
-        dropout=draw(st.sampled_from([0.0, 0.1])),
+        dropout=dropout,
+        attention_dropout=None if of_scores == dropout else of_scores,
     )
 
 
