@@ -151,6 +151,8 @@ def _of_model(workload: Workload) -> Iterator[str]:
             yield "--add-qkv-bias"
     rotary = model.positions == "rotary"
     yield from ("--position-embedding-type", "rope" if rotary else "learned_absolute")
+    if rotary and model.rotary_share < 1:
+        yield from ("--rotary-percent", str(model.rotary_share))
     yield from ("--max-position-embeddings", str(positions))
     if not model.tied:
         yield "--untie-embeddings-and-output-weights"

@@ -26,6 +26,8 @@ READ: Mapping[str, Any] = {
     "add_bias_linear": True,
     "add_qkv_bias": False,
     "position_embedding_type": "learned_absolute",
+    "use_rotary_position_embeddings": False,
+    "rotary_percent": 1.0,
     "max_position_embeddings": None,
     "untie_embeddings_and_output_weights": False,
     "vocab_size": None,
@@ -260,6 +262,9 @@ def _model_of(read: _Arguments, tensor: int) -> Model:
     groups = read.whole("num_query_groups") if read.flag("group_query_attention") else heads
     ffn_size = read.whole_or("ffn_hidden_size", ffn_size)
     experts = read.whole_or("num_experts", 0)
+    # Its older flag stands for the newer one's value.
+    rotary = read.flag("use_rotary_position_embeddings")
+    rotary = rotary or read.text("position_embedding_type") == "rope"
     dropout, of_scores = read.number("hidden_dropout"), read.number("attention_dropout")
     return Model(
         name="megatron",
@@ -276,7 +281,8 @@ def _model_of(read: _Arguments, tensor: int) -> Model:
         attention_bias=biased or read.flag("add_qkv_bias"),
         output_bias=biased,
         ffn_bias=biased,
-        positions="rotary" if read.text("position_embedding_type") == "rope" else "learned",
+        positions="rotary" if rotary else "learned",
+        rotary_share=read.number("rotary_percent") if rotary else 1.0,
         max_positions=read.whole("max_position_embeddings"),
         vocab_size=_vocabulary(read, tensor),
         tied=not read.flag("untie_embeddings_and_output_weights"),

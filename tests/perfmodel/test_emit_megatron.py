@@ -67,7 +67,7 @@ OF_THE_COMMAND_LINE = {
     *("--micro-batch-size", "--global-batch-size", "--max-position-embeddings"),
     *("--position-embedding-type", "--untie-embeddings-and-output-weights"),
     *("--group-query-attention", "--no-bias-gelu-fusion", "--swiglu", "--disable-bias-linear"),
-    *("--num-virtual-stages-per-pipeline-rank", "--num-experts"),
+    *("--num-virtual-stages-per-pipeline-rank", "--num-experts", "--rotary-percent"),
 }
 
 

@@ -94,6 +94,27 @@ def test_the_activation_is_that_of_the_kernel(changes: dict[str, Any], activatio
     assert workload_of_megatron({**NEEDED, **changes}).model.activation == activation
 
 
+@pytest.mark.parametrize(
+    ("changes", "positions", "share"),
+    [
+        ({}, "learned", 1.0),
+        ({"rotary_percent": 0.5}, "learned", 1.0),
+        ({"position_embedding_type": "rope"}, "rotary", 1.0),
+        ({"use_rotary_position_embeddings": True}, "rotary", 1.0),
+        ({"use_rotary_position_embeddings": True, "rotary_percent": "0.25"}, "rotary", 0.25),
+        ({"position_embedding_type": "rope", "rotary_percent": 0.5}, "rotary", 0.5),
+    ],
+)
+def test_rotary_positions_have_an_older_flag_and_a_share(
+    changes: dict[str, Any], positions: str, share: float
+) -> None:
+    found = workload_of_megatron({**NEEDED, **changes}).model
+    assert (found.positions, found.rotary_share) == (positions, share)
+    assert not {"rotary-percent", "use-rotary-position-embeddings"} & {
+        *ignored_of_megatron({**NEEDED, **changes})
+    }
+
+
 def test_dropout_of_the_stream_is_apart_from_that_of_scores() -> None:
     def saved_bytes(**changes: Any) -> int:
         found = workload_of_megatron({**NEEDED, **changes})

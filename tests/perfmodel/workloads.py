@@ -51,6 +51,7 @@ def gpt_models(draw: st.DrawFn) -> Model:
         output_bias=output,
         ffn_bias=ffn,
         positions=positions,
+        rotary_share=draw(st.sampled_from([0.5, 1.0])) if positions == "rotary" else 1.0,
         max_positions=draw(st.sampled_from([0, 64, 256])),
         vocab_size=draw(st.integers(1, 1000)),
         tied=draw(st.booleans()),
