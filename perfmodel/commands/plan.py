@@ -47,6 +47,11 @@ from perfmodel.workload import ACTIVATIONS, Strategy, Workload
 __all__ = ["NOTHING_FITS", "add_arguments", "run"]
 
 NOTHING_FITS = 3
+# A model's description has no figures that change neither memory nor time.
+_NOT_EMITTED = (
+    "--rotary-base, --norm-epsilon, data, learning rate and initial values are the model's own; "
+    "add them"
+)
 EMITTED = ("deepspeed", "megatron", "transformers")
 
 
@@ -114,6 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
         Path(arguments.output).write_text(text + "\n", encoding="utf-8")
     if emitted is not None:
         print(emitted)
+        if arguments.emit == "megatron":
+            print(f"perfmodel: note: {_NOT_EMITTED}", file=sys.stderr)
     elif not arguments.json:
         ranks = arguments.zero_stages is not None or arguments.pipelines is not None
         print("\n".join(_lines(found, wanted, ranks=ranks)))
