@@ -65,8 +65,8 @@ def stage_tape(
     whole = first and last and len(layers) == model.num_layers
     if model.encoder_layers and not whole:
         raise ValueError(
-            f"a pipeline cannot cut a model with encoder_layers={model.encoder_layers}; a stage "
-            f"has all layers, not {layers}"
+            f"a pipeline cannot cut a model with encoder_layers={model.encoder_layers}; all "
+            "of it is one stage (pipeline=1)"
         )
     return _Layers(Maps(model, shape, lora_rank)).taken_down(layers, first=first, last=last)
 
