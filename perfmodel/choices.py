@@ -10,15 +10,14 @@ from functools import cached_property
 from perfmodel.activation_step import ActivationStep, activation_step
 from perfmodel.layered_step import EFFORT, TAKEN_DOWN, LayeredStep
 from perfmodel.machine import Machine
+from perfmodel.network import RankTraffic, rank_traffic
 from perfmodel.prediction import (
     MARGIN,
-    RankTraffic,
     device_memory_bytes,
     forwards_waiting,
     rank_layers,
     rank_tape,
     rank_times,
-    rank_traffic,
     step_parts,
     zeroed_s,
 )

@@ -12,6 +12,7 @@ from perfmodel.endurance import DAY_S, life_days
 from perfmodel.layers import CUDA, Shape, tape_of
 from perfmodel.machine import Drive, Machine
 from perfmodel.model import Model
+from perfmodel.network import network_rate
 from perfmodel.operator_times import operator_times
 from perfmodel.tape import Tape, Value
 from perfmodel.workload import Parallel, Workload
@@ -25,8 +26,6 @@ __all__ = [
     "simulate_cluster",
 ]
 
-INFINIBAND_BYTES_PER_S = 25e9
-"""Of each device between nodes: 200 Gb/s, as in DGX A100 clusters."""
 _UPDATE_BYTES = 28
 # Layers' outputs are summed over the ranks behind attention and behind the perceptron.
 _SUMS = 2
@@ -101,7 +100,6 @@ def simulate_cluster(
     machine: Machine,
     *,
     recompute: bool = False,
-    between_nodes_bytes_per_s: float = INFINIBAND_BYTES_PER_S,
     rated_amplification: float = 1.0,
 ) -> ClusterStep:
     """Return what a step of `workload` takes on as many of `machine` as its ranks need.
@@ -113,7 +111,7 @@ def simulate_cluster(
     parallel = workload.parallel
     if parallel.context > 1:
         raise ValueError(f"context={parallel.context} is not simulated; at most 1")
-    costs = _Costs(workload, machine, between_nodes_bytes_per_s, recompute)
+    costs = _Costs(workload, machine, recompute)
     micro_batches = workload.accumulation
     share = bubble_share(parallel.pipeline, micro_batches, parallel.chunks)
     step_s = micro_batches * costs.stage_s * (1 + share) + costs.gradients_s + costs.update_s
@@ -157,10 +155,8 @@ def _life_days(
 class _Costs:
     """Of one device: seconds and bytes of a micro-batch on its stage, and of what follows all."""
 
-    def __init__(
-        self, workload: Workload, machine: Machine, between: float, recompute: bool
-    ) -> None:
-        self._workload, self._machine, self._between = workload, machine, between
+    def __init__(self, workload: Workload, machine: Machine, recompute: bool) -> None:
+        self._workload, self._machine = workload, machine
         parallel, model = workload.parallel, workload.model
         tape = self._tape(rank_model(model, parallel.tensor))
         inside = [
@@ -202,17 +198,6 @@ class _Costs:
         )
         return tape_of(model, shape)
 
-    def _rate(self, ranks: int) -> float:
-        """Return the bytes a second of each of `ranks` that are next to each other."""
-        inside = self._machine.network_bytes_per_s
-        if ranks > self._machine.devices:
-            return self._between
-        if not inside:
-            raise ValueError(
-                f"network_bytes_per_s=0 of {self._machine.name} joins no {ranks} ranks"
-            )
-        return inside
-
     def _edge_bytes(self) -> float:
         """Return the bytes between two layers."""
         workload = self._workload
@@ -224,13 +209,13 @@ class _Costs:
         ranks = parallel.tensor
         if ranks == 1:
             return 0.0
-        return 2 * (ranks - 1) / ranks * self._edge_bytes() / self._rate(ranks)
+        return 2 * (ranks - 1) / ranks * self._edge_bytes() / network_rate(self._machine, ranks)
 
     def _sent_s(self, parallel: Parallel) -> float:
         """Return the seconds of what goes to the next stage, and of its gradient back."""
         if parallel.pipeline == 1:
             return 0.0
-        rate = self._rate(parallel.tensor * parallel.pipeline)
+        rate = network_rate(self._machine, parallel.ranks)
         return 2 * parallel.chunks * self._edge_bytes() / parallel.tensor / rate
 
     def _reduced_s(self, times: int) -> float:
@@ -240,7 +225,7 @@ class _Costs:
         if ranks == 1:
             return 0.0
         nbytes = self._params * self._workload.element_bytes * (ranks - 1) / ranks
-        return times * nbytes / self._rate(parallel.ranks)
+        return times * nbytes / network_rate(self._machine, parallel.tensor * ranks)
 
     def _gathered_s(self, gathers: int) -> float:
         """Return the seconds of what ZeRO-3 sends for a micro-batch, while others are computed."""

@@ -165,6 +165,9 @@ class Machine:
     """What all ranks of the node share."""
     network_bytes_per_s: float = 0.0
     """Between the devices, of each; 0: there is one device."""
+    between_nodes_bytes_per_s: float = 0.0
+    """Between devices of different nodes, of each; 0: not known, and 25 GB/s, the 200 Gb/s of a DGX
+    A100."""
     not_measured: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -176,7 +179,8 @@ class Machine:
                 if isinstance(value, (int, float)):
                     least = 0 if one.name in _MAY_BE_0 else 1
                     require_number(f"{type(part).__name__.lower()}.{one.name}", value, least, _MOST)
-        require_number("network_bytes_per_s", self.network_bytes_per_s, 0, _MOST)
+        for key in ("network_bytes_per_s", "between_nodes_bytes_per_s"):
+            require_number(key, getattr(self, key), 0, _MOST)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `machine_of` makes this of again."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from perfmodel.activation_step import ActivationStep, activation_step
-from perfmodel.cluster import INFINIBAND_BYTES_PER_S
 from perfmodel.endurance import DAY_S, life_days
 from perfmodel.layers import CPU, CUDA, TRANSFORMERS, TRANSFORMERS_CUDA, Shape, stage_tape
 from perfmodel.machine import Machine
 from perfmodel.model import Model
+from perfmodel.network import RankTraffic, operator_network_s, rank_traffic
 from perfmodel.operator_times import OperatorTimes, operator_times
 from perfmodel.parameters import rank_parameters
 from perfmodel.plain_models import plain_shape
@@ -24,7 +24,6 @@ from perfmodel.workload import Strategy, Workload
 __all__ = [
     "MARGIN",
     "Prediction",
-    "RankTraffic",
     "combined",
     "device_memory_bytes",
     "forwards_waiting",
@@ -32,7 +31,6 @@ __all__ = [
     "rank_layers",
     "rank_tape",
     "rank_times",
-    "rank_traffic",
     "shape_of",
     "step_parts",
     "zeroed_s",
@@ -170,31 +168,17 @@ def _last_stage(model: Model, shape: Shape, stages: int, layers: int, lora_rank:
 
 
 def rank_times(tape: Tape, workload: Workload, machine: Machine) -> OperatorTimes:
-    """Return the operators' seconds, those in which ranks of `tensor` wait for each other too."""
+    """Return the operators' seconds, those in which ranks wait for what they send each other too."""
     times = operator_times(tape.operators, machine.device, workload.dtype)
-    parallel = workload.parallel
-    ranks = parallel.tensor * parallel.context
-    if ranks == 1:
+    if workload.parallel.tensor * workload.parallel.context == 1:
         return times
-    rate = _network_rate(machine, ranks)
     ways = zip(tape.operators, times.forward_s, times.backward_s, strict=True)
-    both = [
-        (ahead + each.network_bytes / rate, back + each.backward_network_bytes / rate)
-        for each, ahead, back in ways
-    ]
-    return OperatorTimes(tuple(one for one, _ in both), tuple(other for _, other in both))
-
-
-def _network_rate(machine: Machine, ranks: int) -> float:
-    """Return the bytes a second of each of `ranks` that are next to each other."""
-    if ranks > machine.devices:
-        return INFINIBAND_BYTES_PER_S
-    if not machine.network_bytes_per_s:
-        raise ValueError(
-            f"network_bytes_per_s=0 of {machine.name!r} joins no {ranks} ranks; add it to its "
-            "machine.json"
-        )
-    return machine.network_bytes_per_s
+    forward_s, backward_s = [], []
+    for each, ahead_s, back_s in ways:
+        sent_s, sent_back_s = operator_network_s(each, workload.parallel, machine)
+        forward_s.append(ahead_s + sent_s)
+        backward_s.append(back_s + sent_back_s)
+    return OperatorTimes(tuple(forward_s), tuple(backward_s))
 
 
 def combined(
@@ -319,45 +303,6 @@ def _items(
     if step.ssd_bytes:
         found.append(Held("activations", "ssd", round(moved * step.ssd_bytes), phase="backward"))
     return tuple(found)
-
-
-@dataclass(frozen=True)
-class RankTraffic:
-    """What ranks that share batches send each other in a step, in seconds of their network."""
-
-    beside_backward_s: float = 0.0
-    """Sums of gradients, beside the last backward."""
-    beside_all_s: float = 0.0
-    """Gathers and sums of ZeRO-3, beside every forward and backward."""
-    after_s: float = 0.0
-    """Updated parameters that are gathered again."""
-
-    @property
-    def busy_s(self) -> float:
-        """All of it."""
-        return self.beside_backward_s + self.beside_all_s + self.after_s
-
-    def waited_s(self, backward_s: float, all_s: float) -> float:
-        """Return what a step waits, of whose forwards and backwards `all_s` are in all."""
-        beside_s = max(0.0, self.beside_backward_s - backward_s)
-        return beside_s + max(0.0, self.beside_all_s - all_s) + self.after_s
-
-
-def rank_traffic(workload: Workload, machine: Machine) -> RankTraffic:
-    """Return what crosses between the ranks of `data` and `context`."""
-    parallel = workload.parallel
-    ranks = parallel.data * parallel.context
-    if ranks == 1:
-        return RankTraffic()
-    rate = _network_rate(machine, parallel.ranks)
-    trained = sum(each.count for each in rank_parameters(workload) if each.trained)
-    whole = sum(each.count for each in rank_parameters(workload))
-    once_s = workload.element_bytes * (ranks - 1) / ranks / rate
-    if parallel.zero_stage == 3:
-        return RankTraffic(beside_all_s=workload.accumulation * (2 * whole + trained) * once_s)
-    if parallel.zero_stage:
-        return RankTraffic(trained * once_s, after_s=trained * once_s)
-    return RankTraffic(2 * trained * once_s)
 
 
 def zeroed_s(workload: Workload, machine: Machine) -> float:

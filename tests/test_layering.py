@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
             "megatron_arguments",
         ),
         ("schedules",),
-        ("plan_file", "states"),
+        ("plan_file", "states", "network"),
         ("schema", "emit"),
         ("emit_megatron",),
         ("step_trace", "coarse_tape", "cluster", "zero_offload"),

@@ -120,7 +120,8 @@ def test_sharing_states_shares_their_update_and_gathering_takes_time() -> None:
         simulate_cluster(workload(data=16, zero_stage=stage), MACHINE) for stage in (0, 1, 3)
     )
     assert first.step_s < plain.step_s
-    slow = simulate_cluster(workload(data=16, zero_stage=3), MACHINE, between_nodes_bytes_per_s=1e9)
+    slowed = replace(MACHINE, between_nodes_bytes_per_s=1e9)
+    slow = simulate_cluster(workload(data=16, zero_stage=3), slowed)
     assert slow.step_s > 2 * third.step_s
     assert slow.write_bytes_per_s < third.write_bytes_per_s / 2
 
