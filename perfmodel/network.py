@@ -20,6 +20,8 @@ _BETWEEN_NODES_BYTES_PER_S = 25e9
 """Where a machine does not say: 200 Gb/s for each device, as in DGX A100 clusters."""
 # What ranks of `context` send each other is keys and values, and it is attention that does.
 _OF_CONTEXT = ("attention", "attention to all")
+# Its sums over the vocabulary have no mirror: their gradients are each rank's own.
+_OF_LOSS = "log softmax"
 
 
 def network_rate(machine: Machine, span: int) -> float:
@@ -40,12 +42,20 @@ def network_rate(machine: Machine, span: int) -> float:
 def operator_network_s(
     operator: Operator, parallel: Parallel, machine: Machine
 ) -> tuple[float, float]:
-    """Return for how long an operator's forward and its backward wait for what ranks send."""
+    """Return for how long an operator's forward and its backward wait for what ranks send.
+
+    The mirror of what the forward sends counts to the same operator, if that has a backward.
+    """
     if not operator.network_bytes:
         return 0.0, 0.0
     span = parallel.tensor * (parallel.context if operator.name in _OF_CONTEXT else 1)
     rate = network_rate(machine, span)
-    return operator.network_bytes / rate, operator.backward_network_bytes / rate
+    back = operator.backward_network_bytes
+    if operator.name != _OF_LOSS:
+        back += operator.network_bytes
+    if not any(value.trained for value in operator.writes):
+        back = 0.0
+    return operator.network_bytes / rate, back / rate
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def _last_stage(model: Model, shape: Shape, stages: int, layers: int, lora_rank:
 
 
 def rank_times(tape: Tape, workload: Workload, machine: Machine) -> OperatorTimes:
-    """Return the operators' seconds, those in which ranks wait for what they send each other too."""
+    """Return the operators' seconds, and those of what ranks send each other in them."""
     times = operator_times(tape.operators, machine.device, workload.dtype)
     if workload.parallel.tensor * workload.parallel.context == 1:
         return times

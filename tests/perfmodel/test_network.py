@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from perfmodel.layers import CUDA, Shape, tape_of
 from perfmodel.machine import read_machine
 from perfmodel.model import Model
 from perfmodel.network import network_rate, operator_network_s, rank_traffic
@@ -33,6 +34,49 @@ def test_ranks_that_share_maps_stay_on_a_node_whose_sequences_reach_over_several
     )
     assert summed == pytest.approx(1e9 / MACHINE.network_bytes_per_s)
     assert attended == pytest.approx(1e9 / MACHINE.between_nodes_bytes_per_s)
+
+
+def sent_s(shape: Shape, parallel: Parallel, *, lora_rank: int = 0) -> tuple[float, float]:
+    """All seconds of the network in a forward and in a backward."""
+    tape = tape_of(MODEL, shape, lora_rank=lora_rank)
+    ways = [operator_network_s(each, parallel, MACHINE) for each in tape.operators]
+    forward_s, backward_s = (sum(way) for way in zip(*ways, strict=True))
+    return forward_s, backward_s
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_backward_sends_what_megatron_sums_and_gathers_in_it(sequence: bool) -> None:
+    shape = Shape(batch=2, seq_len=256, element_bytes=2, tensor=4, sequence=sequence, kernels=CUDA)
+    parallel = Parallel(tensor=4, sequence=sequence)
+    # An all-reduce goes round a ring twice, and is a reduce-scatter and a gather.
+    round_s = 2 * 256 * 512 * 2 * 3 / 4 / MACHINE.network_bytes_per_s
+    # Attention and the perceptron of four layers, and the embedding forward or the head backward.
+    sums_s = 2 * round_s * (4 * 2 + 1)
+    forward_s, backward_s = sent_s(shape, parallel)
+    if not sequence:
+        assert backward_s == pytest.approx(sums_s)
+        # The loss sums three numbers of each position besides, and its backward none.
+        assert forward_s == pytest.approx(sums_s, rel=0.01)
+        assert forward_s > sums_s
+        return
+    # The embedding scatters and the head gathers; what was gathered is gathered once more.
+    assert forward_s == pytest.approx(sums_s, rel=0.01)
+    assert backward_s == pytest.approx(sums_s + round_s * (4 * 2 + 1))
+
+
+def test_what_has_no_backward_sends_nothing_in_it() -> None:
+    shape = Shape(batch=2, seq_len=256, element_bytes=2, tensor=4, kernels=CUDA)
+    whole, adapters = (sent_s(shape, Parallel(tensor=4), lora_rank=rank) for rank in (0, 8))
+    assert adapters[0] == pytest.approx(whole[0])
+    # The sum behind the token table, of which nothing is trained.
+    assert adapters[1] == pytest.approx(whole[1] * 8 / 9)
+
+
+def test_keys_and_values_go_round_in_a_backward_and_their_gradients_too() -> None:
+    shape = Shape(batch=2, seq_len=256, element_bytes=2, context=2, kernels=CUDA)
+    forward_s, backward_s = sent_s(shape, Parallel(context=2))
+    assert forward_s > 0
+    assert backward_s == pytest.approx(2 * forward_s)
 
 
 def test_gradients_stay_on_a_node_where_only_the_stages_are_on_several() -> None:
