@@ -62,36 +62,49 @@ def operator_network_s(
 class RankTraffic:
     """What ranks that share batches send each other in a step, in seconds of their network."""
 
-    beside_backward_s: float = 0.0
-    """Sums of gradients, beside the last backward."""
+    sum_s: float = 0.0
+    """Of one sum of gradients, beside a backward."""
+    sums: int = 1
+    """Beside how many backwards there is one: the last, or all."""
     beside_all_s: float = 0.0
-    """Gathers and sums of ZeRO-3, beside every forward and backward."""
+    """Gathers and sums where parameters are shared, beside every forward and backward."""
     after_s: float = 0.0
     """Updated parameters that are gathered again."""
 
     @property
     def busy_s(self) -> float:
         """All of it."""
-        return self.beside_backward_s + self.beside_all_s + self.after_s
+        return self.sums * self.sum_s + self.beside_all_s + self.after_s
 
     def waited_s(self, backward_s: float, all_s: float) -> float:
         """Return what a step waits, of whose forwards and backwards `all_s` are in all."""
-        beside_s = max(0.0, self.beside_backward_s - backward_s)
+        beside_s = self.sums * max(0.0, self.sum_s - backward_s)
         return beside_s + max(0.0, self.beside_all_s - all_s) + self.after_s
 
 
 def rank_traffic(workload: Workload, machine: Machine) -> RankTraffic:
-    """Return what crosses between the ranks of `data` and `context`."""
-    parallel = workload.parallel
-    ranks = parallel.data * parallel.context
+    """Return what crosses between the ranks of `data` and `context`.
+
+    Gradients are summed once a step: every rank gets the sum, or a part of it where ZeRO shares the
+    states. From stage 2 on nobody keeps what is not its part, so that it is once a backward.
+    PyTorch's stage 1 (ZeroRedundancyOptimizer) leaves the sums to DistributedDataParallel, and its
+    stage 2 (FSDP2 that does not reshard after the forward) gathers parameters in each forward.
+    """
+    parallel, times = workload.parallel, workload.accumulation
+    ranks, stage = parallel.data * parallel.context, parallel.zero_stage
     if ranks == 1:
         return RankTraffic()
-    rate = network_rate(machine, parallel.tensor * ranks)
-    trained = sum(each.count for each in rank_parameters(workload) if each.trained)
-    whole = sum(each.count for each in rank_parameters(workload))
-    once_s = workload.element_bytes * (ranks - 1) / ranks / rate
-    if parallel.zero_stage == 3:
-        return RankTraffic(beside_all_s=workload.accumulation * (2 * whole + trained) * once_s)
-    if parallel.zero_stage:
-        return RankTraffic(trained * once_s, after_s=trained * once_s)
-    return RankTraffic(2 * trained * once_s)
+    fsdp = workload.framework == "torch" and stage > 1
+    params = rank_parameters(workload)
+    part_s = (ranks - 1) / ranks / network_rate(machine, parallel.tensor * ranks)
+    trained = sum(each.count for each in params if each.trained) * part_s
+    sum_s, updated_s = workload.gradient_element_bytes * trained, workload.element_bytes * trained
+    if stage == 3 or fsdp:
+        gathers = stage - 1
+        gathered_s = workload.element_bytes * sum(each.count for each in params) * part_s
+        return RankTraffic(beside_all_s=times * (gathers * gathered_s + sum_s))
+    if stage == 0:
+        return RankTraffic(2 * sum_s)
+    if workload.framework == "torch":
+        return RankTraffic(2 * sum_s, after_s=updated_s)
+    return RankTraffic(sum_s, times if stage == 2 else 1, after_s=updated_s)

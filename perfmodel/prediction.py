@@ -13,7 +13,7 @@ from perfmodel.machine import Machine
 from perfmodel.model import Model
 from perfmodel.network import RankTraffic, operator_network_s, rank_traffic
 from perfmodel.operator_times import OperatorTimes, operator_times
-from perfmodel.parameters import rank_parameters
+from perfmodel.parameters import rank_parameters, zero_count
 from perfmodel.plain_models import plain_shape
 from perfmodel.shape import MEGATRON
 from perfmodel.states import Held, held, held_bytes
@@ -306,9 +306,11 @@ def _items(
 
 
 def zeroed_s(workload: Workload, machine: Machine) -> float:
-    """Return the seconds in which gradients are set to nothing."""
-    count = sum(each.count for each in rank_parameters(workload) if each.trained)
-    nbytes = max(1, workload.element_bytes * count)
+    """Return the seconds in which gradients are set to nothing, of those that a rank keeps."""
+    trained = [each for each in rank_parameters(workload) if each.trained]
+    shared = workload.parallel.zero_stage > 1
+    count = zero_count(workload, trained) if shared else sum(each.count for each in trained)
+    nbytes = max(1, workload.gradient_element_bytes * count)
     return nbytes / machine.device.memory_bytes_per_s.at(nbytes)
 
 

@@ -119,6 +119,12 @@ class Workload:
         return DTYPE_BYTES[self.dtype]
 
     @property
+    def gradient_element_bytes(self) -> int:
+        """Of a gradient that ranks add up; Megatron has those of bfloat16 in fp32."""
+        wide = self.framework == "megatron" and self.dtype == "bfloat16"
+        return DTYPE_BYTES["float32"] if wide else self.element_bytes
+
+    @property
     def tokens(self) -> int:
         """Of a step, on all ranks."""
         return self.seq_len * self.micro_batch * self.accumulation * self.parallel.data

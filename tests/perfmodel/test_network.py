@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from perfmodel.layers import CUDA, Shape, tape_of
 from perfmodel.machine import read_machine
 from perfmodel.model import Model
-from perfmodel.network import network_rate, operator_network_s, rank_traffic
+from perfmodel.network import RankTraffic, network_rate, operator_network_s, rank_traffic
 from perfmodel.tape import Operator
 from perfmodel.workload import Parallel, Workload
 
@@ -93,4 +94,53 @@ def test_gradients_stay_on_a_node_where_only_the_stages_are_on_several() -> None
         for stages in (1, 4)
     )
     # A stage has as many layers as the whole of the smaller model, and no more of all else.
-    assert 0 < staged.beside_backward_s <= alone.beside_backward_s
+    assert 0 < staged.sum_s <= alone.sum_s
+
+
+def traffic(framework: str, stage: int, **changes: Any) -> RankTraffic:
+    shared = Parallel(data=4, zero_stage=stage)
+    more = {"accumulation": 3, **changes}
+    return rank_traffic(
+        Workload(model=MODEL, seq_len=256, framework=framework, parallel=shared, **more), MACHINE
+    )
+
+
+PART_S = MODEL.num_params * 3 / 4 / MACHINE.network_bytes_per_s  # a byte of each parameter
+
+
+@pytest.mark.parametrize("framework", ["torch", "deepspeed", "megatron"])
+def test_without_zero_gradients_are_summed_once_and_all_ranks_get_them(framework: str) -> None:
+    found = traffic(framework, 0)
+    wide = 2 if framework == "megatron" else 1
+    assert found.busy_s == pytest.approx(2 * 2 * wide * PART_S)
+    assert found.after_s == 0
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [("bfloat16", 4), ("float16", 2), ("float32", 4)])
+def test_megatron_sums_in_fp32_but_beside_float16(dtype: str, nbytes: int) -> None:
+    found = traffic("megatron", 1, dtype=dtype)
+    assert found.sum_s == pytest.approx(nbytes * PART_S)
+    assert found.after_s == pytest.approx((4 if dtype == "float32" else 2) * PART_S)
+    assert found.sums == 1
+
+
+def test_deepspeed_sums_in_every_backward_from_stage_2_on() -> None:
+    one, two = (traffic("deepspeed", stage) for stage in (1, 2))
+    assert one.busy_s == pytest.approx((2 + 2) * PART_S)
+    assert two.busy_s == pytest.approx((3 * 2 + 2) * PART_S)
+    # Each is beside a backward of its own.
+    assert two.waited_s(two.sum_s / 2, 0.0) == pytest.approx(two.sum_s * 3 / 2 + two.after_s)
+
+
+def test_fsdp_gathers_in_every_forward_and_backward_what_is_not_trained_as_well() -> None:
+    two, three = (traffic("torch", stage) for stage in (2, 3))
+    assert two.busy_s == two.beside_all_s == pytest.approx(3 * (2 + 2) * PART_S)
+    assert three.busy_s == three.beside_all_s == pytest.approx(3 * (2 + 2 + 2) * PART_S)
+    adapters = traffic("torch", 2, lora_rank=8)
+    assert adapters.busy_s == pytest.approx(3 * 2 * PART_S, rel=0.1)
+    assert traffic("deepspeed", 2, lora_rank=8).busy_s < 0.1 * adapters.busy_s
+
+
+def test_torchs_stage_1_sums_all_gradients_on_every_rank() -> None:
+    assert traffic("torch", 1).sum_s == traffic("torch", 0).sum_s
+    assert traffic("torch", 1).after_s > 0

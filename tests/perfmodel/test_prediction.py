@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel.machine import read_machine
+from perfmodel.machine import Curve, read_machine
 from perfmodel.model import Model
 from perfmodel.plain_models import PLAIN_MODELS, plain_model
-from perfmodel.prediction import Prediction, predict, shape_of
+from perfmodel.prediction import Prediction, predict, shape_of, zeroed_s
 from perfmodel.shape import MEGATRON
 from perfmodel.workload import Parallel, Strategy, Workload
 
@@ -109,6 +109,22 @@ def test_the_models_of_the_example_are_predicted_without_a_device(kind: str) -> 
     found = predict(workload, Strategy(optimizer="torch"), alone)
     assert found.host_bytes == found.pinned_bytes == 0
     assert found.device_bytes > 16 * model.num_params
+
+
+def test_only_gradients_that_a_rank_keeps_are_set_to_nothing() -> None:
+    def nothing_s(framework: str, stage: int) -> float:
+        shared = Parallel(data=8, zero_stage=stage)
+        return zeroed_s(
+            Workload(model=MODEL, seq_len=512, framework=framework, parallel=shared), even
+        )
+
+    device = replace(MACHINE.device, memory_bytes_per_s=Curve.of(1e12))
+    even = replace(MACHINE, device=device)
+    whole_s = 2 * MODEL.num_params / 1e12
+    assert nothing_s("torch", 0) == nothing_s("deepspeed", 1) == pytest.approx(whole_s)
+    assert nothing_s("deepspeed", 2) == pytest.approx(whole_s / 8, rel=0.01)
+    assert nothing_s("torch", 3) == pytest.approx(whole_s / 8, rel=0.01)
+    assert nothing_s("megatron", 1) == pytest.approx(2 * whole_s)  # in fp32
 
 
 workloads = st.builds(
