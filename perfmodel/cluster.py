@@ -12,7 +12,7 @@ from perfmodel.endurance import DAY_S, life_days
 from perfmodel.layers import CUDA, Shape, tape_of
 from perfmodel.machine import Drive, Machine
 from perfmodel.model import Model
-from perfmodel.network import network_rate
+from perfmodel.network import network_rate, sent_s
 from perfmodel.operator_times import operator_times
 from perfmodel.tape import Tape, Value
 from perfmodel.workload import Parallel, Workload
@@ -173,7 +173,7 @@ class _Costs:
         # The slowest stage has the head; embeddings cost next to nothing.
         part = 1 / parallel.pipeline
         compute_s = part * (runs * ahead_s + back_s + sums_s) + ends_s
-        self.stage_s = max(compute_s, self._gathered_s(1 + runs)) + self._sent_s(parallel)
+        self.stage_s = max(compute_s, self._gathered_s(1 + runs)) + sent_s(workload, machine)
         flops = sum(each.matmul_flops for each in inside)
         head = sum(each.matmul_flops for each in tape.operators) - flops
         self.stage_flops = part * (flops * (2 + runs) + 3 * head)
@@ -210,13 +210,6 @@ class _Costs:
         if ranks == 1:
             return 0.0
         return 2 * (ranks - 1) / ranks * self._edge_bytes() / network_rate(self._machine, ranks)
-
-    def _sent_s(self, parallel: Parallel) -> float:
-        """Return the seconds of what goes to the next stage, and of its gradient back."""
-        if parallel.pipeline == 1:
-            return 0.0
-        rate = network_rate(self._machine, parallel.ranks)
-        return 2 * parallel.chunks * self._edge_bytes() / parallel.tensor / rate
 
     def _reduced_s(self, times: int) -> float:
         """Return the seconds in which parameters cross the ranks of `data` so often."""

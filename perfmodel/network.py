@@ -7,14 +7,14 @@ what joins nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perfmodel.machine import Machine
 from perfmodel.parameters import rank_parameters
 from perfmodel.tape import Operator
 from perfmodel.workload import Parallel, Workload
 
-__all__ = ["RankTraffic", "network_rate", "operator_network_s", "rank_traffic"]
+__all__ = ["RankTraffic", "network_rate", "operator_network_s", "rank_traffic", "sent_s"]
 
 _BETWEEN_NODES_BYTES_PER_S = 25e9
 """Where a machine does not say: 200 Gb/s for each device, as in DGX A100 clusters."""
@@ -60,7 +60,7 @@ def operator_network_s(
 
 @dataclass(frozen=True)
 class RankTraffic:
-    """What ranks that share batches send each other in a step, in seconds of their network."""
+    """What ranks send each other in a step beside their layers, in seconds of their network."""
 
     sum_s: float = 0.0
     """Of one sum of gradients, beside a backward."""
@@ -70,20 +70,36 @@ class RankTraffic:
     """Gathers and sums where parameters are shared, beside every forward and backward."""
     after_s: float = 0.0
     """Updated parameters that are gathered again."""
+    sent_s: float = 0.0
+    """What a micro-batch waits for between a stage of a pipeline and the next, and back."""
 
-    @property
-    def busy_s(self) -> float:
-        """All of it."""
-        return self.sums * self.sum_s + self.beside_all_s + self.after_s
+    def busy_s(self, times: int) -> float:
+        """Return all of a step of so many forwards and backwards."""
+        return self.sums * self.sum_s + self.beside_all_s + self.after_s + times * self.sent_s
 
-    def waited_s(self, backward_s: float, all_s: float) -> float:
-        """Return what a step waits, of whose forwards and backwards `all_s` are in all."""
+    def waited_s(self, times: int, backward_s: float, duration_s: float) -> float:
+        """Return what a step of so many forwards and backwards waits; `duration_s`: of both."""
         beside_s = self.sums * max(0.0, self.sum_s - backward_s)
-        return beside_s + max(0.0, self.beside_all_s - all_s) + self.after_s
+        beside_s += max(0.0, self.beside_all_s - times * duration_s)
+        return beside_s + self.after_s + times * self.sent_s
+
+
+def sent_s(workload: Workload, machine: Machine) -> float:
+    """Return the seconds of what goes to the next stage of a pipeline, and of its gradient back.
+
+    Ranks of `tensor` send a part each, which those of the next stage gather (Narayanan et al. 2021,
+    section 4.1). Each of `chunks` parts of a stage has a next one.
+    """
+    parallel = workload.parallel
+    if parallel.pipeline == 1:
+        return 0.0
+    elements = workload.micro_batch * workload.seq_len * workload.model.hidden_size
+    nbytes = workload.element_bytes * elements / (parallel.tensor * parallel.context)
+    return 2 * parallel.chunks * nbytes / network_rate(machine, parallel.ranks)
 
 
 def rank_traffic(workload: Workload, machine: Machine) -> RankTraffic:
-    """Return what crosses between the ranks of `data` and `context`.
+    """Return what crosses between the ranks of `data` and `context`, and between stages.
 
     Gradients are summed once a step: every rank gets the sum, or a part of it where ZeRO shares the
     states. From stage 2 on nobody keeps what is not its part, so that it is once a backward.
@@ -92,8 +108,9 @@ def rank_traffic(workload: Workload, machine: Machine) -> RankTraffic:
     """
     parallel, times = workload.parallel, workload.accumulation
     ranks, stage = parallel.data * parallel.context, parallel.zero_stage
+    found = RankTraffic(sent_s=sent_s(workload, machine))
     if ranks == 1:
-        return RankTraffic()
+        return found
     fsdp = workload.framework == "torch" and stage > 1
     params = rank_parameters(workload)
     part_s = (ranks - 1) / ranks / network_rate(machine, parallel.tensor * ranks)
@@ -102,9 +119,10 @@ def rank_traffic(workload: Workload, machine: Machine) -> RankTraffic:
     if stage == 3 or fsdp:
         gathers = stage - 1
         gathered_s = workload.element_bytes * sum(each.count for each in params) * part_s
-        return RankTraffic(beside_all_s=times * (gathers * gathered_s + sum_s))
+        return replace(found, beside_all_s=times * (gathers * gathered_s + sum_s))
     if stage == 0:
-        return RankTraffic(2 * sum_s)
+        return replace(found, sum_s=2 * sum_s)
     if workload.framework == "torch":
-        return RankTraffic(2 * sum_s, after_s=updated_s)
-    return RankTraffic(sum_s, times if stage == 2 else 1, after_s=updated_s)
+        return replace(found, sum_s=2 * sum_s, after_s=updated_s)
+    sums = times if stage == 2 else 1
+    return replace(found, sum_s=sum_s, sums=sums, after_s=updated_s)

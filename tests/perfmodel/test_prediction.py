@@ -93,6 +93,17 @@ def test_megatron_computes_in_kernels_of_its_own() -> None:
     assert kernels == replace(MEGATRON, fused_attention=False)
 
 
+def test_stages_wait_for_what_they_send_each_other() -> None:
+    staged = {"parallel": Parallel(pipeline=4), "accumulation": 4, "seq_len": 512}
+    workload = Workload(model=MODEL, micro_batch=4, **staged)  # type: ignore[arg-type]
+    fast, slow = (replace(MACHINE, network_bytes_per_s=rate) for rate in (1e15, 1e9))
+    steps = [predict(workload, Strategy(), machine) for machine in (fast, slow)]
+    sent = 4 * 512 * MODEL.hidden_size * 2 * 2 / 1e9
+    # Of four micro-batches, and of three more in the bubble.
+    assert steps[1].parts_s["network"] == pytest.approx(4 * sent)
+    assert steps[1].step_s - steps[0].step_s == pytest.approx(7 * sent, rel=1e-3)
+
+
 def test_a_network_that_is_not_there_is_refused_by_name() -> None:
     laptop = read_machine("laptop")
     two = Workload(model=MODEL, seq_len=512, parallel=Parallel(data=2))
