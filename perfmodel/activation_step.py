@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perfmodel.machine import Machine
 from perfmodel.memory import step_bytes
@@ -19,13 +19,17 @@ from perfmodel.workload import Strategy
 
 __all__ = [
     "ActivationStep",
+    "UnderWay",
     "activation_step",
     "channels_of",
     "limited",
+    "of_each",
     "processor_s",
     "repeated",
     "room_for_saved",
     "run_again",
+    "staged",
+    "under_way",
 ]
 
 _WINDOW_TENSORS = 2  # on their way at once, of the largest, where nobody says how many
@@ -51,6 +55,8 @@ class ActivationStep:
     host_bytes: int = 0
     ssd_bytes: int = 0
     schedule: ActivationSchedule | None = None
+    first: ActivationStep | None = None
+    """What a pipeline's first stage takes, where this is its last, which has the head besides."""
 
     @property
     def duration_s(self) -> float:
@@ -60,8 +66,59 @@ class ActivationStep:
 
     @property
     def moved_bytes(self) -> int:
-        """Written, and read again."""
-        return self.host_bytes + self.ssd_bytes
+        """Written, and read again, by the stage that moves most."""
+        return max(each.host_bytes + each.ssd_bytes for each in self._stages)
+
+    @property
+    def written_bytes(self) -> int:
+        """Of those, what the SSD gets."""
+        return max(each.ssd_bytes for each in self._stages)
+
+    @property
+    def _stages(self) -> tuple[ActivationStep, ...]:
+        return (self,) if self.first is None else (self.first, self)
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """What activations of all micro-batches take at once."""
+
+    device_bytes: int
+    host_bytes: int
+    """Without staging."""
+    ssd_bytes: int
+
+
+def under_way(step: ActivationStep, forwards: tuple[float, float]) -> UnderWay:
+    """Return what the stage takes that has the most, of each tier.
+
+    `forwards`: of so many the first stage has what is saved, and of so many the last; these are
+    saved by layers alone but for the one that the head works on.
+    """
+    ahead = step.first or step
+    first, last = (count - 1 for count in forwards)
+
+    def most(mine: int, behind: int, more: int) -> int:
+        return max(mine + round(first * more), behind + round(last * more))
+
+    return UnderWay(
+        most(ahead.device_bytes, step.device_bytes, ahead.saved_bytes),
+        most(ahead.host_bytes, step.host_bytes, ahead.host_bytes),
+        most(ahead.ssd_bytes, step.ssd_bytes, ahead.ssd_bytes),
+    )
+
+
+def staged(last: ActivationStep, first: ActivationStep) -> ActivationStep:
+    """Return the step of a pipeline's last stage, which waits for the first if that is slower."""
+    waited_s = max(0.0, first.duration_s - last.duration_s)
+    return replace(last, stall_s=last.stall_s + waited_s, first=first)
+
+
+def of_each(strategy: Strategy, forwards: float) -> Strategy:
+    """Return a strategy in which each of so many forwards under way has its part of the memory."""
+    if strategy.memory_bytes is None or forwards == 1:
+        return strategy
+    return replace(strategy, memory_bytes=int(strategy.memory_bytes / forwards))
 
 
 def activation_step(

@@ -7,14 +7,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from perfmodel.activation_step import ActivationStep, activation_step
+from perfmodel.activation_step import (
+    ActivationStep,
+    UnderWay,
+    activation_step,
+    of_each,
+    staged,
+    under_way,
+)
+from perfmodel.cluster import forwards_under_way
 from perfmodel.layered_step import EFFORT, TAKEN_DOWN, LayeredStep
 from perfmodel.machine import Machine
 from perfmodel.network import RankTraffic, rank_traffic
 from perfmodel.prediction import (
     MARGIN,
     device_memory_bytes,
-    forwards_waiting,
+    first_stage_tape,
     rank_layers,
     rank_tape,
     rank_times,
@@ -22,6 +30,7 @@ from perfmodel.prediction import (
     zeroed_s,
 )
 from perfmodel.states import held, held_bytes
+from perfmodel.tape import Tape
 from perfmodel.update_step import UpdateStep, subgroup_params, update_step, updated_count
 from perfmodel.workload import Parallel, Strategy, Workload
 
@@ -62,24 +71,27 @@ class ActivationChoice:
     repeats: int
     bubble: float
     """Of a pipeline, in forwards and backwards."""
-    waiting: float
-    """Forwards of other micro-batches that are under way."""
+    forwards: tuple[float, float]
+    """How many are under way in a pipeline's first stage, and in its last."""
+
+    @cached_property
+    def _taken(self) -> UnderWay:
+        return under_way(self.step, self.forwards)
 
     @property
-    def host_bytes(self) -> float:
+    def host_bytes(self) -> int:
         """Of the host, staging among it."""
-        return self.step.staging_bytes + (1 + self.waiting) * self.step.host_bytes
+        return self.step.staging_bytes + self._taken.host_bytes
 
     @property
-    def ssd_bytes(self) -> float:
+    def ssd_bytes(self) -> int:
         """On the SSD at once."""
-        return (1 + self.waiting) * self.step.ssd_bytes
+        return self._taken.ssd_bytes
 
     def device_bytes(self, states: StatesChoice, machine: Machine) -> int:
         """Return the device's memory with `states`."""
-        mine = self.step.device_bytes + round(self.waiting * self.step.saved_bytes)
         backward, update = states.device_bytes
-        return device_memory_bytes(max(backward + mine, update), machine)
+        return device_memory_bytes(max(backward + self._taken.device_bytes, update), machine)
 
     def step_s(self, states: StatesChoice) -> float:
         """Return the seconds of a step with `states`."""
@@ -96,7 +108,7 @@ class ActivationChoice:
 
     def written(self, states: StatesChoice) -> int:
         """Return what a step writes to the SSD with `states`."""
-        return self.repeats * self.step.ssd_bytes + states.update.ssd_bytes
+        return self.repeats * self.step.written_bytes + states.update.ssd_bytes
 
 
 def _some_batches(sequences: int, given: int) -> list[int]:
@@ -227,7 +239,7 @@ class Searched:
                 step,
                 workload.accumulation,
                 (parallel.pipeline - 1) / parallel.chunks,
-                forwards_waiting(workload),
+                priced.forwards,
             )
 
     def refined(
@@ -267,18 +279,19 @@ class _Priced:
     """The forwards and backwards of one micro-batch and number of stages."""
 
     def __init__(self, workload: Workload, machine: Machine) -> None:
-        self._workload, self._machine = workload, machine
+        self._machine, parallel = machine, workload.parallel
         self._layers = rank_layers(workload)
         self._found: dict[Strategy, ActivationStep] = {}
+        self.forwards = forwards_under_way(parallel, workload.accumulation)
         # Of a model with an encoder there are no stages.
-        whole = workload.parallel.pipeline == 1 or not workload.model.encoder_layers
+        whole = parallel.pipeline == 1 or not workload.model.encoder_layers
         few = min(self._layers) >= _FEWEST_LAYERS and whole
-        self._tape = rank_tape(workload, machine, TAKEN_DOWN if few else None)
-        self._times = rank_times(self._tape, workload, machine)
-        self._layered: LayeredStep | None = None
-        if few:
-            least = Strategy().min_tensor_bytes
-            self._layered = LayeredStep(self._tape, self._times, self._layers, machine, least)
+        down = TAKEN_DOWN if few else None
+        self._last = _Stage(rank_tape(workload, machine, down), workload, machine, few)
+        self._first: _Stage | None = None
+        if parallel.pipeline > 1:
+            ahead = first_stage_tape(workload, machine, down)
+            self._first = _Stage(ahead, workload, machine, few)
 
     def step(self, strategy: Strategy, *, thorough: bool = False) -> ActivationStep:
         """Return what a strategy takes."""
@@ -289,11 +302,9 @@ class _Priced:
         return self._found[strategy]
 
     def _step(self, strategy: Strategy, effort: float) -> ActivationStep:
-        if self._layered is None:
-            return activation_step(self._tape, self._times, self._machine, strategy, effort=effort)
-        every = sum(self._layers) if strategy.activations == "recompute" else 0
-        again = every if strategy.recompute is None else len(strategy.recompute)
-        return self._layered.step(strategy, again, effort=effort)
+        first, last = (of_each(strategy, count) for count in self.forwards)
+        step = self._last.step(last, effort)
+        return staged(step, self._first.step(first, effort)) if self._first else step
 
     @cached_property
     def kept(self) -> ActivationStep:
@@ -302,7 +313,7 @@ class _Priced:
 
     def counts(self, fine: int) -> list[int]:
         """Return how many layers may be run again."""
-        layers, layered = sum(self._layers), self._layered
+        layers, layered = sum(self._layers), self._last.layered
         some = {round(part * layers / fine) for part in range(1, fine)}
         some = {each for each in some if layered is None or layered.stands_for(each)}
         return [*sorted(some - {0, layers}), layers]
@@ -324,7 +335,7 @@ class _Priced:
         strategy, free = self._moved(tier, None)
         yield strategy, free
         for left in self._rooms(room, states):
-            if left < free.device_bytes - self._beside:  # else it would only move less
+            if left < self._saved_bytes(free):  # else it would only move less
                 yield self._moved(tier, left)
 
     def _moved(self, tier: str, memory_bytes: int | None) -> tuple[Strategy, ActivationStep]:
@@ -333,31 +344,64 @@ class _Priced:
         )
         return strategy, self.step(strategy)
 
-    @property
-    def _beside(self) -> int:
-        """Return what is on the device besides what is saved, where nothing leaves."""
-        return self.kept.device_bytes - self.kept.saved_bytes
-
     @cached_property
     def _staging_bytes(self) -> int:
         """Of a few of the largest tensors, which go through one after the other."""
-        saved = (value.storage.nbytes for each in self._tape.operators for value in each.saves)
-        largest = self._layered.largest_bytes if self._layered else max(saved, default=0)
         tensors = 2 if self._machine.link is None else 4
-        return min(_MOST_STAGING, max(_LEAST_STAGING, tensors * largest))
+        return min(_MOST_STAGING, max(_LEAST_STAGING, tensors * self._last.largest_bytes))
 
     def _rooms(self, room: float, states: Sequence[StatesChoice]) -> list[int]:
         """Return what saved tensors may take beside each of `states`, if not all of them fit."""
-        found = set()
+        found, saved = set(), self._saved_bytes(self.kept)
         for each in states:
             left = self.left(room, each)
-            if 0 < left < self.kept.saved_bytes:
+            if 0 < left < saved:
                 # Rooms that are alike are one.
-                found.add(int(left / self.kept.saved_bytes * _ROOMS) / _ROOMS or left)
-        saved = self.kept.saved_bytes
+                found.add(int(left / saved * _ROOMS) / _ROOMS or left)
         return sorted(int(each * saved if each < 1 else each) for each in found)
 
     def left(self, room: float, states: StatesChoice) -> float:
         """Return what saved tensors may take of a device with `room` beside `states`."""
         whole = device_memory_bytes(states.device_bytes[0], self._machine)
-        return ((room - whole) / (1 + MARGIN) - self._beside) * _ROUNDED
+        return ((room - whole) / (1 + MARGIN) - max(self._beside)) * _ROUNDED
+
+    @property
+    def _beside(self) -> tuple[int, int]:
+        """Return what the first and the last stage have beside saved tensors, if nothing leaves."""
+        first, last = self.kept.first or self.kept, self.kept
+        return first.device_bytes - first.saved_bytes, last.device_bytes - last.saved_bytes
+
+    def _saved_bytes(self, step: ActivationStep) -> float:
+        """Return what saved tensors of all forwards under way take of a stage, at most."""
+        ahead = step.first or step
+        stages = zip((ahead, step), self._beside, self.forwards, strict=True)
+        return max(
+            stage.device_bytes - beside + (count - 1) * ahead.saved_bytes
+            for stage, beside, count in stages
+        )
+
+
+class _Stage:
+    """One stage, on whose tape there are a `few` layers or all."""
+
+    def __init__(self, tape: Tape, workload: Workload, machine: Machine, few: bool) -> None:
+        self._tape, self._machine, self._layers = tape, machine, rank_layers(workload)
+        self._times = rank_times(tape, workload, machine)
+        self.layered: LayeredStep | None = None
+        if few:
+            least = Strategy().min_tensor_bytes
+            self.layered = LayeredStep(tape, self._times, self._layers, machine, least)
+
+    def step(self, strategy: Strategy, effort: float) -> ActivationStep:
+        """Return what a strategy takes."""
+        if self.layered is None:
+            return activation_step(self._tape, self._times, self._machine, strategy, effort=effort)
+        every = sum(self._layers) if strategy.activations == "recompute" else 0
+        again = every if strategy.recompute is None else len(strategy.recompute)
+        return self.layered.step(strategy, again, effort=effort)
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of a tensor that is saved."""
+        saved = (value.storage.nbytes for each in self._tape.operators for value in each.saves)
+        return self.layered.largest_bytes if self.layered else max(saved, default=0)

@@ -21,6 +21,7 @@ __all__ = [
     "ClusterStep",
     "accumulation_of",
     "bubble_share",
+    "forwards_under_way",
     "needed_bytes_per_s",
     "rank_model",
     "simulate_cluster",
@@ -84,6 +85,20 @@ def accumulation_of(global_batch: int, micro_batch: int, data: int) -> int:
     return global_batch // (micro_batch * data)
 
 
+def forwards_under_way(parallel: Parallel, micro_batches: int) -> tuple[float, float]:
+    """Return how many micro-batches the first and the last stage have under way at once, at most.
+
+    The first has one for each stage, and where chunks interleave 1 + (p - 1) / (p v) times as many
+    (Korthikanti et al. 2022, section 4.2.3). The last has one; of chunks, 1 / v of a forward each,
+    it has (v - 1) p before the one that its first backward is of, as Megatron-LM interleaves them.
+    """
+    stages, chunks = parallel.pipeline, parallel.chunks
+    first, last = float(stages), 1 + (chunks - 1) * (stages - 1) / chunks
+    if chunks > 1:
+        first += (stages - 1) / chunks
+    return min(micro_batches, first), min(micro_batches, last)
+
+
 def rank_model(model: Model, tensor: int) -> Model:
     """Return what one of `tensor` ranks that share each map has, as a model of its own."""
     return replace(
@@ -115,32 +130,21 @@ def simulate_cluster(
     micro_batches = workload.accumulation
     share = bubble_share(parallel.pipeline, micro_batches, parallel.chunks)
     step_s = micro_batches * costs.stage_s * (1 + share) + costs.gradients_s + costs.update_s
-    saved = costs.layers_saved_bytes + costs.around_saved_bytes
-    activation_bytes = saved * micro_batches
+    layers, around = costs.layers_saved_bytes, costs.around_saved_bytes
+    activation_bytes = (layers + around) * micro_batches
+    first, last = forwards_under_way(parallel, micro_batches)
     return ClusterStep(
         step_s=step_s,
         bubble_share=share,
         tokens_per_s=workload.tokens / step_s,
         flops_per_s=costs.stage_flops * micro_batches / step_s,
         activation_bytes=activation_bytes,
-        in_flight_bytes=max(saved, costs.layers_saved_bytes * min(micro_batches, _deep(parallel))),
+        in_flight_bytes=max(layers * last + around, layers * first),
         write_bytes_per_s=needed_bytes_per_s(activation_bytes, step_s),
         life_days=_life_days(
             activation_bytes / step_s * DAY_S, machine.drive, machine.devices, rated_amplification
         ),
     )
-
-
-def _deep(parallel: Parallel) -> float:
-    """Return how many micro-batches the first stage has under way at once.
-
-    One for each stage, and where chunks interleave 1 + (p - 1) / (p v) times as many (Korthikanti
-    et al. 2022, section 4.2.3).
-    """
-    stages = parallel.pipeline
-    if parallel.chunks == 1:
-        return stages
-    return stages * (1 + (stages - 1) / (stages * parallel.chunks))
 
 
 def _life_days(

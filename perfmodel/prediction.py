@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from perfmodel.activation_step import ActivationStep, activation_step
+from perfmodel.activation_step import ActivationStep, activation_step, of_each, staged, under_way
+from perfmodel.cluster import forwards_under_way
 from perfmodel.endurance import DAY_S, life_days
 from perfmodel.layers import CPU, CUDA, TRANSFORMERS, TRANSFORMERS_CUDA, Shape, stage_tape
 from perfmodel.machine import Machine
@@ -26,7 +27,7 @@ __all__ = [
     "Prediction",
     "combined",
     "device_memory_bytes",
-    "forwards_waiting",
+    "first_stage_tape",
     "predict",
     "rank_layers",
     "rank_tape",
@@ -101,9 +102,15 @@ def predict(
     `effort`: as for `plan_activations`. Raises ValueError for what the machine does not have, or
     what is not modelled.
     """
-    tape = rank_tape(workload, machine)
-    times = rank_times(tape, workload, machine)
-    step = activation_step(tape, times, machine, strategy, effort=effort)
+
+    def one(tape: Tape, forwards: float) -> ActivationStep:
+        times, part = rank_times(tape, workload, machine), of_each(strategy, forwards)
+        return activation_step(tape, times, machine, part, effort=effort)
+
+    first, last = forwards_under_way(workload.parallel, workload.accumulation)
+    step = one(rank_tape(workload, machine), last)
+    if workload.parallel.pipeline > 1:
+        step = staged(step, one(first_stage_tape(workload, machine), first))
     return combined(workload, strategy, machine, step, update_step(workload, strategy, machine))
 
 
@@ -148,23 +155,29 @@ def rank_tape(workload: Workload, machine: Machine, layers: int | None = None) -
     That stage has the loss besides as many layers as another has. `layers`: of a stage with so many
     instead, and of an encoder with so many.
     """
-    model, stages = workload.model, workload.parallel.pipeline
+    model, first = workload.model, workload.parallel.pipeline == 1
     number = rank_layers(workload)[-1] if layers is None else layers
     if layers is not None and model.encoder_layers:
         model = replace(model, num_layers=layers, encoder_layers=layers)
-    return _last_stage(model, shape_of(workload, machine), stages, number, workload.lora_rank)
+    which = range(model.num_layers - number, model.num_layers)
+    return _stage(model, shape_of(workload, machine), which, first, True, workload.lora_rank)
+
+
+def first_stage_tape(workload: Workload, machine: Machine, layers: int | None = None) -> Tape:
+    """Return the operators of the first of a pipeline's several stages, as `rank_tape` the last's.
+
+    It has nothing behind the layers, but most micro-batches under way.
+    """
+    which = range(rank_layers(workload)[-1] if layers is None else layers)
+    shape = shape_of(workload, machine)
+    return _stage(workload.model, shape, which, True, False, workload.lora_rank)
 
 
 @lru_cache(maxsize=64)
-def _last_stage(model: Model, shape: Shape, stages: int, layers: int, lora_rank: int) -> Tape:
-    return stage_tape(
-        model,
-        shape,
-        range(model.num_layers - layers, model.num_layers),
-        first=stages == 1,
-        last=True,
-        lora_rank=lora_rank,
-    )
+def _stage(
+    model: Model, shape: Shape, layers: range, first: bool, last: bool, lora_rank: int
+) -> Tape:
+    return stage_tape(model, shape, layers, first=first, last=last, lora_rank=lora_rank)
 
 
 def rank_times(tape: Tape, workload: Workload, machine: Machine) -> OperatorTimes:
@@ -203,7 +216,7 @@ def combined(
     step_s = sum(parts.values())
     items = _items(workload, strategy, machine, step)
     host = held_bytes(items, "host", "backward"), held_bytes(items, "host", "update")
-    written = times * step.ssd_bytes + update.ssd_bytes
+    written = times * step.written_bytes + update.ssd_bytes
     return Prediction(
         workload=workload,
         strategy=strategy,
@@ -268,15 +281,6 @@ def _life_days(machine: Machine, bytes_per_day: float) -> float | None:
     return life_days(bytes_per_day * machine.devices, drive.rated_bytes)
 
 
-def forwards_waiting(workload: Workload) -> float:
-    """Return how many other forwards are under way: a pipeline's first stage has one for each."""
-    parallel = workload.parallel
-    waiting = min(parallel.pipeline, workload.accumulation) - 1.0
-    if waiting and parallel.chunks > 1:
-        waiting += (parallel.pipeline - 1) / parallel.chunks
-    return waiting
-
-
 def _items(
     workload: Workload, strategy: Strategy, machine: Machine, step: ActivationStep
 ) -> tuple[Held, ...]:
@@ -287,21 +291,16 @@ def _items(
         for each in held(workload, strategy, device_is_host=alone)
         if each.name != "staging of activations"
     ]
-    waiting = forwards_waiting(workload)
-    saved = round(waiting * step.saved_bytes)
-    found.append(Held("activations", "device", step.device_bytes + saved, phase="backward"))
-    if step.staging_bytes:
-        found.append(
-            Held(
-                "staging of activations", "host", step.staging_bytes, pinned=True, phase="backward"
-            )
-        )
-    moved = 1 + waiting
-    if step.host_bytes:
-        nbytes = round(moved * step.host_bytes)
-        found.append(Held("activations", "host", nbytes, pinned=True, phase="backward"))
-    if step.ssd_bytes:
-        found.append(Held("activations", "ssd", round(moved * step.ssd_bytes), phase="backward"))
+    taken = under_way(step, forwards_under_way(workload.parallel, workload.accumulation))
+    found.append(Held("activations", "device", taken.device_bytes, phase="backward"))
+    for name, nbytes in (
+        ("staging of activations", step.staging_bytes),
+        ("activations", taken.host_bytes),
+    ):
+        if nbytes:
+            found.append(Held(name, "host", nbytes, pinned=True, phase="backward"))
+    if taken.ssd_bytes:
+        found.append(Held("activations", "ssd", taken.ssd_bytes, phase="backward"))
     return tuple(found)
 
 
@@ -334,12 +333,12 @@ def _busy(
             ("to device", link.to_device_bytes_per_s),
         ):
             seconds[name] = seconds.get(name, 0.0) + times * step.moved_bytes / rate
-    if drive is not None and step.ssd_bytes:
+    if drive is not None and step.written_bytes:
         for name, rate in (
             ("ssd write", drive.write_bytes_per_s),
             ("ssd read", drive.read_bytes_per_s),
         ):
-            more = times * step.ssd_bytes / rate * machine.devices
+            more = times * step.written_bytes / rate * machine.devices
             seconds[name] = seconds.get(name, 0.0) + more
     if network_s:
         seconds["network"] = network_s

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from perfmodel.activation_step import ActivationStep, activation_step, run_again
+from perfmodel.activation_step import (
+    ActivationStep,
+    UnderWay,
+    activation_step,
+    of_each,
+    run_again,
+    staged,
+    under_way,
+)
 from perfmodel.layers import tape_of
 from perfmodel.machine import Machine, read_machine
 from perfmodel.operator_times import OperatorTimes, operator_times
@@ -76,6 +84,25 @@ def test_without_a_link_staging_is_the_devices_and_copies_hold_up_its_processor(
     beside = replace(alone.drive, beside_bytes_per_s=2e9, beside_s=1e-3)
     measured = found("gpt", replace(alone, drive=beside), activations="ssd")
     assert measured.processor_s == pytest.approx(measured.ssd_bytes / 1e9 + 1e-3 * count)
+
+
+def test_a_pipelines_stages_take_as_long_as_the_slower_and_as_much_as_the_larger() -> None:
+    head = ActivationStep(forward_s=2, backward_s=4, device_bytes=90, saved_bytes=60, ssd_bytes=5)
+    for stall_s, duration_s in ((0.5, 6), (4, 7)):
+        first = ActivationStep(
+            forward_s=1, backward_s=2, stall_s=stall_s, device_bytes=30, saved_bytes=20, ssd_bytes=9
+        )
+        both = staged(head, first)
+        assert both.duration_s == duration_s
+        assert both.moved_bytes == both.written_bytes == 9
+        assert under_way(both, (3.0, 1.0)) == UnderWay(90, 0, 27)
+        assert under_way(both, (5.0, 1.0)) == UnderWay(30 + 4 * 20, 0, 45)
+        assert under_way(both, (5.0, 3.0)) == UnderWay(90 + 2 * 20, 0, 45)
+
+
+def test_each_forward_under_way_has_its_part_of_the_memory() -> None:
+    assert of_each(Strategy(memory_bytes=100), 4.0).memory_bytes == 25
+    assert of_each(Strategy(), 4.0).memory_bytes is None
 
 
 def test_what_a_machine_lacks_is_refused_by_name() -> None:

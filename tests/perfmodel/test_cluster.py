@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from perfmodel.cluster import (
     accumulation_of,
     bubble_share,
+    forwards_under_way,
     needed_bytes_per_s,
     rank_model,
     simulate_cluster,
@@ -113,6 +114,17 @@ def test_more_is_in_flight_in_deeper_pipelines_until_micro_batches_run_out() -> 
     assert few.in_flight_bytes < 0.6 * four.in_flight_bytes
     chunks = simulate_cluster(workload(pipeline=4, chunks=2), MACHINE)
     assert chunks.in_flight_bytes > 1.3 * four.in_flight_bytes
+
+
+@given(st.integers(2, 16), st.integers(2, 4))
+def test_what_is_under_way_is_what_megatron_begins_with_and_one_more(p: int, v: int) -> None:
+    # Forwards of a stage's chunk before its first backward, of the first stage and of the last.
+    warm = 2 * (p - 1) + (v - 1) * p, (v - 1) * p
+    chunks = forwards_under_way(Parallel(pipeline=p, chunks=v), 1000)
+    assert chunks == pytest.approx([(count + 1) / v for count in warm])
+    assert forwards_under_way(Parallel(pipeline=p), 1000) == (p, 1)
+    assert forwards_under_way(Parallel(pipeline=p, chunks=v), 1) == (1, 1)
+    assert forwards_under_way(Parallel(), 1000) == (1, 1)
 
 
 def test_sharing_states_shares_their_update_and_gathering_takes_time() -> None:

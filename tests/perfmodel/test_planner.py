@@ -16,7 +16,7 @@ from perfmodel.model import Model
 from perfmodel.plain_models import PLAIN_MODELS, plain_model
 from perfmodel.plan_file import Limits
 from perfmodel.planner import Search, limits_of, plan
-from perfmodel.prediction import combined
+from perfmodel.prediction import Prediction, combined, predict
 from perfmodel.workload import Parallel, Workload
 
 MODEL = Model(
@@ -72,10 +72,11 @@ def test_more_memory_is_never_slower() -> None:
     [
         WORKLOAD,
         replace(WORKLOAD, parallel=Parallel(pipeline=4), accumulation=4),
+        replace(WORKLOAD, parallel=Parallel(pipeline=2, chunks=4), accumulation=4),
         replace(WORKLOAD, parallel=Parallel(data=2, zero_stage=3), accumulation=2),
         replace(WORKLOAD, parallel=Parallel(data=2, zero_stage=1), framework="deepspeed"),
     ],
-    ids=["one", "pipeline", "zero 3", "deepspeed"],
+    ids=["one", "pipeline", "chunks", "zero 3", "deepspeed"],
 )
 def test_pairs_are_compared_by_the_very_figures_that_are_predicted(workload: Workload) -> None:
     machine = replace(MACHINE, devices=4)
@@ -92,8 +93,30 @@ def test_pairs_are_compared_by_the_very_figures_that_are_predicted(workload: Wor
                 assert activations.device_bytes(each, machine) == full.device_bytes
                 assert activations.written(each) == full.ssd_write_bytes
                 assert each.ssd_bytes + activations.ssd_bytes == full.ssd_bytes
+                host = each.host_bytes[0] + activations.host_bytes, each.host_bytes[1]
+                assert max(host) == full.host_bytes
                 compared += 1
     assert compared > 20
+
+
+def test_forwards_of_a_pipeline_share_the_room_there_is() -> None:
+    staged = replace(WORKLOAD, parallel=Parallel(pipeline=4), accumulation=16)
+    machine = replace(MACHINE, devices=4)
+
+    def fastest(limits: Limits, kind: str) -> Prediction:
+        search = Search(activations=(kind,), placements=("device",), micro_batches=(4,))
+        return plan(staged, machine, limits, search).choices[0].prediction
+
+    whole, least = (fastest(Limits(), kind) for kind in ("keep", "host"))
+    assert least.device_bytes < whole.device_bytes
+    # Less than what makes nobody wait: each stage has it for as many forwards as are under way.
+    room = round(0.97 * least.device_bytes)
+    some = fastest(Limits(device_bytes=room), "host")
+    assert some.device_bytes <= room
+    assert some.host_bytes > least.host_bytes
+    assert some.step_s < 1.5 * least.step_s
+    again = predict(staged, some.strategy, machine)
+    assert again.device_bytes == pytest.approx(some.device_bytes, rel=0.1)
 
 
 def test_where_nothing_fits_it_says_what_would_do() -> None:

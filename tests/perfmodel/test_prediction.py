@@ -9,10 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perfmodel.activation_step import activation_step
 from perfmodel.machine import Curve, read_machine
 from perfmodel.model import Model
 from perfmodel.plain_models import PLAIN_MODELS, plain_model
-from perfmodel.prediction import Prediction, predict, shape_of, zeroed_s
+from perfmodel.prediction import (
+    Prediction,
+    first_stage_tape,
+    predict,
+    rank_tape,
+    rank_times,
+    shape_of,
+    zeroed_s,
+)
 from perfmodel.shape import MEGATRON
 from perfmodel.workload import Parallel, Strategy, Workload
 
@@ -91,6 +100,31 @@ def test_megatron_computes_in_kernels_of_its_own() -> None:
     workload = Workload(model=model, seq_len=16, framework="megatron", fused_attention=False)
     kernels = shape_of(workload, read_machine("h100-sxm")).kernels
     assert kernels == replace(MEGATRON, fused_attention=False)
+
+
+@pytest.mark.parametrize("vocab", [2048, 1 << 16])
+@pytest.mark.parametrize("kind", ["keep", "recompute", "ssd"])
+def test_a_pipelines_first_stage_has_many_forwards_and_the_last_has_the_head(
+    kind: str, vocab: int
+) -> None:
+    model, shared = replace(MODEL, vocab_size=vocab), Parallel(pipeline=4)
+    workload = Workload(model=model, seq_len=512, micro_batch=4, accumulation=8, parallel=shared)
+    strategy = Strategy(activations=kind, min_tensor_bytes=1)
+    found = predict(workload, strategy, MACHINE, effort=0.0)
+    first, last = (
+        activation_step(tape, rank_times(tape, workload, MACHINE), MACHINE, strategy, effort=0.0)
+        for tape in (first_stage_tape(workload, MACHINE), rank_tape(workload, MACHINE))
+    )
+
+    def taken(tier: str) -> int:
+        items = (each for each in found.held if each.name == "activations")
+        return sum(each.nbytes for each in items if each.tier == tier)
+
+    with_all = first.device_bytes + 3 * first.saved_bytes
+    assert taken("device") == max(with_all, last.device_bytes)
+    assert taken("ssd") == max(4 * first.ssd_bytes, last.ssd_bytes)
+    if kind == "keep":  # either may be the one with more
+        assert (with_all > last.device_bytes) == (vocab == 2048)
 
 
 def test_stages_wait_for_what_they_send_each_other() -> None:
