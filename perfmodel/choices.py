@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,7 +31,7 @@ from perfmodel.prediction import (
 from perfmodel.states import held, held_bytes
 from perfmodel.tape import Tape
 from perfmodel.update_step import UpdateStep, subgroup_params, update_step, updated_count
-from perfmodel.workload import Parallel, Strategy, Workload
+from perfmodel.workload import Parallel, Strategy, Workload, some_batches
 
 __all__ = ["ActivationChoice", "Searched", "StatesChoice"]
 
@@ -111,17 +110,6 @@ class ActivationChoice:
         return self.repeats * self.step.written_bytes + states.update.ssd_bytes
 
 
-def _some_batches(sequences: int, given: int) -> list[int]:
-    """Return micro-batches that divide a step's sequences: all, or from 1 up and the given one."""
-    low = [size for size in range(1, math.isqrt(sequences) + 1) if sequences % size == 0]
-    sizes = sorted({*low, *(sequences // size for size in low)})
-    last = len(sizes) - 1
-    if last < _MICRO_BATCHES:
-        return sizes
-    some = {sizes[round(at * last / (_MICRO_BATCHES - 1))] for at in range(_MICRO_BATCHES)}
-    return sorted(some | ({given} & {*sizes}))
-
-
 class Searched:
     """A workload and a machine, and what can be chosen for them."""
 
@@ -148,7 +136,7 @@ class Searched:
                 shared = replace(parallel, pipeline=stages, data=ranks // stages, zero_stage=stage)
                 whole = sequences * parallel.data // shared.data
                 one = replace(given, parallel=shared, micro_batch=whole, accumulation=1)
-                batches = micro_batches or _some_batches(whole, given.micro_batch)
+                batches = micro_batches or some_batches(whole, given.micro_batch, _MICRO_BATCHES)
                 yield from (one.with_batch(size) for size in batches if whole % size == 0)
 
     def states(

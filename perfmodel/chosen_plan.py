@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from perfmodel.machine import Machine
 from perfmodel.plan_file import Limits, Plan, Predicted
-from perfmodel.prediction import Prediction, forwards_waiting
+from perfmodel.prediction import Prediction
+from perfmodel.update_step import update_step
 
 __all__ = ["plan_of"]
 
@@ -42,7 +43,8 @@ def plan_of(
             tokens_per_s=prediction.tokens_per_s,
         ),
     )
-    moved, states = _written(prediction)
+    states = update_step(prediction.workload, prediction.strategy, machine).ssd_bytes
+    moved = max(0, prediction.ssd_write_bytes - states)
     a_day = limits.ssd_write_bytes_per_day if limits is not None else None
     ranks = prediction.workload.parallel.ranks
     sharing = ranks if machine.link is None else min(machine.devices, ranks)
@@ -75,14 +77,3 @@ def _room(prediction: Prediction, tier: str, *, activations: bool) -> int:
         if each.tier == tier and (each.name == "activations") is activations
     )
     return max(1, math.ceil(_SLACK * nbytes))
-
-
-def _written(prediction: Prediction) -> tuple[int, int]:
-    """Return what a step writes to the SSD of activations and of states."""
-    workload = prediction.workload
-    held = sum(
-        each.nbytes for each in prediction.held if each.tier == "ssd" and each.name == "activations"
-    )
-    once = held / (1 + forwards_waiting(workload))
-    moved = min(prediction.ssd_write_bytes, round(workload.accumulation * once))
-    return moved, prediction.ssd_write_bytes - moved

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from perfmodel.endurance import DAY_S, life_days
-from perfmodel.layers import CUDA, Shape, tape_of
+from perfmodel.layers import MEGATRON, Shape, tape_of
 from perfmodel.machine import Drive, Machine
 from perfmodel.model import Model
 from perfmodel.network import network_rate, sent_s
@@ -198,7 +198,7 @@ class _Costs:
             batch=workload.micro_batch,
             seq_len=workload.seq_len,
             element_bytes=workload.element_bytes,
-            kernels=replace(CUDA, fused_attention=workload.fused_attention),
+            kernels=replace(MEGATRON, fused_attention=workload.fused_attention),
         )
         return tape_of(model, shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from perfmodel.plan import (
     require_whole,
 )
 
-__all__ = ["DTYPE_BYTES", "FRAMEWORKS", "Parallel", "Strategy", "Workload"]
+__all__ = ["DTYPE_BYTES", "FRAMEWORKS", "Parallel", "Strategy", "Workload", "some_batches"]
 
 FRAMEWORKS = ("torch", "deepspeed", "megatron")
 DTYPE_BYTES = dict(zip(DTYPES, (4, 2, 2), strict=True))
@@ -190,3 +191,17 @@ class Strategy:
     def shares(self) -> dict[str, float]:
         """Which part of the optimizer's states lies on each tier."""
         return OptimizerConfig(placement=self.placement, path=("ssd",)).shares
+
+
+def some_batches(sequences: int, given: int, most: int) -> list[int]:
+    """Return micro-batches that divide a step's sequences: all, or about `most` and the given one.
+
+    Those are spread from 1 to all of them.
+    """
+    low = [size for size in range(1, math.isqrt(sequences) + 1) if sequences % size == 0]
+    sizes = sorted({*low, *(sequences // size for size in low)})
+    last = len(sizes) - 1
+    if last < most:
+        return sizes
+    some = {sizes[round(at * last / (most - 1))] for at in range(most)}
+    return sorted(some | ({given} & {*sizes}))
