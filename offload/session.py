@@ -21,10 +21,11 @@ from offload.optimizer import AdamW
 from perfmodel.chosen_plan import plan_of
 from perfmodel.machine import Machine
 from perfmodel.model import Model
+from perfmodel.parameters import rank_parameters
 from perfmodel.plan_file import Predicted
 from perfmodel.planner import Search
 from perfmodel.planner import plan as search_plan
-from perfmodel.workload import Workload
+from perfmodel.workload import Parallel, Workload
 
 __all__ = ["Session", "plan_here", "require_offered"]
 
@@ -182,7 +183,8 @@ def require_parameters(plan: Plan, model: torch.nn.Module) -> None:
     shared = any(parallel[key] > 1 for key in ("tensor", "pipeline")) or of["lora_rank"]
     if shared or parallel["zero_stage"] == 3:
         return  # a rank has a part of the model, or adapters beside it
-    expected = Model(**of["model"]).num_params
+    parts = {"model": Model(**of["model"]), "parallel": Parallel(**parallel)}
+    expected = sum(each.count for each in rank_parameters(Workload(**{**of, **parts})))
     found = sum(param.numel() for param in model.parameters())
     if found != expected:
         raise ValueError(

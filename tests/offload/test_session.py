@@ -64,7 +64,7 @@ def trained(plan: Plan | Mapping[str, Any] | str, kind: str = "gpt") -> list[tor
     return [*losses, *(param.detach().clone() for param in model.parameters())]
 
 
-@pytest.mark.parametrize("kind", ["gpt", "t5"])
+@pytest.mark.parametrize("kind", [*MODELS])
 @pytest.mark.parametrize(
     "chosen",
     [
