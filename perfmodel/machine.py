@@ -260,6 +260,8 @@ def read_machine(name: str) -> Machine:
             f"{nearest(name, known)}"
         )
     try:
+        if not text.strip():
+            raise ValueError("the file is empty")
         return machine_of(json.loads(text))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

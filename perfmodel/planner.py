@@ -99,9 +99,8 @@ def limits_of(machine: Machine, limits: Limits) -> dict[str, float]:
     found = {
         key: otherwise if value is None else value for key, (value, otherwise) in given.items()
     }
-    shared = ("ssd_bytes", "ssd_write_bytes_per_day")
     return {
-        key: value / (ranks if key in shared else 1)
+        key: value / (ranks if key in _SHARED else 1)
         for key, value in found.items()
         if value is not None
     }
@@ -123,7 +122,9 @@ _NAMED = {
     "device_bytes": "device memory",
     "host_bytes": "host memory",
     "ssd_bytes": "space on the SSD",
+    "ssd_write_bytes_per_day": "writes to the SSD a day",
 }
+_SHARED = ("ssd_bytes", "ssd_write_bytes_per_day")  # of all ranks of a node
 _SHORTEST = 64  # a sequence that is this many times shorter is another task
 _LIMITED = ("device_bytes", "host_bytes", "pinned_bytes", "ssd_bytes", "ssd_write_bytes_per_day")
 
@@ -230,15 +231,17 @@ class _Planned:
         offers = []
         for key, name in _NAMED.items():
             some = self.fitting((key, "pinned_bytes") if key == "host_bytes" else (key,))
-            if some and (key != "ssd_bytes" or self._machine.drive is not None):
-                needs = min(each.uses[_LIMITED.index(key)] for each in some)
-                have = self._bounds[key]
+            if some and (key not in _SHARED or self._machine.drive is not None):
+                ranks = self._machine.devices if key in _SHARED else 1
+                needs = ranks * min(each.uses[_LIMITED.index(key)] for each in some)
+                have = ranks * self._bounds[key]
                 offers.append(f"{format_bytes(needs)} of {name} (now {format_bytes(have)})")
         if shorter := self._shorter():
             offers.append(f"seq_len={shorter} (now {self._workload.seq_len})")
-        return (
+        said = (
             f"it would fit with {', or '.join(offers)}" if offers else "no single change would do"
         )
+        return f"{said}; not among what was tried: {self._refused}" if self._refused else said
 
     def _shorter(self) -> int:
         """Return the longest half, quarter and so on of the sequence with which something fits."""

@@ -64,7 +64,7 @@ def _checked(read: Callable[[str], Any]) -> Callable[[str], Any]:
 def parse_whole(text: str) -> int:
     """Return a whole number from 0. Raises ValueError."""
     if not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise ValueError(f"{text!r} is not a whole number")
+        raise ValueError(f"{text!r} is not a whole number from 0")
     return int(text)
 
 

@@ -307,6 +307,11 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
 def require_modelled(workload: Workload) -> None:
     """Raise ValueError for more than is modelled."""
     model = workload.model
+    if workload.lora_rank > model.hidden_size:
+        raise ValueError(
+            f"lora_rank={workload.lora_rank} is more than the {model.hidden_size} channels that "
+            "an adapter is to have fewer than"
+        )
     layers = model.num_layers + model.encoder_layers
     sequences = workload.micro_batch * workload.accumulation
     for what, number, most in (

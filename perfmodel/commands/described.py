@@ -15,6 +15,8 @@ from perfmodel.states import held_bytes
 from perfmodel.workload import Workload
 
 __all__ = [
+    "LIMITS",
+    "NOTHING_FITS",
     "activations_of",
     "choices_table",
     "details",
@@ -38,6 +40,8 @@ HEADER = (
     "SSD TB/day",
     "SSD life",
 )
+NOTHING_FITS = 3
+"""An exit status."""
 PHASES = {"": "always", "backward": "forward, backward", "update": "update"}
 
 LIMITS = {

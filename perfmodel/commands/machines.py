@@ -1,22 +1,28 @@
-"""`perfmodel machines`: those known by name."""
+"""`perfmodel machines`: those known by name, or all that is known of one."""
 
 from __future__ import annotations
 
 import argparse
 
 from perfmodel.commands.arguments import Parser
-from perfmodel.commands.tables import ascii_line, digits, gib, table
+from perfmodel.commands.tables import ascii_line, digits, gib, json_text, table
 from perfmodel.machine import known_machines, read_machine
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add nothing."""
+    """Add a machine's name."""
+    parser.add_argument(
+        "machine", nargs="?", metavar="NAME", help="print its machine.json, to be edited"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a line for each."""
+    """Print a line for each, or a description. Raises ValueError for a name that is not known."""
+    if arguments.machine is not None:
+        print(json_text(read_machine(arguments.machine).to_json()))
+        return 0
     rows = []
     for name in known_machines():
         machine = read_machine(name)

@@ -23,6 +23,7 @@ from perfmodel.commands.arguments import (
 )
 from perfmodel.commands.asked import Asked, asked
 from perfmodel.commands.described import (
+    NOTHING_FITS,
     choices_table,
     details,
     heading,
@@ -46,7 +47,6 @@ from perfmodel.workload import ACTIVATIONS, Strategy, Workload
 
 __all__ = ["NOTHING_FITS", "add_arguments", "run"]
 
-NOTHING_FITS = 3
 # A model's description has no figures that change neither memory nor time.
 _NOT_EMITTED = (
     "--rotary-base, --norm-epsilon, data, learning rate and initial values are the model's own; "
@@ -229,10 +229,20 @@ def _lines(found: Found, wanted: Asked, *, ranks: bool) -> list[str]:
         *choices_table(found, machine, ranks=ranks),
         "",
         ascii_line(f"{best.name}: {best.why}"),
+        *_unmoved(best.prediction),
         ascii_line(f"{found.fitting} of {found.tried} strategies fit"),
         "",
         *details(best.prediction),
     ]
+
+
+def _unmoved(best: Prediction) -> list[str]:
+    """Return that a tier was named that nothing has to go to, if so."""
+    tier = best.strategy.activations
+    moved = any((each.name, each.tier) == ("activations", tier) for each in best.held)
+    if tier not in ("host", "ssd") or moved:
+        return []
+    return [f"note: all activations have room on the device, and none has to go to the {tier}"]
 
 
 def _json(found: Found, wanted: Asked) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from perfmodel.commands.arguments import (
 )
 from perfmodel.commands.asked import Asked, asked, require_modelled
 from perfmodel.commands.described import (
+    LIMITS,
+    NOTHING_FITS,
     activations_of,
     details,
     heading,
@@ -28,8 +31,10 @@ from perfmodel.commands.tables import digits, gib, json_text, table
 from perfmodel.machine import read_machine
 from perfmodel.model import Model
 from perfmodel.plan_file import Plan, Predicted, read_plan
+from perfmodel.planner import limits_of
 from perfmodel.prediction import Prediction, predict
 from perfmodel.step_timeline import step_timeline
+from perfmodel.units import format_bytes
 from perfmodel.workload import Parallel, Strategy, Workload
 
 __all__ = ["add_arguments", "run", "strategy_of", "workload_of"]
@@ -66,18 +71,39 @@ def run(arguments: argparse.Namespace) -> int:
     same = plan.is_for_machine(wanted.machine)
     if output is not None:
         Path(output).write_text(_drawn(found, wanted), encoding="utf-8")
+    over = _over(found, plan, wanted)
     if arguments.json:
         said = asdict(plan.predicted) if plan.predicted is not None else None
         both = {"predicted": prediction_json(found, wanted.used_machine), "plan": said}
-        print(json_text({**both, "made_with_this_machine": same}))
-        return 0
+        print(json_text({**both, "made_with_this_machine": same, "over": over}))
+        return NOTHING_FITS if over else 0
     print(heading(workload, wanted.machine))
     print(f"activations {activations_of(found)}, states {states_of(found)}\n")
     print("\n".join(_beside(found, plan.predicted)) + "\n")
     if plan.machine is not None and not same:
         print("the plan was made with another machine's speeds\n")
     print("\n".join(details(found)))
-    return 0
+    for what, (needed, there) in over.items():
+        print(
+            f"perfmodel: it does not fit: {format_bytes(needed)} of {what}, and there are "
+            f"{format_bytes(there)}",
+            file=sys.stderr,
+        )
+    return NOTHING_FITS if over else 0
+
+
+def _over(found: Prediction, plan: Plan, wanted: Asked) -> dict[str, tuple[float, float]]:
+    """Return what is needed and what there is, of each memory that has too little."""
+    there = limits_of(wanted.used_machine, plan.limits)
+    needed = {
+        "device_bytes": found.device_bytes,
+        "host_bytes": found.host_bytes,
+        "pinned_bytes": found.pinned_bytes,
+        "ssd_bytes": found.ssd_bytes,
+    }
+    return {
+        LIMITS[key]: (nbytes, there[key]) for key, nbytes in needed.items() if nbytes > there[key]
+    }
 
 
 def _drawn(found: Prediction, wanted: Asked) -> str:

@@ -14,6 +14,7 @@ from perfmodel.commands.asked import Asked, asked
 from perfmodel.commands.chart import Column, chart
 from perfmodel.commands.described import (
     HEADER,
+    NOTHING_FITS,
     activations_of,
     batch_of,
     figures,
@@ -29,7 +30,6 @@ from perfmodel.planner import Found, Search, limits_of, plan
 __all__ = ["run_sweep", "sweep_values"]
 
 KEYS = ("seq-len", "micro-batch")
-NOTHING_FITS = 3
 
 Swept = list[tuple[int, Found]]
 

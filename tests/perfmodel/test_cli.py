@@ -147,6 +147,30 @@ def test_simulating_has_a_row_for_each_micro_batch(capsys: pytest.CaptureFixture
     assert "global_batch=32" in said(capsys, *words, "--micro-batch", "3", status=2)
 
 
+def test_what_may_be_written_in_a_day_is_offered_as_the_change(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*PLAN, "--placement", "ssd", "--ssd-write-bytes-per-day"]
+    err = said(capsys, *words, "1GB", status=3)
+    assert "of writes to the SSD a day (now 954 MiB)" in err
+    needed = err.split("it would fit with ")[1].split(" of writes")[0].replace(" ", "")
+    number, unit = needed[:-3], needed[-3:]
+    assert said(capsys, *words, f"{float(number) * 1.01:.2f}{unit}")
+
+
+def test_a_known_machine_is_printed_to_be_edited(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(said(capsys, "machines", "rtx-4090"))
+    assert read_machine(str(file)) == read_machine("rtx-4090")
+    assert "did you mean 'laptop'" in said(capsys, "machines", "latop", status=2)
+
+
+def test_what_need_not_move_is_said_to_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none has to go to the ssd" in said(capsys, *PLAN, "--activations", "ssd")
+
+
 def test_validation_ends_in_medians(capsys: pytest.CaptureFixture[str]) -> None:
     out = said(capsys, "validate")
     assert out.isascii()
@@ -185,6 +209,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
         ([*PLAN, "--device-memory", "40Gb"], "'40Gb' is not a size"),
         ([*PLAN, "--device-memory", f"{'9' * 400}.0"], "more than 30 digits"),
         ([*PLAN, "--pipelines", "2", "--gpus", "2"], "share data alone"),
+        ([*PLAN, "--lora-rank", "99999999"], "lora_rank=99999999 is more than the 256 channels"),
         ([*PLAN, "--zero-stage", "1", "--zero-stages", "2"], "say the same"),
         ([*PLAN, "--device-memory", "1MiB"], "--device-memory of 1.00 MiB is below"),
         ([*PLAN, "--emit", "megatron", "--framework", "torch"], "does not go with"),

@@ -73,3 +73,14 @@ def test_a_plan_that_split_its_batch_is_predicted_with_the_flags_that_made_it(
     assert "predicted" in said(capsys, "predict", path, *flags, "--machine", "rtx-4090")
     alone = ["predict", path, "--machine", "rtx-4090", "--seq-len", "512"]
     assert "--seq-len is nothing without --model" in said(capsys, *alone, status=2)
+
+
+def test_a_plan_that_does_not_fit_another_machine_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "plan.json")
+    words = ["plan", "--model", "gpt2-xl", "--seq-len", "1024", "--micro-batch", "2"]
+    said(capsys, *words, "--machine", "rtx-4090", "--path", "/nvme", "-o", path)
+    err = said(capsys, "predict", path, "--machine", "laptop", status=3)
+    assert "it does not fit" in err
+    assert "of device memory, and there are" in err
