@@ -26,7 +26,6 @@ __all__ = [
     "of_each",
     "processor_s",
     "repeated",
-    "room_for_saved",
     "run_again",
     "staged",
     "under_way",
@@ -144,7 +143,7 @@ def activation_step(
     channel = channels_of(machine, strategy.activations)
     found = step_trace(tape, times, strategy.min_tensor_bytes, recompute)
     limits = _limits(machine, strategy, found)
-    room = room_for_saved(machine, strategy)
+    room = strategy.memory_bytes
     schedule = limited(found, channel, limits, room, effort)
     tiers = zip(found.storages, schedule.tiers, strict=True)
     moved = {storage for storage, tier in tiers if tier != "device"}
@@ -153,13 +152,17 @@ def activation_step(
     staging = strategy.staging_bytes if to_ssd else 0
     on_device = staging if machine.link is None else schedule.window_bytes
     waited_s = stall_s(schedule, found.trace, [channel], limits, math.inf if room is None else room)
+    filled_bytes = 0
+    if room is not None and machine.link is None:  # a run moves no more than the limit asks for
+        moments = step_bytes(tape, recompute).moments
+        filled_bytes = max(each.other_bytes + min(each.saved_bytes, room) for each in moments)
     return ActivationStep(
         forward_s=forward_s,
         backward_s=backward_s,
         recompute_s=again_s,
         stall_s=waited_s,
         processor_s=(processor_s(machine, 2 * schedule.moved_bytes, len(moved)) if to_ssd else 0.0),
-        device_bytes=in_use.worst.nbytes + on_device,
+        device_bytes=max(in_use.worst.nbytes, filled_bytes) + on_device,
         saved_bytes=in_use.saved_bytes,
         staging_bytes=staging if machine.link is not None else 0,
         host_bytes=0 if to_ssd else schedule.moved_bytes,
@@ -246,13 +249,6 @@ def limited(
     left = max(0, memory_bytes - found.small_bytes)
     schedule = plan_activations(found.trace, [channel], limits, left, effort=effort)
     return slowed_to_fit(schedule, found.trace, [channel], limits, left, effort=effort)
-
-
-def room_for_saved(machine: Machine, strategy: Strategy) -> int | None:
-    """Return what saved tensors may take of the device: on a processor, staging is part of it."""
-    if strategy.memory_bytes is None or machine.link is not None:
-        return strategy.memory_bytes
-    return max(0, strategy.memory_bytes - strategy.staging_bytes)
 
 
 def processor_s(machine: Machine, nbytes: int, tensors: float) -> float:

@@ -351,7 +351,9 @@ class _Priced:
     def left(self, room: float, states: StatesChoice) -> float:
         """Return what saved tensors may take of a device with `room` beside `states`."""
         whole = device_memory_bytes(states.device_bytes[0], self._machine)
-        return ((room - whole) / (1 + MARGIN) - max(self._beside)) * _ROUNDED
+        # Without a link staging is on the device, beside what a run holds to its limit.
+        staging = self._staging_bytes if self._machine.link is None else 0
+        return ((room - whole) / (1 + MARGIN) - max(self._beside) - staging) * _ROUNDED
 
     @property
     def _beside(self) -> tuple[int, int]:

@@ -17,7 +17,6 @@ from perfmodel.activation_step import (
     channels_of,
     limited,
     processor_s,
-    room_for_saved,
     run_again,
 )
 from perfmodel.coarse_tape import TAKEN_DOWN, CoarseTape, Stack
@@ -187,7 +186,7 @@ class LayeredStep:
         channel = channels_of(self._machine, strategy.activations)
         found = self.trace(again)
         # Grouped as they are, tensors are larger than what staging has at once.
-        room = room_for_saved(self._machine, strategy)
+        room = strategy.memory_bytes
         schedule = limited(found, channel, Limits(), room, effort)
         to_ssd, alone = strategy.activations == "ssd", self._machine.link is None
         limit = math.inf if room is None else room
@@ -195,6 +194,8 @@ class LayeredStep:
         staging = strategy.staging_bytes if to_ssd else 0
         window = min(schedule.moved_bytes, _WINDOW_TENSORS * self.largest_bytes)
         kept = schedule.peak_bytes + found.small_bytes
+        if alone and room is not None:  # a run moves no more than the limit asks for
+            kept = max(kept, room)
         return ActivationStep(
             forward_s=self.forward_s,
             backward_s=self.backward_s,

@@ -11,7 +11,6 @@ from perfmodel.activation_step import (
     activation_step,
     channels_of,
     repeated,
-    room_for_saved,
     run_again,
 )
 from perfmodel.machine import Machine
@@ -91,7 +90,7 @@ def step_timeline(workload: Workload, strategy: Strategy, machine: Machine) -> S
     else:
         channel, room = (
             channels_of(machine, strategy.activations),
-            room_for_saved(machine, strategy),
+            strategy.memory_bytes,
         )
         graph.add_step(step.schedule, channel, math.inf if room is None else room)
     computed = graph.simulated()

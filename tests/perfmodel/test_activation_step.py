@@ -105,6 +105,22 @@ def test_each_forward_under_way_has_its_part_of_the_memory() -> None:
     assert of_each(Strategy(), 4.0).memory_bytes is None
 
 
+@pytest.mark.parametrize("kind", PLAIN_MODELS)
+@pytest.mark.parametrize("part", [0.3, 0.6, 2.0])
+def test_without_a_link_a_run_fills_its_limit_and_staging_comes_on_top(
+    kind: str, part: float
+) -> None:
+    alone = replace(MACHINE, link=None)
+    kept = found(kind, alone)
+    room = int(part * kept.saved_bytes)
+    moved = found(kind, alone, activations="ssd", memory_bytes=room)
+    beside = kept.device_bytes - kept.saved_bytes
+    staging = 8 << 20
+    # At the worst moment of a step that keeps all, nearly all of it is saved.
+    filled = beside + min(room, kept.saved_bytes)
+    assert 0.9 * filled <= moved.device_bytes - staging <= kept.device_bytes
+
+
 def test_what_a_machine_lacks_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"activations='ssd' needs a drive, and 'laptop' has none"):
         found("gpt", replace(MACHINE, drive=None), activations="ssd")
