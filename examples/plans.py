@@ -98,8 +98,15 @@ def follow_plan(args: argparse.Namespace, vocab_size: int, num_ranks: int) -> Pl
 
 
 def _settings(section: Any, *but: str) -> dict[str, Any]:
-    """Return what a section of a plan says beside a few, which come before what flags say."""
-    return {name: value for name, value in asdict(section).items() if name not in but}
+    """Return what a section of a plan says beside a few: it comes before what flags say.
+
+    Flags stand where it leaves a thing open.
+    """
+    return {
+        name: value
+        for name, value in asdict(section).items()
+        if name not in but and value is not None and (name, value) != ("io_engine", "auto")
+    }
 
 
 def recompute_some(numbers: Collection[int], blocks: int) -> Run:

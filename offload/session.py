@@ -134,8 +134,9 @@ def plan_here(workload: Workload, limits: Limits | None = None, path: tuple[str,
     if dist.get_rank() == 0:
         try:
             answer = [_planned(workload, limits, path).to_json()]
-        except (OSError, ValueError) as error:
-            answer = [error]
+        except Exception as error:  # whatever it is, the others wait for an answer
+            known = isinstance(error, (OSError, ValueError))
+            answer = [error if known else RuntimeError(f"the first rank has no plan: {error}")]
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], Exception):
         raise answer[0]
