@@ -10,7 +10,7 @@ from perfmodel.machine import Machine
 from perfmodel.memory import step_bytes
 from perfmodel.operator_times import OperatorTimes
 from perfmodel.schedules.activations import ActivationSchedule, plan_activations
-from perfmodel.schedules.slowdown import slowed_to_fit
+from perfmodel.schedules.slowdown import Slowdowns
 from perfmodel.schedules.stall import stall_s
 from perfmodel.schedules.trace import Channel, Limits
 from perfmodel.step_trace import StepTrace, step_trace
@@ -144,7 +144,8 @@ def activation_step(
     found = step_trace(tape, times, strategy.min_tensor_bytes, recompute)
     limits = _limits(machine, strategy, found)
     room = strategy.memory_bytes
-    schedule = limited(found, channel, limits, room, effort)
+    slowdowns = Slowdowns(found.trace, [channel], limits)
+    schedule = limited(found, channel, limits, room, effort, slowdowns)
     tiers = zip(found.storages, schedule.tiers, strict=True)
     moved = {storage for storage, tier in tiers if tier != "device"}
     in_use = step_bytes(tape, recompute, leaves=lambda value: value.storage in moved)
@@ -238,17 +239,22 @@ def _limits(machine: Machine, strategy: Strategy, found: StepTrace) -> Limits:
 
 
 def limited(
-    found: StepTrace, channel: Channel, limits: Limits, memory_bytes: int | None, effort: float
+    found: StepTrace,
+    channel: Channel,
+    limits: Limits,
+    memory_bytes: int | None,
+    effort: float,
+    slowdowns: Slowdowns,
 ) -> ActivationSchedule:
     """Return the schedule in which what `found` saves has `memory_bytes`, at whatever time.
 
-    None: as little as it needs without a wait.
+    None: as little as it needs without a wait. `slowdowns`: those of its trace.
     """
     if memory_bytes is None:
         return plan_activations(found.trace, [channel], limits, effort=effort)
     left = max(0, memory_bytes - found.small_bytes)
     schedule = plan_activations(found.trace, [channel], limits, left, effort=effort)
-    return slowed_to_fit(schedule, found.trace, [channel], limits, left, effort=effort)
+    return slowdowns.to_fit(schedule, left, effort)
 
 
 def processor_s(machine: Machine, nbytes: int, tensors: float) -> float:

@@ -23,6 +23,7 @@ from perfmodel.coarse_tape import TAKEN_DOWN, CoarseTape, Stack
 from perfmodel.machine import Machine
 from perfmodel.memory import StepBytes, step_bytes
 from perfmodel.operator_times import OperatorTimes
+from perfmodel.schedules.slowdown import Slowdowns
 from perfmodel.schedules.stall import stall_s
 from perfmodel.schedules.trace import Limits
 from perfmodel.step_trace import StepTrace, step_trace
@@ -58,6 +59,8 @@ class LayeredStep:
         )
         self._cost: dict[tuple[int, ...], StepBytes] = {}
         self._grown_by: dict[int, list[int]] = {}
+        self._traces: dict[int, StepTrace] = {}
+        self._slowdowns: dict[tuple[int, str], Slowdowns] = {}
 
     # ---- seconds -----------------------------------------------------------------------------
 
@@ -184,10 +187,14 @@ class LayeredStep:
 
     def _moved(self, strategy: Strategy, again: int, effort: float) -> ActivationStep:
         channel = channels_of(self._machine, strategy.activations)
-        found = self.trace(again)
+        if again not in self._traces:
+            self._traces[again] = self.trace(again)
+        found, key = self._traces[again], (again, strategy.activations)
         # Grouped as they are, tensors are larger than what staging has at once.
+        if key not in self._slowdowns:
+            self._slowdowns[key] = Slowdowns(found.trace, [channel], Limits())
         room = strategy.memory_bytes
-        schedule = limited(found, channel, Limits(), room, effort)
+        schedule = limited(found, channel, Limits(), room, effort, self._slowdowns[key])
         to_ssd, alone = strategy.activations == "ssd", self._machine.link is None
         limit = math.inf if room is None else room
         waited_s = stall_s(schedule, found.trace, [channel], Limits(), limit)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from perfmodel.schedules.activations import plan_activations
 from perfmodel.schedules.replay import KEPT, Replay
-from perfmodel.schedules.slowdown import slowed_to_fit
+from perfmodel.schedules.slowdown import Slowdowns, slowed_to_fit
 from perfmodel.schedules.trace import Channel, Limits, SavedTensor, Trace
 from tests.perfmodel.schedules.exact import exact_peak, random_case
 
@@ -135,3 +135,17 @@ def test_a_slowdown_that_is_none_is_refused() -> None:
     for wrong in (-0.1, math.inf, math.nan):
         with pytest.raises(ValueError, match="slowdown"):
             plan_activations(trace, [], slowdown=wrong)
+
+
+@given(SEEDS)
+def test_what_one_limit_found_out_changes_nothing_for_the_next(seed: int) -> None:
+    rng = random.Random(seed)
+    trace, channel, limits = random_case(rng)
+    limits = replace(limits, window_bytes=math.inf)
+    shared = Slowdowns(trace, [channel], limits)
+    effort = rng.choice([0.0, 0.0, 0.1])
+    for _ in range(6):
+        memory_bytes = rng.randint(0, trace.kept_peak_bytes)
+        plan = plan_activations(trace, [channel], limits, memory_bytes, effort=effort)
+        alone = slowed_to_fit(plan, trace, [channel], limits, memory_bytes, effort)
+        assert shared.to_fit(plan, memory_bytes, effort) == alone
