@@ -18,6 +18,7 @@ from perfmodel.tape import Tape
 from perfmodel.workload import Strategy
 
 __all__ = [
+    "WINDOW_TENSORS",
     "ActivationStep",
     "UnderWay",
     "activation_step",
@@ -31,7 +32,8 @@ __all__ = [
     "under_way",
 ]
 
-_WINDOW_TENSORS = 2  # on their way at once, of the largest, where nobody says how many
+WINDOW_TENSORS = 2
+"""On their way at once, of the largest, where nobody says how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,7 @@ def run_again(tape: Tape, number: int) -> range:
 
 def _limits(machine: Machine, strategy: Strategy, found: StepTrace) -> Limits:
     largest = max((tensor.nbytes for tensor in found.trace.tensors), default=0)
-    window = math.inf if machine.link is None else float(_WINDOW_TENSORS * largest)
+    window = math.inf if machine.link is None else float(WINDOW_TENSORS * largest)
     return Limits(
         staging_bytes=strategy.staging_bytes if strategy.activations == "ssd" else math.inf,
         window_bytes=window,

@@ -6,42 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from perfmodel.activation_step import (
-    ActivationStep,
-    UnderWay,
-    activation_step,
-    of_each,
-    staged,
-    under_way,
-)
-from perfmodel.cluster import forwards_under_way
-from perfmodel.layered_step import EFFORT, TAKEN_DOWN, LayeredStep
+from perfmodel.activation_step import ActivationStep, UnderWay, under_way
 from perfmodel.machine import Machine
 from perfmodel.network import RankTraffic, rank_traffic
-from perfmodel.prediction import (
-    MARGIN,
-    device_memory_bytes,
-    first_stage_tape,
-    rank_layers,
-    rank_tape,
-    rank_times,
-    step_parts,
-    zeroed_s,
-)
+from perfmodel.prediction import device_memory_bytes, step_parts, zeroed_s
+from perfmodel.priced_steps import PricedSteps
 from perfmodel.states import held, held_bytes
-from perfmodel.tape import Tape
 from perfmodel.update_step import UpdateStep, subgroup_params, update_step, updated_count
 from perfmodel.workload import Parallel, Strategy, Workload, some_batches
 
 __all__ = ["ActivationChoice", "Searched", "StatesChoice"]
 
-_FEWEST_LAYERS = TAKEN_DOWN + 2
-_LEAST_STAGING = 64 << 20
-_MOST_STAGING = 4 << 30
 _MICRO_BATCHES = 12
-# What is on its way takes a little of the room for what stays.
-_ROUNDED = 0.95
-_ROOMS = 6
 _SAME = 1.005
 
 
@@ -72,6 +48,8 @@ class ActivationChoice:
     """Of a pipeline, in forwards and backwards."""
     forwards: tuple[float, float]
     """How many are under way in a pipeline's first stage, and in its last."""
+    thorough: bool = False
+    """What leaves was searched for as a run does it, or nothing leaves."""
 
     @cached_property
     def _taken(self) -> UnderWay:
@@ -115,7 +93,7 @@ class Searched:
 
     def __init__(self, workload: Workload, machine: Machine, fine: int) -> None:
         self._workload, self._machine, self._fine = workload, machine, fine
-        self._priced: dict[tuple[int, int], _Priced] = {}
+        self._priced: dict[tuple[int, int], PricedSteps] = {}
         self._updates: dict[tuple[int, Strategy], UpdateStep] = {}
         self._subgroups: dict[tuple[int, bool], int | None] = {}
         self._placed: dict[tuple[Parallel, bool, Strategy], StatesChoice] = {}
@@ -217,18 +195,28 @@ class Searched:
     ) -> Iterator[ActivationChoice]:
         """Yield what may become of activations beside one of `states`, in `room` on the device."""
         workload = states[0].workload
-        key = workload.micro_batch, workload.parallel.pipeline
-        if key not in self._priced:
-            self._priced[key] = _Priced(workload, self._machine)
-        priced, parallel = self._priced[key], workload.parallel
-        for strategy, step in self._priced_steps(priced, modes, room, states):
+        priced, parallel = self._priced_of(workload), workload.parallel
+        taken = [each.device_bytes[0] for each in states]
+        for strategy, step in self._priced_steps(priced, modes, room, taken):
             yield ActivationChoice(
                 strategy,
                 step,
                 workload.accumulation,
                 (parallel.pipeline - 1) / parallel.chunks,
                 priced.forwards,
+                thorough=strategy.activations not in ("host", "ssd"),
             )
+
+    def _priced_of(self, workload: Workload) -> PricedSteps:
+        key = workload.micro_batch, workload.parallel.pipeline
+        if key not in self._priced:
+            self._priced[key] = PricedSteps(workload, self._machine)
+        return self._priced[key]
+
+    def thorough(self, choice: ActivationChoice, workload: Workload) -> ActivationChoice:
+        """Return the same strategy with what leaves searched for as a run does it."""
+        step = self._priced_of(workload).step(choice.strategy, thorough=True)
+        return replace(choice, step=step, thorough=True)
 
     def refined(
         self, choice: ActivationChoice, room: float, states: StatesChoice
@@ -237,9 +225,8 @@ class Searched:
         strategy = choice.strategy
         if strategy.activations not in ("host", "ssd"):
             return choice
-        workload = states.workload
-        priced = self._priced[workload.micro_batch, workload.parallel.pipeline]
-        left = priced.left(room, states)
+        priced = self._priced_of(states.workload)
+        left = priced.left(room, states.device_bytes[0])
         if left <= 0:
             return choice
         less = replace(strategy, memory_bytes=int(left))
@@ -247,10 +234,10 @@ class Searched:
         longer = step.duration_s > choice.step.duration_s * _SAME
         if longer or step.moved_bytes > choice.step.moved_bytes:
             return choice
-        return replace(choice, strategy=less, step=step)
+        return replace(choice, strategy=less, step=step, thorough=True)
 
     def _priced_steps(
-        self, priced: _Priced, modes: Sequence[str], room: float, states: Sequence[StatesChoice]
+        self, priced: PricedSteps, modes: Sequence[str], room: float, taken: Sequence[int]
     ) -> Iterator[tuple[Strategy, ActivationStep]]:
         kept = priced.kept
         if "keep" in modes:
@@ -260,138 +247,4 @@ class Searched:
                 yield priced.repeated(again)
         for tier in ("host", "ssd"):
             if tier in modes and priced.reaches(tier):
-                yield from priced.all_moved(tier, room, states)
-
-
-class _Priced:
-    """The forwards and backwards of one micro-batch and number of stages."""
-
-    def __init__(self, workload: Workload, machine: Machine) -> None:
-        self._machine, parallel = machine, workload.parallel
-        self._layers = rank_layers(workload)
-        self._found: dict[Strategy, ActivationStep] = {}
-        self.forwards = forwards_under_way(parallel, workload.accumulation)
-        # Of a model with an encoder there are no stages.
-        whole = parallel.pipeline == 1 or not workload.model.encoder_layers
-        few = min(self._layers) >= _FEWEST_LAYERS and whole
-        down = TAKEN_DOWN if few else None
-        self._last = _Stage(rank_tape(workload, machine, down), workload, machine, few)
-        self._first: _Stage | None = None
-        if parallel.pipeline > 1:
-            ahead = first_stage_tape(workload, machine, down)
-            self._first = _Stage(ahead, workload, machine, few)
-
-    def step(self, strategy: Strategy, *, thorough: bool = False) -> ActivationStep:
-        """Return what a strategy takes."""
-        if thorough:
-            return self._step(strategy, EFFORT)
-        if strategy not in self._found:
-            self._found[strategy] = self._step(strategy, 0.0)
-        return self._found[strategy]
-
-    def _step(self, strategy: Strategy, effort: float) -> ActivationStep:
-        first, last = (of_each(strategy, count) for count in self.forwards)
-        step = self._last.step(last, effort)
-        return staged(step, self._first.step(first, effort)) if self._first else step
-
-    @cached_property
-    def kept(self) -> ActivationStep:
-        """Return the step in which everything stays."""
-        return self.step(Strategy())
-
-    def counts(self, fine: int) -> list[int]:
-        """Return how many layers may be run again."""
-        layers, layered = sum(self._layers), self._last.layered
-        some = {round(part * layers / fine) for part in range(1, fine)}
-        some = {each for each in some if layered is None or layered.stands_for(each)}
-        return [*sorted(some - {0, layers}), layers]
-
-    def repeated(self, again: int) -> tuple[Strategy, ActivationStep]:
-        """Return the strategy in which the first `again` layers are run again."""
-        which = None if again == sum(self._layers) else tuple(range(again))
-        strategy = Strategy(activations="recompute", recompute=which)
-        return strategy, self.step(strategy)
-
-    def reaches(self, tier: str) -> bool:
-        """Say whether activations can go there."""
-        return (self._machine.link if tier == "host" else self._machine.drive) is not None
-
-    def all_moved(
-        self, tier: str, room: float, states: Sequence[StatesChoice]
-    ) -> Iterator[tuple[Strategy, ActivationStep]]:
-        """Yield `tier` with as little on the device as costs no time, and as some rooms force."""
-        strategy, free = self._moved(tier, None)
-        yield strategy, free
-        for left in self._rooms(room, states):
-            if left < self._saved_bytes(free):  # else it would only move less
-                yield self._moved(tier, left)
-
-    def _moved(self, tier: str, memory_bytes: int | None) -> tuple[Strategy, ActivationStep]:
-        strategy = Strategy(
-            activations=tier, memory_bytes=memory_bytes, staging_bytes=self._staging_bytes
-        )
-        return strategy, self.step(strategy)
-
-    @cached_property
-    def _staging_bytes(self) -> int:
-        """Of a few of the largest tensors, which go through one after the other."""
-        tensors = 2 if self._machine.link is None else 4
-        return min(_MOST_STAGING, max(_LEAST_STAGING, tensors * self._last.largest_bytes))
-
-    def _rooms(self, room: float, states: Sequence[StatesChoice]) -> list[int]:
-        """Return what saved tensors may take beside each of `states`, if not all of them fit."""
-        found, saved = set(), self._saved_bytes(self.kept)
-        for each in states:
-            left = self.left(room, each)
-            if 0 < left < saved:
-                # Rooms that are alike are one.
-                found.add(int(left / saved * _ROOMS) / _ROOMS or left)
-        return sorted(int(each * saved if each < 1 else each) for each in found)
-
-    def left(self, room: float, states: StatesChoice) -> float:
-        """Return what saved tensors may take of a device with `room` beside `states`."""
-        whole = device_memory_bytes(states.device_bytes[0], self._machine)
-        # Without a link staging is on the device, beside what a run holds to its limit.
-        staging = self._staging_bytes if self._machine.link is None else 0
-        return ((room - whole) / (1 + MARGIN) - max(self._beside) - staging) * _ROUNDED
-
-    @property
-    def _beside(self) -> tuple[int, int]:
-        """Return what the first and the last stage have beside saved tensors, if nothing leaves."""
-        first, last = self.kept.first or self.kept, self.kept
-        return first.device_bytes - first.saved_bytes, last.device_bytes - last.saved_bytes
-
-    def _saved_bytes(self, step: ActivationStep) -> float:
-        """Return what saved tensors of all forwards under way take of a stage, at most."""
-        ahead = step.first or step
-        stages = zip((ahead, step), self._beside, self.forwards, strict=True)
-        return max(
-            stage.device_bytes - beside + (count - 1) * ahead.saved_bytes
-            for stage, beside, count in stages
-        )
-
-
-class _Stage:
-    """One stage, on whose tape there are a `few` layers or all."""
-
-    def __init__(self, tape: Tape, workload: Workload, machine: Machine, few: bool) -> None:
-        self._tape, self._machine, self._layers = tape, machine, rank_layers(workload)
-        self._times = rank_times(tape, workload, machine)
-        self.layered: LayeredStep | None = None
-        if few:
-            least = Strategy().min_tensor_bytes
-            self.layered = LayeredStep(tape, self._times, self._layers, machine, least)
-
-    def step(self, strategy: Strategy, effort: float) -> ActivationStep:
-        """Return what a strategy takes."""
-        if self.layered is None:
-            return activation_step(self._tape, self._times, self._machine, strategy, effort=effort)
-        every = sum(self._layers) if strategy.activations == "recompute" else 0
-        again = every if strategy.recompute is None else len(strategy.recompute)
-        return self.layered.step(strategy, again, effort=effort)
-
-    @property
-    def largest_bytes(self) -> int:
-        """Of a tensor that is saved."""
-        saved = (value.storage.nbytes for each in self._tape.operators for value in each.saves)
-        return self.layered.largest_bytes if self.layered else max(saved, default=0)
+                yield from priced.all_moved(tier, room, taken)

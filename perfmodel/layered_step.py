@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from operator import add
 
 from perfmodel.activation_step import (
+    WINDOW_TENSORS,
     ActivationStep,
     channels_of,
     limited,
@@ -21,7 +23,7 @@ from perfmodel.activation_step import (
 )
 from perfmodel.coarse_tape import TAKEN_DOWN, CoarseTape, Stack
 from perfmodel.machine import Machine
-from perfmodel.memory import StepBytes, step_bytes
+from perfmodel.memory import Moment, StepBytes, step_bytes
 from perfmodel.operator_times import OperatorTimes
 from perfmodel.schedules.slowdown import Slowdowns
 from perfmodel.schedules.stall import stall_s
@@ -34,7 +36,6 @@ __all__ = ["EFFORT", "TAKEN_DOWN", "LayeredStep"]
 
 EFFORT = 0.05
 """Of the search for what leaves: enough not to move what need not."""
-_WINDOW_TENSORS = 2
 
 
 class LayeredStep:
@@ -199,7 +200,7 @@ class LayeredStep:
         limit = math.inf if room is None else room
         waited_s = stall_s(schedule, found.trace, [channel], Limits(), limit)
         staging = strategy.staging_bytes if to_ssd else 0
-        window = min(schedule.moved_bytes, _WINDOW_TENSORS * self.largest_bytes)
+        window = min(schedule.moved_bytes, WINDOW_TENSORS * self.largest_bytes)
         kept = schedule.peak_bytes + found.small_bytes
         if alone and room is not None:  # a run moves no more than the limit asks for
             kept = max(kept, room)
@@ -233,6 +234,12 @@ class LayeredStep:
             moment.other_bytes + min(kept, moment.saved_bytes + grown)
             for moment, grown in zip(moments, self._grown(again), strict=True)
         )
+
+    def moments(self) -> Iterator[Moment]:
+        """Yield the worst of all layers' moments where nothing is run again or leaves."""
+        few, grown = self._cost_of(()).moments, self._grown(0)
+        for moment, more in zip(few, grown, strict=True):
+            yield replace(moment, saved_bytes=moment.saved_bytes + more)
 
     def trace(self, again: int) -> StepTrace:
         """Return the trace of all layers, in which the tensors of a part of a layer are one."""

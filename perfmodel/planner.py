@@ -212,15 +212,59 @@ class _Planned:
 
     def found(self) -> Found:
         """Return what came of it."""
-        fitting, tried = self.fitting(), len(self._sums)
-        if fitting:
-            chosen = _chosen(fitting, self._searched, self._machine, self._room)
-            return Found(chosen, tried, len(fitting))
+        tried = len(self._sums)
+        if chosen := self._chosen():
+            return Found(chosen, tried, len(self.fitting()))
         closest = min(self._sums, key=self._most_over)
         uses = zip(_LIMITED, closest.uses, self._bounds.values(), strict=True)
         over = {key: round(use - most) for key, use, most in uses if use > most}
         predicted = _predicted(closest, self._machine)
         return Found((), tried, 0, predicted, over, self._change())
+
+    def _chosen(self) -> tuple[Choice, ...]:
+        """Return the best and the few that matter; none where nothing fits."""
+        best = self._settled(_fastest)
+        small, gentle = self._settled(_smallest), self._settled(_gentlest)
+        if best is None or small is None or gentle is None:
+            return ()
+        least_s, fitting = best.step_s, len(self.fitting())
+        best = self._refined(best)
+        choices = [("fastest", best, f"no other of {fitting} that fit takes less time")]
+        if small.uses[0] < 0.99 * best.uses[0]:
+            less, longer = best.uses[0] - small.uses[0], small.step_s / least_s - 1
+            why = f"{format_bytes(less)} less on the device for a step {longer:.0%} longer"
+            choices.append(("least memory", small, why))
+        if gentle.written < best.written:
+            why = (
+                f"it writes {format_bytes(gentle.written)} a step instead of "
+                f"{format_bytes(best.written)}, in a step {gentle.step_s / least_s - 1:.0%} longer"
+            )
+            choices.append(("least wear", gentle, why))
+        return tuple(
+            Choice(name, _predicted(one, self._machine), why) for name, one, why in choices
+        )
+
+    def _settled(self, pick: Callable[[Sequence[_Sum]], _Sum]) -> _Sum | None:
+        """Return what is picked of all that fits, and still is with what leaves as in a run.
+
+        A run searches longer for what leaves than thousands of strategies could be searched for,
+        and what it finds may be another.
+        """
+        while fitting := self.fitting():
+            one = pick(fitting)
+            if one.activations.thorough:
+                return one
+            thorough = self._searched.thorough(one.activations, one.states.workload)
+            for at, each in enumerate(self._sums):
+                if each.activations is one.activations:
+                    self._sums[at] = _sum(thorough, each.states, self._machine)
+        return None
+
+    def _refined(self, one: _Sum) -> _Sum:
+        """Return `one` moving no more than it must."""
+        less = self._searched.refined(one.activations, self._room, one.states)
+        other = _sum(less, one.states, self._machine)
+        return other if _within(other.uses, tuple(self._bounds.values())) else one
 
     def _most_over(self, one: _Sum) -> float:
         bounds = self._bounds.values()
@@ -283,42 +327,22 @@ def _predicted(one: _Sum, machine: Machine) -> Prediction:
     return combined(workload, strategy, machine, step, one.states.update)
 
 
-def _chosen(
-    fitting: Sequence[_Sum], searched: Searched, machine: Machine, room: float
-) -> tuple[Choice, ...]:
-    least_s = min(each.step_s for each in fitting)
-    best = _fastest(fitting)
-    least = min(each.uses[0] for each in fitting)
-    small = _fastest([each for each in fitting if each.uses[0] <= 1.01 * least])
-    fewest = min(each.written for each in fitting)
-    gentle = _fastest([each for each in fitting if each.written <= fewest])
-    if small is not best:
-        best = _refined(best, searched, machine, room)
-    choices = [("fastest", best, f"no other of {len(fitting)} that fit takes less time")]
-    if small.uses[0] < 0.99 * best.uses[0]:
-        less, longer = best.uses[0] - small.uses[0], small.step_s / least_s - 1
-        why = f"{format_bytes(less)} less on the device for a step {longer:.0%} longer"
-        choices.append(("least memory", small, why))
-    if gentle.written < best.written:
-        why = (
-            f"it writes {format_bytes(gentle.written)} a step instead of "
-            f"{format_bytes(best.written)}, in a step {gentle.step_s / least_s - 1:.0%} longer"
-        )
-        choices.append(("least wear", gentle, why))
-    return tuple(Choice(name, _predicted(one, machine), why) for name, one, why in choices)
-
-
 def _fastest(some: Sequence[_Sum]) -> _Sum:
     """Return the simplest of those that are as fast as the fastest."""
     soon_s = min(each.step_s for each in some) * _SAME
     return min((each for each in some if each.step_s <= soon_s), key=_simplicity)
 
 
-def _refined(one: _Sum, searched: Searched, machine: Machine, room: float) -> _Sum:
-    """Return `one` moving no more than it must."""
-    less = searched.refined(one.activations, room, one.states)
-    other = _sum(less, one.states, machine)
-    return other if other.uses[0] <= room and less is not one.activations else one
+def _smallest(some: Sequence[_Sum]) -> _Sum:
+    """Return the fastest of those with about the least on the device."""
+    least = min(each.uses[0] for each in some)
+    return _fastest([each for each in some if each.uses[0] <= 1.01 * least])
+
+
+def _gentlest(some: Sequence[_Sum]) -> _Sum:
+    """Return the fastest of those that write least."""
+    fewest = min(each.written for each in some)
+    return _fastest([each for each in some if each.written <= fewest])
 
 
 def _simplicity(one: _Sum) -> tuple[float, int, int, float]:

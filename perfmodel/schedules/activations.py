@@ -191,7 +191,7 @@ class _Search:
             return self.first()
         replay = self.replay
         nothing = self._nothing()
-        if not replay.channels or not self.movable:
+        if not replay.channels or not self.movable or nothing[1].peak_bytes <= self.target:
             return nothing
         options = range(KEPT, len(replay.channels))
         if len(options) ** len(self.movable) <= _FEW_CHOICES:

@@ -17,7 +17,7 @@ from perfmodel.plain_models import PLAIN_MODELS, plain_model
 from perfmodel.plan_file import Limits
 from perfmodel.planner import Search, limits_of, plan
 from perfmodel.prediction import Prediction, combined, predict
-from perfmodel.workload import Parallel, Workload
+from perfmodel.workload import Parallel, Strategy, Workload
 
 MODEL = Model(
     num_layers=16,
@@ -55,6 +55,21 @@ def test_what_is_chosen_keeps_to_every_limit(gib: int) -> None:
         assert prediction.host_bytes <= 64 * GIB
         assert prediction.ssd_write_bytes_per_day <= 10**13
         assert choice.why
+
+
+@pytest.mark.parametrize("kind", ["gpt", "t5"])
+def test_what_is_chosen_fits_as_thoroughly_as_a_run_searches(kind: str) -> None:
+    model = plain_model(kind, num_layers=3, hidden_size=384, num_heads=6, seq_len=512)
+    workload = Workload(model=model, seq_len=512, micro_batch=8, dtype="float32", plain=kind)
+    alone = replace(MACHINE, link=None)
+    kept = predict(workload, Strategy(optimizer="torch"), alone).device_bytes
+    for part in range(40, 100, 3):
+        limit = kept * part // 100
+        search = Search(activations=("keep", "ssd"), micro_batches=(4, 8))
+        for choice in plan(workload, alone, Limits(device_bytes=limit), search).choices:
+            found = choice.prediction
+            again = predict(found.workload, found.strategy, alone, effort=1.0)
+            assert again.device_bytes <= limit, (choice.name, found.strategy)
 
 
 def test_more_memory_is_never_slower() -> None:
@@ -103,15 +118,20 @@ def test_forwards_of_a_pipeline_share_the_room_there_is() -> None:
     staged = replace(WORKLOAD, parallel=Parallel(pipeline=4), accumulation=16)
     machine = replace(MACHINE, devices=4)
 
-    def fastest(limits: Limits, kind: str) -> Prediction:
-        search = Search(activations=(kind,), placements=("device",), micro_batches=(4,))
-        return plan(staged, machine, limits, search).choices[0].prediction
+    def predicted(limits: Limits) -> dict[str, Prediction]:
+        search = Search(activations=("host",), placements=("device",), micro_batches=(4,))
+        return {
+            each.name: each.prediction for each in plan(staged, machine, limits, search).choices
+        }
 
-    whole, least = (fastest(Limits(), kind) for kind in ("keep", "host"))
-    assert least.device_bytes < whole.device_bytes
+    free = predicted(Limits())
+    least = free["least memory"]
+    assert least.device_bytes < free["fastest"].device_bytes
+    kept = [each.tier for each in free["fastest"].held if each.name == "activations"]
+    assert kept == ["device"], "all of it has room"
     # Less than what makes nobody wait: each stage has it for as many forwards as are under way.
     room = round(0.97 * least.device_bytes)
-    some = fastest(Limits(device_bytes=room), "host")
+    some = predicted(Limits(device_bytes=room))["fastest"]
     assert some.device_bytes <= room
     assert some.host_bytes > least.host_bytes
     assert some.step_s < 1.5 * least.step_s
