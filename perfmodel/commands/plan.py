@@ -111,6 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json_text(_json(found, wanted)))
     if not found.choices:
         print(f"perfmodel: {nothing_fits(found)}", file=sys.stderr)
+        if found.closest is not None and not arguments.json and not arguments.emit:
+            print("\n".join(["the closest, which does not fit:", "", *details(found.closest)]))
         return NOTHING_FITS
     best = found.choices[0].prediction
     emitted = emission(arguments.emit, best, wanted, arguments) if arguments.emit else None
