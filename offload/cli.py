@@ -18,6 +18,7 @@ from offload.calibrate import calibrate
 from offload.calibrate.summary import machine_lines
 from offload.config import markdown, schema
 from offload.doctor import CHECKS, directory_problem, examine, system_line
+from offload.integrations.deepspeed_migration import migrated
 
 __all__ = ["main"]
 
@@ -59,6 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument("path", help="a directory on the drive; 256 MiB are written to it")
     measured.add_argument("-o", "--output", required=True, metavar="FILE", help="the machine.json")
     measured.add_argument("--name", default="present", help="of the machine (default: present)")
+    rewritten = commands.add_parser(
+        "plan-from-ds",
+        help="say a DeepSpeed config's offloading as a plan",
+        description="Read a DeepSpeed config that offloads optimizer states, say what is done here "
+        "instead, and print the config with the section `offload`.",
+    )
+    rewritten.add_argument("config", help="the ds_config.json")
+    rewritten.add_argument("--path", default="", help="a directory on an SSD for activations")
+    rewritten.add_argument("-o", "--output", metavar="FILE", help="write the new config there")
     return parser
 
 
@@ -134,6 +144,37 @@ def _calibrate(path: str, output: str, name: str) -> int:
     return 0
 
 
+def _plan_from_ds(config: str, path: str, output: str | None) -> int:
+    try:
+        found = migrated(_mapping_in(Path(config)), path)
+        text = json.dumps(found.config, indent=2) + "\n"
+        if output is None:
+            print(text, end="")
+        else:
+            with _written(Path(output)) as file:
+                file.write(text)
+    except (OSError, ValueError) as error:
+        said = str(error)
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.filename}: {error.strerror}"
+        print(f"offload plan-from-ds: {said}", file=sys.stderr)
+        return 2
+    for line in found.lines:
+        print(line, file=sys.stderr if output is None else sys.stdout)
+    return 0
+
+
+def _mapping_in(file: Path) -> dict[str, object]:
+    """Return the JSON object in a file. Raises ValueError for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: is not a JSON object")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status (2 for arguments that cannot be used)."""
     arguments = _parser().parse_args(argv)
@@ -142,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _schema(arguments.markdown)
         elif arguments.command == "calibrate":
             status = _calibrate(arguments.path, arguments.output, arguments.name)
+        elif arguments.command == "plan-from-ds":
+            status = _plan_from_ds(arguments.config, arguments.path, arguments.output)
         else:
             status = _doctor(arguments.path, arguments.require)
         sys.stdout.flush()

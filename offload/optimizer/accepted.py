@@ -52,6 +52,7 @@ def without_torchs(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError where one asks for what is not offered, or is not known.
     """
     known = {"lr", "betas", "eps", "weight_decay", "maximize", "max_norm", "emulated_device"}
+    known.add("skip_nonfinite")
     known |= {field.name for field in fields(OptimizerConfig)}
     require_known("AdamW", settings.keys() - {*_HINTS, *_NOT_OFFERED}, sorted(known))
     for key in _NOT_OFFERED:

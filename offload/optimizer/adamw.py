@@ -59,7 +59,8 @@ class AdamW(torch.optim.Optimizer):
     the settings after it are those of `OptimizerConfig`. With `early_gradients` a step uses up the
     gradients, and a backward that is not to count is followed by this `zero_grad()`, not the
     model's. `max_norm` clips the norm of all gradients together. A step whose gradients are not all
-    finite is skipped and counted in `skipped_steps`. `fused` and `foreach` are taken and mean
+    finite is skipped and counted in `skipped_steps`; with `skip_nonfinite=False` it is taken, for
+    who decides that elsewhere. `fused` and `foreach` are taken and mean
     nothing. Parameters of a GPU are updated there and here, as `update_schedule` says.
     `emulated_device` has those of the CPU treated so; it stays its owner's.
 
@@ -77,6 +78,7 @@ class AdamW(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         max_norm: float | None = None,
+        skip_nonfinite: bool = True,
         placement: str = "auto",
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         io_engine: str | FaultPlan = "auto",
@@ -88,17 +90,16 @@ class AdamW(torch.optim.Optimizer):
         settings["io_engine"] = "auto" if faults is not None else io_engine
         self.config = OptimizerConfig.from_mapping(settings)
         require_norm(max_norm)
-        self.max_norm = max_norm
+        self.max_norm, self._skip_nonfinite = max_norm, skip_nonfinite
         self.skipped_steps = 0
         self.total_norm = 0.0
         """Of all gradients of the last step, before clipping."""
-        pool = pool_of(self.config)
+        pool, params = pool_of(self.config), listed(params)
         self._subgroups: list[tuple[Subgroup, States]] = []
         self._steps: dict[torch.Tensor, int] = {}
         self._versions: dict[torch.Tensor, tuple[int, int]] = {}  # when master copies were made
         self._unfinished: Update | None = None
         self._half_loaded = False
-        params = listed(params)
         self._own_device = updates_beside(params) if emulated_device is None else None
         device = self._own_device or emulated_device
         self.config = with_subgroup_params(self.config, tensors_of(params), device, pool)
@@ -158,22 +159,31 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None and self._unfinished is None:
             with torch.enable_grad():
                 loss = closure()
+        self.step_of(self._params())
+        return loss
+
+    @torch.no_grad()
+    def step_of(self, params: Sequence[torch.Tensor]) -> None:
+        """Update those of `params` that have a gradient, which are some of this optimizer's.
+
+        As `step()`, which a framework that gives its parameters one after the other cannot call.
+        """
+        self._require_open()
         with Uninterrupted() as signals:
             if self._unfinished is None:
-                self._unfinished = self._begun()
+                self._unfinished = self._begun(params)
             if self._unfinished is not None:
                 self._finish(self._unfinished, signals)
                 self._unfinished = None
-        return loss
 
-    def _begun(self) -> Update | None:
+    def _begun(self, params: Sequence[torch.Tensor]) -> Update | None:
         """Return what this step is to do, or None when it does nothing."""
         self._require_whole()
         require_as_laid_out(subgroup for subgroup, _ in self._subgroups)
-        gradients = self._gradients.of_step(self._params())
+        gradients = self._gradients.of_step(params)
         square = sum_over_ranks(gradients.squares)
         self.total_norm = math.sqrt(square) if math.isfinite(square) else square
-        if not math.isfinite(square):
+        if not math.isfinite(square) and self._skip_nonfinite:
             self.skipped_steps += 1
             self._gradients.drop()
             return None

@@ -110,10 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json_text(_json(found, wanted)))
     if not found.choices:
-        print(f"perfmodel: {nothing_fits(found)}", file=sys.stderr)
-        if found.closest is not None and not arguments.json and not arguments.emit:
-            print("\n".join(["the closest, which does not fit:", "", *details(found.closest)]))
-        return NOTHING_FITS
+        return _none(found, only_said=bool(arguments.json or arguments.emit))
     best = found.choices[0].prediction
     emitted = emission(arguments.emit, best, wanted, arguments) if arguments.emit else None
     if arguments.output is not None:
@@ -127,6 +124,14 @@ def run(arguments: argparse.Namespace) -> int:
         ranks = arguments.zero_stages is not None or arguments.pipelines is not None
         print("\n".join(_lines(found, wanted, ranks=ranks)))
     return 0
+
+
+def _none(found: Found, *, only_said: bool) -> int:
+    """Say that nothing fits, and show what comes closest."""
+    print(f"perfmodel: {nothing_fits(found)}", file=sys.stderr)
+    if found.closest is not None and not only_said:
+        print("\n".join(["the closest, which does not fit:", "", *details(found.closest)]))
+    return NOTHING_FITS
 
 
 def search_of(arguments: argparse.Namespace, wanted: Asked) -> Search:

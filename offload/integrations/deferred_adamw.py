@@ -1,0 +1,185 @@
+"""AdamW for a framework that trains other tensors than it was given parameters.
+
+DeepSpeed takes an optimizer of the model's parameters, and puts flat fp32 partitions of its own in
+their place once it has it. So states are made of what is in the groups when they are first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from offload.config import OptimizerConfig
+from offload.optimizer import AdamW
+from offload.optimizer.accepted import TORCHS, listed, require_settings
+
+__all__ = ["DeferredAdamW"]
+
+_OF_A_GROUP = ("lr", "betas", "eps", "weight_decay", "maximize")
+
+
+class DeferredAdamW(torch.optim.Optimizer):
+    """`offload.AdamW` of whatever tensors the groups have at a step, placed as `config` says.
+
+    A step updates those in the groups that have a gradient, so that a framework may show some after
+    the others. Gradients that are not finite are the framework's to skip: it has the loss scale,
+    and the other ranks. `state` has the count of steps alone; `state_dict()` has all.
+
+    Raises ValueError for settings that AdamW does not have.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        config: OptimizerConfig,
+        *,
+        lr: float,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        self.config = config
+        self._states: AdamW | None = None
+        self._groups: dict[torch.Tensor, int] = {}  # of `_states`, by tensor
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(listed(params), TORCHS | defaults | {"maximize": False})
+        for group in self.param_groups:
+            require_settings(group)
+
+    def prepare(self, groups: Iterable[tuple[Mapping[str, Any], Sequence[torch.Tensor]]]) -> None:
+        """Make the states of tensors not seen before, each with a group that has their settings.
+
+        Raises ValueError for a tensor that cannot be trained, OSError where there is no room.
+        """
+        fresh = []
+        for settings, params in groups:
+            new = [param for param in params if param not in self._groups]
+            if new:
+                fresh.append({"params": new, **{key: settings[key] for key in _OF_A_GROUP}})
+        if self._states is None and fresh:
+            self._states = AdamW(fresh, skip_nonfinite=False, **asdict(self.config))
+            self._note(0)
+            return
+        for group in fresh:
+            assert self._states is not None
+            self._states.add_param_group(group)
+            self._note(len(self._states.param_groups) - 1)
+
+    def _note(self, first: int) -> None:
+        """Note the tensors of the states' groups from the number `first` on."""
+        assert self._states is not None
+        for number, group in enumerate(self._states.param_groups[first:], first):
+            self._groups |= dict.fromkeys(group["params"], number)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update what is in the groups and has a gradient. Raises as `offload.AdamW.step`."""
+        if closure is not None:
+            raise ValueError("closure is not offered where a framework calls the step")
+        self._take_over()
+        params = [param for group in self.param_groups for param in group["params"]]
+        trained = [param for param in params if param.grad is not None]
+        if not trained:
+            return None
+        states = self._prepared()
+        for group in self.param_groups:
+            require_settings(group)
+            for number in {self._groups[param] for param in group["params"]}:
+                states.param_groups[number].update({key: group[key] for key in _OF_A_GROUP})
+        states.step_of(trained)
+        for param in trained:
+            self.state[param]["step"] = states.state[param]["step"]
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `torch.optim.AdamW`'s has of the tensors in the groups, copied into memory.
+
+        Raises RuntimeError while a step is half done.
+        """
+        self._take_over()
+        counts = {param: dict(states) for param, states in self.state.items()}
+        try:
+            self.state.update(self._all_states())
+            return super().state_dict()
+        finally:
+            self.state.clear()
+            self.state.update(counts)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a checkpoint of this class or of `torch.optim.AdamW`, of the same groups.
+
+        Raises ValueError for other groups, shapes or keys, before anything is changed.
+        """
+        groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in groups]
+        own = [len(group["params"]) for group in self.param_groups]
+        if sizes != own:
+            raise ValueError(f"the checkpoint has groups of {sizes} parameters, and here are {own}")
+        merged = [{**mine, **_without_params(saved)} for mine, saved in self._with(groups)]
+        for group in merged:
+            require_settings(group)
+        found: dict[torch.Tensor, Mapping[str, Any]] = {}
+        for mine, saved in self._with(groups):
+            for param, number in zip(mine["params"], saved["params"], strict=True):
+                if number in state_dict["state"]:
+                    found[param] = state_dict["state"][number]
+        self._load(found)
+        for mine, saved in self._with(groups):
+            mine.update(_without_params(saved))
+
+    def memory_bytes(self) -> int:
+        """Return what states and staging take in memory between steps."""
+        return 0 if self._states is None else self._states.memory_bytes()
+
+    def close(self) -> None:
+        """Give back memory and files; states are lost. Idempotent."""
+        if self._states is not None:
+            self._states.close()
+
+    # ---- states ------------------------------------------------------------------------------
+
+    def _prepared(self) -> AdamW:
+        """Return the states of all tensors in the groups."""
+        self.prepare((group, group["params"]) for group in self.param_groups)
+        if self._states is None:
+            raise RuntimeError("no parameter group has a tensor to train")
+        return self._states
+
+    def _all_states(self) -> dict[torch.Tensor, dict[str, Any]]:
+        """Return all states, copied, by tensor."""
+        if self._states is None:
+            return {}
+        by_number = self._states.state_dict()["state"]
+        params = [param for group in self._states.param_groups for param in group["params"]]
+        return {params[number]: states for number, states in by_number.items()}
+
+    def _load(self, found: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
+        """Have these states and no others."""
+        states = self._prepared()
+        outline = torch.optim.Optimizer.state_dict(states)
+        params = [param for group in states.param_groups for param in group["params"]]
+        numbered = {number: found[each] for number, each in enumerate(params) if each in found}
+        states.load_state_dict({"param_groups": outline["param_groups"], "state": numbered})
+        self.state.clear()
+        for param in found:
+            self.state[param]["step"] = states.state[param]["step"]
+
+    def _take_over(self) -> None:
+        """Take over states that a framework has put into `state` itself, from a checkpoint."""
+        given = {param: states for param, states in self.state.items() if "exp_avg" in states}
+        if given:
+            self._load({**self._all_states(), **given})
+
+    def _with(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Any, Mapping[str, Any]]]:
+        return zip(self.param_groups, groups, strict=True)
+
+    def __getstate__(self) -> Any:
+        """Refuse to be copied or pickled, with the memory and the files that are its own."""
+        raise TypeError("this AdamW cannot be copied or pickled; use state_dict()")
+
+
+def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}

@@ -1,0 +1,244 @@
+"""The Hugging Face Trainer (transformers 5) by a plan: a callback, or a Trainer of its own.
+
+The callback moves activations: hooks of the model, since callbacks cannot wrap a forward. The
+Trainer wraps the loss whole, makes the optimizer, and saves states that memory cannot hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from offload.config import Plan, read_plan
+from offload.integrations.deepspeed_config import require_for_deepspeed
+from offload.integrations.deferred_adamw import DeferredAdamW
+from offload.integrations.module_forward import ModuleForward
+from offload.optimizer import AdamW
+from offload.session import Session
+
+__all__ = ["OffloadCallback", "OffloadTrainer", "Offloading"]
+
+_log = logging.getLogger(__name__)
+STATES_NAME = "optimizer.safetensors"
+"""In a checkpoint's folder, beside the Trainer's own files."""
+_SCHEDULER_NAME = "scheduler.pt"
+PlanLike = str | os.PathLike[str] | Mapping[str, Any] | Plan
+
+
+class OffloadCallback(transformers.TrainerCallback):
+    """Moves what the model's forwards save, by the plan's section `activations`.
+
+    Its logs have what was moved and waited for. What a loss computes behind the model's forward
+    (label smoothing, `compute_loss_func`) is not covered. An optimizer of the plan is not made
+    here: hand `optimizers=(offload.AdamW(...), None)` to the Trainer, or take `OffloadTrainer`.
+
+    Raises ValueError where the plan says what a callback cannot do.
+    """
+
+    def __init__(self, plan: PlanLike) -> None:
+        self.plan = _plan_of(plan)
+        require_no_recompute(self.plan)
+        self._session: Session | None = None
+        self._hooks: ModuleForward | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **more: Any
+    ) -> None:
+        """Open what moves bytes. Raises OSError for a directory that cannot be used."""
+        optimizer = _unwrapped(more.get("optimizer"))
+        if self.plan.optimizer is not None and not isinstance(optimizer, (AdamW, DeferredAdamW)):
+            raise ValueError(
+                "the plan has a section optimizer, and the Trainer's is "
+                f"{type(optimizer).__name__}: hand optimizers=(offload.AdamW(...), None) to it, or "
+                "take OffloadTrainer"
+            )
+        self.close()
+        self._session = Session(model, self.plan)
+        self._hooks = ModuleForward(model, self._session)
+        _log.info("what is computed behind the model's forward, a loss say, is not covered")
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        """Add what was moved to the logs, and to the last of the Trainer's history."""
+        found = figures_of(self._session)
+        if logs is not None:
+            logs.update(found)
+        if state.log_history:
+            state.log_history[-1].update(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Give back memory and files."""
+        self.close()
+
+    def close(self) -> None:
+        """Give back memory and files. Idempotent."""
+        if self._hooks is not None:
+            self._hooks.close()
+        if self._session is not None:
+            self._session.close()
+        self._hooks = self._session = None
+
+
+class Offloading:
+    """What makes a Trainer one that trains by a plan: `class Mine(Offloading, SFTTrainer)`.
+
+    `plan` as for `Session`. Raises ValueError where the Trainer cannot do what it says.
+    """
+
+    def __init__(self, *args: Any, plan: PlanLike, **named: Any) -> None:
+        self.plan = _plan_of(plan)
+        require_no_recompute(self.plan)
+        self._session: Session | None = None
+        super().__init__(*args, **named)
+        if self.plan.optimizer is not None:
+            self._require_optimizer()
+
+    def train(self: Any, *args: Any, **named: Any) -> Any:
+        """Train as the Trainer does. Raises OSError for a directory that cannot be used."""
+        with Session(self.model, self.plan) as session:
+            self._session = session
+            try:
+                return super().train(*args, **named)  # type: ignore[misc]
+            finally:
+                self._session = None
+
+    def compute_loss(self: Any, model: Any, *args: Any, **named: Any) -> Any:
+        """Compute the loss; all that it saves goes where the plan says."""
+        if self._session is None or not torch.is_grad_enabled() or not model.training:
+            return super().compute_loss(model, *args, **named)  # type: ignore[misc]
+        with self._session.forward():
+            return super().compute_loss(model, *args, **named)  # type: ignore[misc]
+
+    def create_optimizer(self: Any, *args: Any, **named: Any) -> Any:
+        """Make the plan's optimizer with the Trainer's settings and groups."""
+        config = self.plan.optimizer
+        if config is None or self.optimizer is not None:
+            return super().create_optimizer(*args, **named)  # type: ignore[misc]
+        given = self.args
+        settings = {
+            "lr": given.learning_rate,
+            "betas": (given.adam_beta1, given.adam_beta2),
+            "eps": given.adam_epsilon,
+        }
+        groups = self._groups()
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which train other tensors
+            self.optimizer = DeferredAdamW(groups, config, **settings)
+        else:
+            session = Session(self.model, self.plan) if self._session is None else self._session
+            self.optimizer = session.make_optimizer(groups, **settings)
+        return self.optimizer
+
+    def log(self: Any, logs: dict[str, Any], *args: Any, **named: Any) -> None:
+        """Log what the Trainer does, and what was moved and waited for."""
+        super().log(logs | figures_of(self._session), *args, **named)  # type: ignore[misc]
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        states = self._own_states()
+        if states is None:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        elif self.args.should_save:
+            states.save(Path(output_dir) / STATES_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        states = self._own_states()
+        file = None if checkpoint is None else Path(checkpoint) / STATES_NAME
+        if states is None or file is None or not file.is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        states.load(file)
+        scheduler = torch.load(Path(str(checkpoint)) / _SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
+
+    def _own_states(self: Any) -> AdamW | None:
+        """Return the optimizer where it is ours and has whole parameters."""
+        optimizer = _unwrapped(self.optimizer)
+        return optimizer if isinstance(optimizer, AdamW) else None
+
+    # ---- what the Trainer has ----------------------------------------------------------------
+
+    def _groups(self: Any) -> list[dict[str, Any]]:
+        """Return the Trainer's two groups, of which one does not decay."""
+        decaying = set(self.get_decay_parameter_names(self.model))
+        named = [(name, each) for name, each in self.model.named_parameters() if each.requires_grad]
+        parts = [
+            [each for name, each in named if (name in decaying) is yes] for yes in (True, False)
+        ]
+        decays = (self.args.weight_decay, 0.0)
+        return [
+            {"params": params, "weight_decay": decay}
+            for params, decay in zip(parts, decays, strict=True)
+            if params
+        ]
+
+    def _require_optimizer(self: Any) -> None:
+        """Raise ValueError for an optimizer beside the plan's, and set what DeepSpeed needs."""
+        if self.optimizer is not None:
+            raise ValueError(
+                "the plan has a section optimizer, and optimizers= hands another one to the "
+                "Trainer: leave one out"
+            )
+        kind = str(getattr(self.args.optim, "value", self.args.optim))
+        if not kind.startswith("adamw_torch"):
+            raise ValueError(
+                f"optim={kind!r} is not AdamW, which the plan's section optimizer trains with: "
+                "leave optim out"
+            )
+        if self.plan.optimizer.early_gradients and self.args.max_grad_norm:
+            raise ValueError(
+                f"early_gradients leaves nothing for max_grad_norm={self.args.max_grad_norm} to "
+                "clip: set max_grad_norm=0, or leave early_gradients out"
+            )
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+            for change in require_for_deepspeed(config, self.plan):
+                _log.warning("offload sets in the DeepSpeed config: %s", change)
+
+
+class OffloadTrainer(Offloading, transformers.Trainer):  # type: ignore[misc]
+    """A Trainer that trains by `plan`: activations, optimizer, checkpoints and logs."""
+
+
+def figures_of(session: Session | None) -> dict[str, float]:
+    """Return what a log has of a session so far; bytes are totals, `stall_s` too."""
+    stats = None if session is None else session.stats()
+    if stats is None:
+        return {}
+    return {
+        "offloaded_bytes": stats.offloaded_bytes,
+        "reloaded_bytes": stats.reloaded_bytes,
+        "ssd_write_bytes": stats.ssd_write_bytes,
+        "stall_s": stats.stall_s,
+    }
+
+
+def require_no_recompute(plan: Plan) -> None:
+    """Raise ValueError where layers are to be run again: a Trainer is told that otherwise."""
+    if plan.activations.mode == "recompute" or plan.activations.recompute:
+        raise ValueError(
+            "the plan runs layers again, which a Trainer does by gradient_checkpointing=True: set "
+            "that, and leave mode and recompute out"
+        )
+
+
+def _plan_of(plan: PlanLike) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    return Plan.from_mapping(plan) if isinstance(plan, Mapping) else read_plan(Path(plan))
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """Return an optimizer without accelerate's or DeepSpeed's around it."""
+    seen: Iterable[str] = ("optimizer", "optimizer")
+    for name in seen:
+        optimizer = getattr(optimizer, name, None) or optimizer
+    return optimizer
