@@ -46,6 +46,9 @@ CASES = (
     ("gemma-2-9b", "h100-sxm", 2048, 8),
     ("mixtral-8x7b", "gh200", 4096, 1),
     ("llama-3-70b", "h100-sxm", 4096, 1),
+    ("opt-6.7b", "a100-40gb-sxm", 4096, 16),
+    ("t5-large", "l40s", 2048, 16),
+    ("qwen2.5-7b", "rtx-4090", 4096, 8),
 )
 """Models and machines by name, positions of a sequence, and sequences of a micro-batch."""
 MODEL, MACHINE, DEVICES = "llama-3-8b", "a100-80gb-sxm", 8

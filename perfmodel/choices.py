@@ -111,7 +111,14 @@ class Searched:
             for stage in zero_stages or (parallel.zero_stage,):
                 if stage == 3 and stages > 1:
                     continue
-                shared = replace(parallel, pipeline=stages, data=ranks // stages, zero_stage=stage)
+                chunks = parallel.chunks if stages > 1 else 1
+                shared = replace(
+                    parallel,
+                    pipeline=stages,
+                    chunks=chunks,
+                    data=ranks // stages,
+                    zero_stage=stage,
+                )
                 whole = sequences * parallel.data // shared.data
                 one = replace(given, parallel=shared, micro_batch=whole, accumulation=1)
                 batches = micro_batches or some_batches(whole, given.micro_batch, _MICRO_BATCHES)
@@ -177,14 +184,16 @@ class Searched:
         parallel = workload.parallel
         summed = parallel.data * parallel.context > 1 and parallel.zero_stage < 2
         early = workload.framework == "torch" and not alone and not summed
+        # A framework's own fp32 parameters lie on the host, and are updated where they lie.
+        where = "auto" if workload.framework == "torch" else "host"
         if "device" in placements:
             yield Strategy(placement="device")
         if "host" in placements and not alone:
-            yield Strategy(placement="host", early_gradients=early)
+            yield Strategy(placement="host", early_gradients=early, update_schedule=where)
             for part in range(1, self._fine if "device" in placements else 1):
                 share = round(part / self._fine, 4)
                 mixed = f"host={share:g},device={1 - share:g}"
-                yield Strategy(placement=mixed, early_gradients=early)
+                yield Strategy(placement=mixed, early_gradients=early, update_schedule=where)
         if "ssd" in placements and drive is not None:
             yield Strategy(placement="ssd", early_gradients=early)
             if "host" in placements and not alone:
@@ -215,7 +224,7 @@ class Searched:
 
     def thorough(self, choice: ActivationChoice, workload: Workload) -> ActivationChoice:
         """Return the same strategy with what leaves searched for as a run does it."""
-        step = self._priced_of(workload).step(choice.strategy, thorough=True)
+        step = self._priced_of(workload).thorough(choice.strategy)
         return replace(choice, step=step, thorough=True)
 
     def refined(
@@ -230,7 +239,7 @@ class Searched:
         if left <= 0:
             return choice
         less = replace(strategy, memory_bytes=int(left))
-        step = priced.step(less, thorough=True)
+        step = priced.thorough(less)
         longer = step.duration_s > choice.step.duration_s * _SAME
         if longer or step.moved_bytes > choice.step.moved_bytes:
             return choice
@@ -243,7 +252,7 @@ class Searched:
         if "keep" in modes:
             yield Strategy(), kept
         if "recompute" in modes:
-            for again in priced.counts(self._fine):
+            for again in priced.counts():
                 yield priced.repeated(again)
         for tier in ("host", "ssd"):
             if tier in modes and priced.reaches(tier):

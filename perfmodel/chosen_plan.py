@@ -57,23 +57,23 @@ def plan_of(
         offload = replace(
             section.offload,
             spill_bytes=_room(prediction, "ssd", activations=True),
-            ssd_write_bytes_per_day=None if daily is None else max(1, int(daily * moved)),
+            ssd_write_bytes_per_day=int(daily * moved) or None if daily is not None else None,
         )
         section = replace(section, offload=offload)
     if optimizer is not None and "ssd" in optimizer.shares:
         optimizer = replace(
             optimizer,
             spill_bytes=_room(prediction, "ssd", activations=False),
-            ssd_write_bytes_per_day=None if daily is None else max(1, int(daily * states)),
+            ssd_write_bytes_per_day=int(daily * states) or None if daily is not None else None,
         )
     return replace(plan, activations=section, optimizer=optimizer)
 
 
-def _room(prediction: Prediction, tier: str, *, activations: bool) -> int:
-    """Return what a tier is to have room for, of activations or of states."""
+def _room(prediction: Prediction, tier: str, *, activations: bool) -> int | None:
+    """Return what a tier is to have room for, of activations or of states; None: as it comes."""
     nbytes = sum(
         each.nbytes
         for each in prediction.held
         if each.tier == tier and (each.name == "activations") is activations
     )
-    return max(1, math.ceil(_SLACK * nbytes))
+    return math.ceil(_SLACK * nbytes) or None

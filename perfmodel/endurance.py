@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["DAY_S", "WriteBudget", "life_days"]
+__all__ = ["DAY_S", "WriteBudget", "life_days", "needed_per_day"]
 
 DAY_S = 86_400.0
 # This part of a day's bytes may be written at once; the rest comes evenly over the day.
@@ -39,6 +39,11 @@ class WriteBudget:
     def give_back(self, nbytes: int) -> None:
         """Take back what was allowed and then not written."""
         self._left = min(self._most, self._left + nbytes)
+
+
+def needed_per_day(bytes_per_s: float) -> float:
+    """Return the `bytes_per_day` of a `WriteBudget` that lets so many through without end."""
+    return bytes_per_s * DAY_S / (1 - _AT_ONCE)
 
 
 def life_days(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from perfmodel.choices import ActivationChoice, Searched, StatesChoice
-from perfmodel.endurance import DAY_S
+from perfmodel.endurance import needed_per_day
 from perfmodel.machine import Machine
 from perfmodel.plan_file import Limits
 from perfmodel.prediction import Prediction, combined, device_memory_bytes
@@ -25,6 +25,8 @@ _SAME = 1.005
 """Steps so close to each other are equally fast: what moves less, or is simpler, comes first."""
 # Of a host's memory: what the system and the processes themselves need.
 _HOST_PART = 0.9
+# What leaves is searched for as in a run so many times, which takes a tenth of a second or more.
+_MOST_SETTLED = 6
 _SIMPLE = ("keep", "recompute", "host", "ssd")
 
 
@@ -41,8 +43,8 @@ class Search:
     """None: the workload's own."""
     pipelines: tuple[int, ...] = ()
     """None: the workload's own. Ranks that are in none share batches."""
-    fine: int = 4
-    """In how many steps layers, memory and shares are tried."""
+    fine: int = 8
+    """In how many steps the shares of states are tried."""
     refusal: Callable[[Workload, Strategy], str] | None = None
     """Says in a line why one is not to be chosen, and nothing where it may be."""
 
@@ -89,8 +91,12 @@ def limits_of(machine: Machine, limits: Limits) -> dict[str, float]:
     alone = machine.link is None
     host = int(_HOST_PART * machine.host.memory_bytes / ranks)
     device = host if alone else machine.device.memory_bytes
+    on_device = [limits.device_bytes]
+    if alone:  # what is the host's is the device's
+        on_device += [limits.host_bytes]
+    least = min((each for each in on_device if each is not None), default=None)
     given = {
-        "device_bytes": (limits.device_bytes, device),
+        "device_bytes": (least, device),
         "host_bytes": (limits.host_bytes, host),
         "pinned_bytes": (limits.pinned_bytes, host),
         "ssd_bytes": (limits.ssd_bytes, drive.free_bytes if drive else 0),
@@ -152,7 +158,7 @@ class _Planned:
         if not sums and search.pipelines:
             raise ValueError(
                 f"pipelines={search.pipelines}: no number of stages divides the ranks and their "
-                "sequences"
+                "sequences (and goes with the stage of ZeRO: 3 does not)"
             )
         if not sums:
             raise ValueError(
@@ -250,7 +256,10 @@ class _Planned:
         A run searches longer for what leaves than thousands of strategies could be searched for,
         and what it finds may be another.
         """
-        while fitting := self.fitting():
+        for _ in range(_MOST_SETTLED):
+            fitting = self.fitting()
+            if not fitting:
+                return None
             one = pick(fitting)
             if one.activations.thorough:
                 return one
@@ -258,7 +267,8 @@ class _Planned:
             for at, each in enumerate(self._sums):
                 if each.activations is one.activations:
                     self._sums[at] = _sum(thorough, each.states, self._machine)
-        return None
+        sure = [each for each in self.fitting() if each.activations.thorough]
+        return pick(sure) if sure else None
 
     def _refined(self, one: _Sum) -> _Sum:
         """Return `one` moving no more than it must."""
@@ -293,10 +303,13 @@ class _Planned:
         if not any(self._fits_alone(each) for states in self._states() for each in states):
             return 0
         length, least = self._workload.seq_len // 2, self._workload.seq_len // _SHORTEST
+        # What needs least memory, of what may be chosen.
+        sizes = (min(self._search.micro_batches, default=1),)
+        search = replace(self._search, micro_batches=sizes, fine=1)
         while length >= max(1, least):
             try:
                 shorter = replace(self._workload, seq_len=length)
-                if _Planned(shorter, self._machine, self._limits, self._search).anything_fits():
+                if _Planned(shorter, self._machine, self._limits, search).anything_fits():
                     return length
             except ValueError:  # ranks along the sequence do not divide it
                 return 0
@@ -315,7 +328,7 @@ def _sum(activations: ActivationChoice, states: StatesChoice, machine: Machine) 
         max(states.host_bytes[0] + activations.host_bytes, states.host_bytes[1]),
         states.pinned_bytes + activations.host_bytes,
         states.ssd_bytes + activations.ssd_bytes,
-        written / step_s * DAY_S,
+        needed_per_day(written / step_s),
     )
     return _Sum(step_s, uses, written, activations, states)
 

@@ -38,13 +38,14 @@ _MOST_STAGING = 4 << 30
 # Predicted to 0.1 % at worst where measured; what a run keeps is filled up to this.
 _KEPT_TO = 0.995
 _ROOMS = 6
+_COUNTS = 32
 
 
 class PricedSteps:
     """The forwards and backwards of one micro-batch and number of stages."""
 
     def __init__(self, workload: Workload, machine: Machine) -> None:
-        self._machine, parallel = machine, workload.parallel
+        self._workload, self._machine, parallel = workload, machine, workload.parallel
         self._layers = rank_layers(workload)
         self._found: dict[Strategy, ActivationStep] = {}
         self.forwards = forwards_under_way(parallel, workload.accumulation)
@@ -58,28 +59,38 @@ class PricedSteps:
             ahead = first_stage_tape(workload, machine, down)
             self._first = _Stage(ahead, workload, machine, few)
 
-    def step(self, strategy: Strategy, *, thorough: bool = False) -> ActivationStep:
-        """Return what a strategy takes."""
-        if thorough:
-            return self._step(strategy, EFFORT)
+    def step(self, strategy: Strategy) -> ActivationStep:
+        """Return what a strategy takes, as far as a search asks: from a few layers, and quickly."""
         if strategy not in self._found:
-            self._found[strategy] = self._step(strategy, 0.0)
+            first, last = (of_each(strategy, count) for count in self.forwards)
+            step = self._last.step(last)
+            if self._first:
+                step = staged(step, self._first.step(first))
+            self._found[strategy] = step
         return self._found[strategy]
 
-    def _step(self, strategy: Strategy, effort: float) -> ActivationStep:
+    def thorough(self, strategy: Strategy) -> ActivationStep:
+        """Return what it takes from all layers, with a search for what leaves as a run makes it."""
         first, last = (of_each(strategy, count) for count in self.forwards)
-        step = self._last.step(last, effort)
-        return staged(step, self._first.step(first, effort)) if self._first else step
+        workload, machine = self._workload, self._machine
+        tape = rank_tape(workload, machine)
+        times = rank_times(tape, workload, machine)
+        step = activation_step(tape, times, machine, last, effort=EFFORT)
+        if self._first is None:
+            return step
+        ahead = first_stage_tape(workload, machine)
+        times = rank_times(ahead, workload, machine)
+        return staged(step, activation_step(ahead, times, machine, first, effort=EFFORT))
 
     @cached_property
     def kept(self) -> ActivationStep:
         """Return the step in which everything stays."""
         return self.step(Strategy())
 
-    def counts(self, fine: int) -> list[int]:
-        """Return how many layers may be run again."""
+    def counts(self) -> list[int]:
+        """Return how many layers may be run again: any number of them, or many if they are more."""
         layers, layered = sum(self._layers), self._last.layered
-        some = {round(part * layers / fine) for part in range(1, fine)}
+        some = {round(part * layers / _COUNTS) for part in range(1, _COUNTS)}
         some = {each for each in some if layered is None or layered.stands_for(each)}
         return [*sorted(some - {0, layers}), layers]
 
@@ -118,12 +129,14 @@ class PricedSteps:
 
     def _rooms(self, room: float, taken: Sequence[int]) -> list[int]:
         """Return what saved tensors may take beside each of `taken`, if not all of them fit."""
-        found = set()
+        found, lefts = set(), [self.left(room, each) for each in taken]
         saved = max(map(operator.mul, self.forwards, (each.saved_bytes for each in self._kept)))
-        for left in (self.left(room, each) for each in taken):
+        for left in lefts:
             if 0 < left < saved:
                 # Rooms that are alike are one.
                 found.add(int(left / saved * _ROOMS) / _ROOMS or left)
+        if not found and min(lefts) <= 0:
+            found.add(0.0)  # as little as there can be
         return sorted(int(each * saved if each < 1 else each) for each in found)
 
     def left(self, room: float, taken: int) -> float:
@@ -165,13 +178,13 @@ class _Stage:
             least = Strategy().min_tensor_bytes
             self.layered = LayeredStep(tape, self._times, self._layers, machine, least)
 
-    def step(self, strategy: Strategy, effort: float) -> ActivationStep:
+    def step(self, strategy: Strategy) -> ActivationStep:
         """Return what a strategy takes."""
         if self.layered is None:
-            return activation_step(self._tape, self._times, self._machine, strategy, effort=effort)
+            return activation_step(self._tape, self._times, self._machine, strategy, effort=0.0)
         every = sum(self._layers) if strategy.activations == "recompute" else 0
         again = every if strategy.recompute is None else len(strategy.recompute)
-        return self.layered.step(strategy, again, effort=effort)
+        return self.layered.step(strategy, again, effort=0.0)
 
     @property
     def largest_bytes(self) -> int:

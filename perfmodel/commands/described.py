@@ -49,6 +49,7 @@ LIMITS = {
     "host_bytes": "host memory",
     "pinned_bytes": "pinned memory",
     "ssd_bytes": "space on the SSD",
+    "ssd_write_bytes_per_day": "writes to the SSD a day",
 }
 
 

@@ -52,6 +52,10 @@ _NOT_EMITTED = (
     "--rotary-base, --norm-epsilon, data, learning rate and initial values are the model's own; "
     "add them"
 )
+_NOT_THE_TRAINERS = (
+    "these alone do not fit: activations and states move by OffloadTrainer(..., plan=), with the "
+    "plan that -o writes, of a model whose parameters have the plan's dtype"
+)
 EMITTED = ("deepspeed", "megatron", "transformers")
 
 
@@ -118,8 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         Path(arguments.output).write_text(text + "\n", encoding="utf-8")
     if emitted is not None:
         print(emitted)
-        if arguments.emit == "megatron":
-            print(f"perfmodel: note: {_NOT_EMITTED}", file=sys.stderr)
+        _note(arguments.emit, best)
     elif not arguments.json:
         ranks = arguments.zero_stages is not None or arguments.pipelines is not None
         print("\n".join(_lines(found, wanted, ranks=ranks)))
@@ -160,6 +163,7 @@ def search_of(arguments: argparse.Namespace, wanted: Asked) -> Search:
         ("--placement", arguments.placement or ()),
         ("--path", ("ssd",) if arguments.path else ()),
         ("--ssd-space", ("ssd",) if arguments.ssd_space is not None else ()),
+        ("--ssd-write-bytes-per-day", ("ssd",) if arguments.ssd_write_bytes_per_day else ()),
     ):
         if "ssd" in values and machine.drive is None:
             raise ValueError(f"{flag} asks for an SSD, and {machine.name} has no drive")
@@ -191,6 +195,16 @@ def _require_ranks(arguments: argparse.Namespace) -> None:
         if given is not None and tried is not None:
             names = f"--{one.replace('_', '-')} and --{several.replace('_', '-')}"
             raise ValueError(f"{names} say the same; give one of them")
+
+
+def _note(kind: str, best: Prediction) -> None:
+    """Say what a framework's own settings leave open."""
+    strategy = best.strategy
+    moves = strategy.activations in ("host", "ssd") or set(strategy.shares) != {"device"}
+    if kind == "megatron":
+        print(f"perfmodel: note: {_NOT_EMITTED}", file=sys.stderr)
+    elif kind == "transformers" and moves:
+        print(f"perfmodel: note: {_NOT_THE_TRAINERS}", file=sys.stderr)
 
 
 def refusal(kind: str, workload: Workload, strategy: Strategy) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -28,6 +29,7 @@ from perfmodel.commands.described import (
 )
 from perfmodel.commands.step_chart import step_chart
 from perfmodel.commands.tables import digits, gib, json_text, table
+from perfmodel.endurance import needed_per_day
 from perfmodel.machine import read_machine
 from perfmodel.model import Model
 from perfmodel.plan_file import Plan, Predicted, read_plan
@@ -100,9 +102,12 @@ def _over(found: Prediction, plan: Plan, wanted: Asked) -> dict[str, tuple[float
         "host_bytes": found.host_bytes,
         "pinned_bytes": found.pinned_bytes,
         "ssd_bytes": found.ssd_bytes,
+        "ssd_write_bytes_per_day": needed_per_day(found.ssd_write_bytes / found.step_s),
     }
     return {
-        LIMITS[key]: (nbytes, there[key]) for key, nbytes in needed.items() if nbytes > there[key]
+        LIMITS[key]: (nbytes, there[key])
+        for key, nbytes in needed.items()
+        if nbytes > there.get(key, math.inf)
     }
 
 

@@ -15,6 +15,7 @@ __all__ = ["Slowdowns", "slowed_to_fit"]
 # other are as good as equal.
 _MOST = 4095.0
 _SAME = 1.02
+_SAME_QUICK = 1.1
 
 
 def slowed_to_fit(
@@ -53,7 +54,8 @@ class Slowdowns:
         target = max(memory_bytes, self._peak(high, memory_bytes))
         if plan.peak_bytes <= target:
             return plan
-        while 1 + high > _SAME * (1 + low):
+        same = _SAME if effort else _SAME_QUICK
+        while 1 + high > same * (1 + low):
             middle = math.sqrt((1 + low) * (1 + high)) - 1
             if self._peak(middle, target) <= target:
                 high = middle

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel.choices import Searched
+from perfmodel.endurance import WriteBudget, needed_per_day
+from perfmodel.layered_step import EFFORT
 from perfmodel.machine import read_machine
 from perfmodel.model import Model
 from perfmodel.plain_models import PLAIN_MODELS, plain_model
@@ -70,6 +72,31 @@ def test_what_is_chosen_fits_as_thoroughly_as_a_run_searches(kind: str) -> None:
             found = choice.prediction
             again = predict(found.workload, found.strategy, alone, effort=1.0)
             assert again.device_bytes <= limit, (choice.name, found.strategy)
+
+
+@pytest.mark.parametrize("gib", [9, 10, 12])
+def test_what_moves_is_priced_from_all_layers_before_it_is_chosen(gib: int) -> None:
+    limits = Limits(device_bytes=gib * GIB)
+    found = plan(WORKLOAD, MACHINE, limits, Search(activations=("host", "ssd"))).choices
+    assert found
+    for choice in found:
+        planned = choice.prediction
+        again = predict(planned.workload, planned.strategy, MACHINE, effort=EFFORT)
+        assert again.device_bytes == planned.device_bytes <= gib * GIB
+        assert again.step_s == pytest.approx(planned.step_s)
+
+
+def test_a_host_that_is_the_device_bounds_it_too() -> None:
+    alone = replace(MACHINE, link=None, drive=None)
+    found = plan(WORKLOAD, alone, Limits(host_bytes=1 * GIB))
+    assert not found.choices
+    assert found.over is not None
+    assert "device_bytes" in found.over
+
+
+def test_what_is_written_every_day_keeps_to_what_a_run_lets_through() -> None:
+    budget = WriteBudget(needed_per_day(1000.0), 0.0)
+    assert budget.bytes_per_s == pytest.approx(1000.0)
 
 
 def test_more_memory_is_never_slower() -> None:
