@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import operator
 import random
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 
+from perfmodel.schedules.nested import Nested
 from perfmodel.schedules.prefix_cut import prefix_cut
 from perfmodel.schedules.replay import KEPT, Outcome, Replay
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
-__all__ = ["ActivationSchedule", "effort_for", "plan_activations"]
+__all__ = ["ActivationSchedule", "effort_for", "plan_activations", "quick_peak"]
 
 # How much work the search may do: choices tried times tensors in each.
 _SEARCH_TENSORS = 150_000
@@ -80,14 +80,27 @@ def plan_activations(
         raise ValueError(f"effort={effort!r} is not a part of the search: 0 to 1")
     if not 0 <= slowdown < math.inf:
         raise ValueError(f"slowdown={slowdown!r} is not a part of a step: 0, or 0.05 say")
-    limits = limits or Limits()
-    # A step that waits, evenly spread, is to its transfers what faster channels are.
-    channels = [_faster(channel, 1 + slowdown) for channel in channels]
-    search = _Search(Replay(trace, channels, limits), memory_bytes or 0, effort)
-    found = search.without_window() or search.best()
-    choice, outcome = found
+    search = _search(trace, channels, limits or Limits(), memory_bytes or 0, slowdown, effort)
+    choice, outcome = search.without_window() or search.best()
     schedule = _schedule_of(search.replay, search.replay.tied(choice), outcome)
     return replace(schedule, slowdown=slowdown)
+
+
+def quick_peak(
+    trace: Trace, channels: Sequence[Channel], limits: Limits, memory_bytes: int, slowdown: float
+) -> int:
+    """Return the peak of what `plan_activations` finds without effort."""
+    search = _search(trace, channels, limits, memory_bytes, slowdown, 0.0)
+    return (search.without_window() or search.best())[1].peak_bytes
+
+
+def _search(
+    trace: Trace, channels: Sequence[Channel], limits: Limits, target: int, *rest: float
+) -> _Search:
+    slowdown, effort = rest
+    # A step that waits, evenly spread, is to its transfers what faster channels are.
+    channels = [_faster(channel, 1 + slowdown) for channel in channels]
+    return _Search(Replay(trace, channels, limits), target, effort)
 
 
 def effort_for(trace: Trace) -> float:
@@ -106,39 +119,6 @@ def _faster(channel: Channel, factor: float) -> Channel:
         mixed_bytes_per_s=channel.mixed_bytes_per_s * factor,
         latency_s=channel.latency_s / factor,
     )
-
-
-class _Nested:
-    """Room of tensors that are offered longest lifetime first, each inside the one before."""
-
-    def __init__(self, limit: float, *, alone: bool = False) -> None:
-        self._limit = limit
-        self._alone = alone  # one that nothing else is there with may be larger
-        self._out: deque[tuple[float, int]] = deque()  # until when, bytes
-        self._out_bytes = 0
-        self._in: deque[tuple[float, int]] = deque()  # since when, bytes of those before
-        self._in_bytes = 0
-
-    def fits(self, nbytes: int, away: tuple[float, float], back: tuple[float, float]) -> bool:
-        """Say whether there is room for a tensor that takes it during `away` and `back`."""
-        if self._limit == math.inf:
-            return True
-        while self._out and self._out[0][0] < away[0]:
-            self._out_bytes -= self._out.popleft()[1]
-        # A read that is outer begins later: it meets all that are inner and not yet released.
-        while self._in and self._in[0][0] > back[1]:
-            self._in.popleft()
-        before = self._in[0][1] if self._in else self._in_bytes
-        taken = max(self._out_bytes, self._in_bytes - before)
-        return taken + nbytes <= self._limit or (self._alone and not taken)
-
-    def add(self, nbytes: int, away: tuple[float, float], back: tuple[float, float]) -> None:
-        """Take one that fits."""
-        if self._limit < math.inf:
-            self._out.append((away[1], nbytes))
-            self._out_bytes += nbytes
-            self._in.append((back[0], self._in_bytes))
-            self._in_bytes += nbytes
 
 
 _Found = tuple[list[int], Outcome]
@@ -255,8 +235,8 @@ class _Search:
         choice = [KEPT] * len(replay.nbytes)
         free_s = [0.0] * len(replay.channels)
         begin_s = [math.inf] * len(replay.channels)
-        staging = _Nested(limits.staging_bytes)
-        window = _Nested(limits.window_bytes, alone=True)
+        staging = Nested(limits.staging_bytes)
+        window = Nested(limits.window_bytes, alone=True)
         bounded = min(limits.staging_bytes, limits.window_bytes) < math.inf
         ways = [(number, *replay.seconds(number, False)) for number in range(len(replay.channels))]
         # Most of a search is this loop.

@@ -28,6 +28,7 @@ class Outcome:
     broken: int
     peak_bytes: int = 0
     staging_peak_bytes: int = 0
+    """Of what is limited; 0 where it is not."""
     moved_bytes: int = 0
     byte_seconds: float = 0.0
     """How much is in memory for how long, less the same when all is kept."""
@@ -125,7 +126,9 @@ class Replay:
             moved_bytes += sum(self.nbytes[index] for index in mine)
         moved = [index for index in range(count) if choice[index] != KEPT]
         staged = [index for index in moved if self.channels[choice[index]].staged]
-        broken, staging_peak = self._staging(staged, written_s, read_s)
+        broken, staging_peak = -1, 0
+        if staged and self.limits.staging_bytes < math.inf:
+            broken, staging_peak = self._staging(staged, written_s, read_s)
         if broken < 0 and self.limits.window_bytes < math.inf:
             broken, _ = self.window(moved, written_s, read_s, self.limits.window_bytes)
         if broken >= 0:

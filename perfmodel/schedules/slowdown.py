@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from perfmodel.schedules.activations import ActivationSchedule, plan_activations
+from perfmodel.schedules.activations import ActivationSchedule, plan_activations, quick_peak
 from perfmodel.schedules.trace import Channel, Limits, Trace
 
 __all__ = ["Slowdowns", "slowed_to_fit"]
@@ -15,7 +15,7 @@ __all__ = ["Slowdowns", "slowed_to_fit"]
 # other are as good as equal.
 _MOST = 4095.0
 _SAME = 1.02
-_SAME_QUICK = 1.1
+_SAME_QUICK = 1.2
 
 
 def slowed_to_fit(
@@ -89,6 +89,6 @@ class Slowdowns:
             # A search ends with the first choice that meets what it looks for, and else tries all.
             if peak <= target or peak > sought:
                 return peak
-        peak = self._plan(slowdown, target, 0.0).peak_bytes
+        peak = quick_peak(self._trace, self._channels, self._limits, target, slowdown)
         self._quick[slowdown] = target, peak
         return peak
