@@ -65,7 +65,7 @@ def test_what_is_chosen_fits_as_thoroughly_as_a_run_searches(kind: str) -> None:
     workload = Workload(model=model, seq_len=512, micro_batch=8, dtype="float32", plain=kind)
     alone = replace(MACHINE, link=None)
     kept = predict(workload, Strategy(optimizer="torch"), alone).device_bytes
-    for part in range(40, 100, 3):
+    for part in range(40, 100, 8):
         limit = kept * part // 100
         search = Search(activations=("keep", "ssd"), micro_batches=(4, 8))
         for choice in plan(workload, alone, Limits(device_bytes=limit), search).choices:
