@@ -66,7 +66,7 @@ class Case:
             return found | {"offload": {"optimizer": states}}
         zero["offload_optimizer"] = {"device": STOCK[name], "pin_memory": False}
         if STOCK[name] == "nvme":
-            # As its own tuner's sweep has them. (With pipeline_read and pipeline_write it ends in an
+            # As its own tuner has them. (With pipeline_read and pipeline_write it ends in an
             # assertion here, of 0.19.8 and subgroups of these sizes.)
             zero["offload_optimizer"] |= {"nvme_path": self.directory, "buffer_count": 4}
             found["aio"] = {"block_size": MIB, "queue_depth": 32, "intra_op_parallelism": 1}
