@@ -197,7 +197,9 @@ class Searched:
         if "ssd" in placements and drive is not None:
             yield Strategy(placement="ssd", early_gradients=early)
             if "host" in placements and not alone:
-                yield Strategy(placement="ssd=0.5,host=0.5", early_gradients=early)
+                yield Strategy(
+                    placement="ssd=0.5,host=0.5", early_gradients=early, update_schedule=where
+                )
 
     def activations(
         self, modes: Sequence[str], room: float, states: Sequence[StatesChoice]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def read_config(config: Any) -> dict[str, Any] | None:
     """
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
-    if config is None or not Path(config).is_file():
+    if config is None or not os.path.isfile(config):  # a long text of base64 is no path
         return None
     try:
         found = json.loads(Path(config).read_text(encoding="utf-8"))
@@ -175,7 +176,7 @@ def _require_compatible(config: Mapping[str, Any], plan: Plan) -> None:
                 "asked: remove one"
             )
     if plan.optimizer is not None:
-        problems += _against_optimizer(config, zero, compiled)
+        problems += _against_optimizer(config, zero, compiled, plan)
         if plan.optimizer.early_gradients:
             problems.append(
                 f"{SECTION}.optimizer.early_gradients takes gradients that DeepSpeed adds up "
@@ -186,7 +187,10 @@ def _require_compatible(config: Mapping[str, Any], plan: Plan) -> None:
 
 
 def _against_optimizer(
-    config: Mapping[str, Any], zero: Mapping[str, Any], compiled: Mapping[str, Any]
+    config: Mapping[str, Any],
+    zero: Mapping[str, Any],
+    compiled: Mapping[str, Any],
+    plan: Plan,
 ) -> list[str]:
     """Return what does not go with states that are ours."""
     offload = zero.get("offload_optimizer") or {}
@@ -200,7 +204,13 @@ def _against_optimizer(
     if offload.get("ratio", 1.0) != 1.0:
         found.append(
             f"zero_optimization.offload_optimizer.ratio={offload['ratio']} takes DeepSpeedCPUAdam "
-            f"alone: remove it, and give {SECTION}.optimizer.placement shares"
+            "alone: remove it"
+        )
+    shares = plan.optimizer.shares if plan.optimizer is not None else {}
+    if zero.get("stage") and "device" in shares and len(shares) > 1:
+        found.append(
+            f"{SECTION}.optimizer.placement has shares on the device and elsewhere, and ZeRO has "
+            "all fp32 parameters on the device or none: give one of them"
         )
     for key, where in (("super_offload", offload), ("zenflow", zero)):
         if where.get(key):

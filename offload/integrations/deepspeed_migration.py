@@ -67,8 +67,8 @@ class _Work:
             return
         if offload.get("super_offload"):
             self.lines.append(
-                "super_offload: removed; states are updated on device and host side by side, with "
-                "clipping too, as is measured to take the least time"
+                "super_offload: removed; states are updated on the host, in the step and not in a "
+                "process beside it"
             )
         self.section["optimizer"] = self._placed(offload, device)
 
@@ -84,12 +84,10 @@ class _Work:
             return found
         ratio = float(offload.get("ratio", 1.0))
         if ratio < 1:
-            placement = f"host={ratio:g},device={1 - ratio:g}"
             self.lines.append(
-                f"offload_optimizer.ratio = {ratio:g}: placement {placement!r}, subgroup by "
-                "subgroup and with one AdamW, whose learning rates all follow the scheduler"
+                f"offload_optimizer.ratio = {ratio:g}: removed; ZeRO has all fp32 parameters on "
+                "the host or none, and one AdamW updates them"
             )
-            return {"placement": placement}
         self.lines.append(f"{was}: placement 'host'")
         return {"placement": "host"}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,7 @@ class Offloading:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which train other tensors
             self.optimizer = DeferredAdamW(groups, config, **settings)
         else:
-            session = Session(self.model, self.plan) if self._session is None else self._session
-            self.optimizer = session.make_optimizer(groups, **settings)
+            self.optimizer = AdamW(groups, **settings, **asdict(config))
         return self.optimizer
 
     def log(self: Any, logs: dict[str, Any], *args: Any, **named: Any) -> None:

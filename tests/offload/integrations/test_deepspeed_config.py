@@ -82,6 +82,7 @@ def test_without_an_optimizer_in_the_section_nothing_is_set() -> None:
         ),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
         ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint"),
+        ({"offload": {"optimizer": {"placement": "host=0.5,device=0.5"}}}, "give one of them"),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "cpu_checkpointing"),
         ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
@@ -103,7 +104,7 @@ def test_a_file_is_read_and_what_is_no_file_left_to_deepspeed(tmp_path: Path) ->
     file = tmp_path / "ds_config.json"
     file.write_text(json.dumps(config()))
     assert read_config(file) == read_config(str(file)) == config()
-    assert read_config("eyJhIjogMX0=") is None
+    assert read_config("eyJhIjogMX0=" * 100) is None
     file.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         read_config(file)
@@ -128,11 +129,11 @@ def test_states_on_nvme_stay_in_their_directory() -> None:
     assert split(found.config, has_client=False).plan.optimizer is not None
 
 
-def test_a_ratio_becomes_shares_and_parameters_stay_deepspeeds() -> None:
+def test_a_ratio_is_removed_and_parameters_stay_deepspeeds() -> None:
     given = today({"device": "cpu", "ratio": 0.4})
     given["zero_optimization"]["offload_param"] = {"device": "cpu"}
     found = migrated(given, "/nvme")
-    assert found.config["offload"]["optimizer"] == {"placement": "host=0.4,device=0.6"}
+    assert found.config["offload"]["optimizer"] == {"placement": "host"}
     assert found.config["offload"]["activations"] == {"mode": "ssd", "path": ["/nvme"]}
     assert found.config["zero_optimization"]["offload_param"] == {"device": "cpu"}
     assert any("offload_param: kept" in line for line in found.lines)
