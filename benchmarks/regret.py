@@ -124,14 +124,17 @@ def grid_of(size: Size, kept_bytes: int) -> list[tuple[Workload, Strategy]]:
     activations = (
         Strategy(optimizer="torch"),
         Strategy(activations="recompute", optimizer="torch"),
-        Strategy(activations="recompute", recompute=tuple(range(layers // 2)), optimizer="torch"),
+        *(
+            Strategy(activations="recompute", recompute=tuple(range(some)), optimizer="torch")
+            for some in sorted({max(layers // 4, 1), layers // 2, layers - 1})
+        ),
         moved,
         replace(moved, memory_bytes=kept_bytes // 2 + 64 * MIB),
     )
     found = [(whole, each) for each in activations]
     found += [(whole, replace(each, optimizer="offload", placement="ssd")) for each in activations]
     halves = whole.with_batch(size.batch // 2)
-    return found + [(halves, each) for each in activations[:2]]
+    return found + [(halves, each) for each in (*activations[:2], moved)]
 
 
 def named(workload: Workload, strategy: Strategy) -> str:
