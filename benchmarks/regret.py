@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Mapping
@@ -75,6 +76,11 @@ class Measured:
     step_s: float
     total_bytes: float
     """All that was in memory at the worst moment."""
+
+
+def title_of(size: Size) -> str:
+    """Return what a model is called in the record."""
+    return f"{size.model} {'x'.join(map(str, size[1:]))}"
 
 
 def training_of(size: Size, directory: str) -> Training:
@@ -160,14 +166,20 @@ def measure(
 def grid_measured(
     size: Size, machine: Machine, directory: str, arguments: argparse.Namespace
 ) -> list[Measured]:
-    """Run the grid."""
+    """Run the grid, or take what each strategy took before."""
+    before: dict[str, tuple[float, float]] = {}
+    if arguments.grids is not None:
+        grids = json.loads(arguments.grids.read_text(encoding="utf-8"))["samples"]["grids"]
+        before = {name: (step_s, nbytes) for name, step_s, nbytes in grids[title_of(size)]}
     kept = predict(workload_of(size), Strategy(optimizer="torch"), machine, effort=0.0)
     training, found = training_of(size, directory), []
     cases = grid_of(size, kept.device_bytes // 2)
     for workload, strategy in tqdm(cases, desc=f"grid of {size.model}", leave=False):
         planned = Plan.of(workload, strategy, path=(directory,))
         name = named(workload, strategy)
-        step_s, nbytes = measure(name, training, planned, arguments.steps, arguments.warm_up)
+        step_s, nbytes = before.get(name) or measure(
+            name, training, planned, arguments.steps, arguments.warm_up
+        )
         found.append(Measured(name, planned, step_s, nbytes))
     return found
 
@@ -251,6 +263,7 @@ def parsed() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add("--offload-path", type=Path, metavar="DIR", help="on the drive to use (build/spill)")
     add("--sizes", type=positive, default=len(SIZES), metavar="N", help="the first N (all)")
     add("--steps", type=positive, default=4, help="of each strategy of the grid (4)")
+    add("--grids", type=Path, metavar="FILE", help="a record whose grids are taken, not run again")
     add("--machine", metavar="FILE", help="what was calibrated before; without, it is now")
     return parser.parse_args(), parser
 
@@ -299,7 +312,7 @@ def main() -> None:
         machine = read_machine(arguments.machine) if arguments.machine else calibrate(directory)
         for size in tqdm(SIZES[: arguments.sizes], desc="models"):
             grid = grid_measured(size, machine, directory, arguments)
-            title = f"{size.model} {'x'.join(map(str, size[1:]))}"
+            title = title_of(size)
             grids[title] = [(each.strategy, each.step_s, each.total_bytes) for each in grid]
             for part in LIMITS:
                 limit = int(part * grid[0].total_bytes)

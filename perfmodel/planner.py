@@ -27,6 +27,8 @@ _SAME = 1.005
 _HOST_PART = 0.9
 # What leaves is searched for as in a run so many times, which takes a tenth of a second or more.
 _MOST_SETTLED = 6
+# By so much a quick search may find more to be on the device than a run does.
+_QUICK_EXCESS = 1.06
 _SIMPLE = ("keep", "recompute", "host", "ssd")
 
 
@@ -257,10 +259,10 @@ class _Planned:
         and what it finds may be another.
         """
         for _ in range(_MOST_SETTLED):
-            fitting = self.fitting()
-            if not fitting:
+            likely = [each for each in self._sums if self._may_fit(each)]
+            if not likely:
                 return None
-            one = pick(fitting)
+            one = pick(likely)
             if one.activations.thorough:
                 return one
             thorough = self._searched.thorough(one.activations, one.states.workload)
@@ -269,6 +271,13 @@ class _Planned:
                     self._sums[at] = _sum(thorough, each.states, self._machine)
         sure = [each for each in self.fitting() if each.activations.thorough]
         return pick(sure) if sure else None
+
+    def _may_fit(self, one: _Sum) -> bool:
+        """Say whether a pair fits, or may with what leaves as in a run."""
+        uses = one.uses
+        if not one.activations.thorough:
+            uses = (uses[0] / _QUICK_EXCESS, *uses[1:])
+        return _within(uses, tuple(self._bounds.values()))
 
     def _refined(self, one: _Sum) -> _Sum:
         """Return `one` moving no more than it must."""
