@@ -184,8 +184,8 @@ class Searched:
         parallel = workload.parallel
         summed = parallel.data * parallel.context > 1 and parallel.zero_stage < 2
         early = workload.framework == "torch" and not alone and not summed
-        # A framework's own fp32 parameters lie on the host, and are updated where they lie.
-        where = "auto" if workload.framework == "torch" else "host"
+        # Megatron's own fp32 parameters lie on the host, and are updated where they lie.
+        where = "host" if workload.framework == "megatron" else "auto"
         if "device" in placements:
             yield Strategy(placement="device")
         if "host" in placements and not alone:

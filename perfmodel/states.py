@@ -283,6 +283,9 @@ class _Rank:
             # Updated parameters on their way back, in their own precision.
             nbytes = self._states * self._element_bytes
             yield Held("update buffers", "host", nbytes, pinned=True)
+            if self._strategy.update_schedule != "host" and "host" in self._shares:
+                # A gradient and a parameter beside at most three states.
+                yield Held("update buffers", "device", 2 * 5 * _FP32_BYTES * most)
         elif self._beside and (self._workload.framework == "torch" or self._leaves):
             kind, _ = update_schedule_of(self._strategy.update_schedule)
             buffers = 1 if kind == "stride" else 2

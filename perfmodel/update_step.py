@@ -22,6 +22,7 @@ from perfmodel.workload import Strategy, Workload
 
 __all__ = ["UpdateStep", "subgroup_params", "update_rates", "update_step", "updated_count"]
 
+_FP32_BYTES = 4
 # Of a parameter where nothing moves: gradient, master copy and moments read, all but it written.
 _UPDATED_BYTES = 28
 # Of queueing one that moves, three calls from Python; a run that is not planned measures its own.
@@ -125,24 +126,32 @@ def _in_memory(workload: Workload, strategy: Strategy, count: int, machine: Mach
     shares = {tier: part for tier, part in strategy.shares.items() if tier != "ssd"}
     resident = shares.get("device", 0.0) / sum(shares.values())
     rates = update_rates(workload, machine)
+    # DeepSpeed has fp32 parameters and gradients on the host, beside their states.
+    lent = (
+        workload.framework == "deepspeed" and workload.parallel.zero_stage > 0 and "host" in shares
+    )
+    if lent:
+        rates = replace(rates, params_on="host", param_bytes=_FP32_BYTES)
     sizes = _sizes(count)
     if update_schedule_of(strategy.update_schedule)[0] == "auto":
         schedule = plan_updates(sizes, rates, resident=resident)
     else:
         schedule = named_schedule(strategy.update_schedule, sizes, resident=resident)
     timeline = simulate_updates(schedule, rates)
-    sent = count * workload.element_bytes * schedule.share("host")
-    sent_s = sent / rates.to_host_bytes_per_s
-    moved = count * schedule.share("moved") * STATE_BYTES
-    back = moved + count * schedule.share("host") * workload.element_bytes
+    part = 1.0 if lent else schedule.share("host")  # of gradients, and of parameters on their way
+    copied_s = count * workload.element_bytes * part / rates.to_device_bytes_per_s
+    sent_s = count * workload.element_bytes * part / rates.to_host_bytes_per_s
+    moved = count * schedule.share("moved")
+    along = _FP32_BYTES if lent else 0
     return UpdateStep(
-        update_s=timeline.duration_s,
+        # What is on the host has been updated before DeepSpeed sends any of it.
+        update_s=timeline.duration_s + (copied_s if lent else 0.0),
         gradients_s=sent_s,
         busy_s={
             "device": timeline.busy_s("device"),
             "host update": timeline.busy_s("host"),
-            "to device": back / rates.to_device_bytes_per_s,
-            "to host": moved / rates.to_host_bytes_per_s + sent_s,
+            "to device": moved * (STATE_BYTES + along) / rates.to_device_bytes_per_s + copied_s,
+            "to host": moved * STATE_BYTES / rates.to_host_bytes_per_s + sent_s,
         },
         schedule=schedule,
     )

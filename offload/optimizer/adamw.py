@@ -6,6 +6,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from offload.optimizer.gradients import Gradients
 from offload.optimizer.host_side import HostSide
 from offload.optimizer.interruption import Uninterrupted
 from offload.optimizer.layout import Piece, Subgroup, lay_out, needs_master, require_as_laid_out
+from offload.optimizer.lent_device import LentDevice, made_of
 from offload.optimizer.placement import Placement
 from offload.optimizer.sharded import local_part, require_unsharded, sum_over_ranks
 from offload.optimizer.states import States
@@ -60,9 +62,9 @@ class AdamW(torch.optim.Optimizer):
     gradients, and a backward that is not to count is followed by this `zero_grad()`, not the
     model's. `max_norm` clips the norm of all gradients together. A step whose gradients are not all
     finite is skipped and counted in `skipped_steps`; with `skip_nonfinite=False` it is taken, for
-    who decides that elsewhere. `fused` and `foreach` are taken and mean
-    nothing. Parameters of a GPU are updated there and here, as `update_schedule` says.
-    `emulated_device` has those of the CPU treated so; it stays its owner's.
+    who decides that elsewhere. `fused` and `foreach` are taken and mean nothing. Parameters of a
+    GPU are updated there and here, as `update_schedule` says; `emulated_device` has those of the
+    CPU treated so, and a `LentDevice` is `lent_device`: both stay their owner's.
 
     Raises ValueError for a wrong setting or a parameter that cannot be trained so, OSError with
     errno and path for a directory that cannot be used or has too little space.
@@ -83,6 +85,7 @@ class AdamW(torch.optim.Optimizer):
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         io_engine: str | FaultPlan = "auto",
         emulated_device: UpdateDevice | None = None,
+        lent_device: UpdateDevice | None = None,
         **settings: Any,
     ) -> None:
         faults = io_engine if isinstance(io_engine, FaultPlan) else None
@@ -91,9 +94,8 @@ class AdamW(torch.optim.Optimizer):
         self.config = OptimizerConfig.from_mapping(settings)
         require_norm(max_norm)
         self.max_norm, self._skip_nonfinite = max_norm, skip_nonfinite
-        self.skipped_steps = 0
-        self.total_norm = 0.0
-        """Of all gradients of the last step, before clipping."""
+        self.skipped_steps, self.total_norm = 0, 0.0
+        """The norm is of all gradients of the last step, before clipping."""
         pool, params = pool_of(self.config), listed(params)
         self._subgroups: list[tuple[Subgroup, States]] = []
         self._steps: dict[torch.Tensor, int] = {}
@@ -108,10 +110,10 @@ class AdamW(torch.optim.Optimizer):
         )
         self._gradients = Gradients(device, pool, self.config)
         self._placement = Placement(self.config, faults, self.device_side)
-        self._host_side = HostSide(pool, self._placement)
-        self._finalizer = weakref.finalize(
-            self, _close, self._gradients, self._placement, self._own_device
-        )
+        lent = made_of(lent_device, pool, self.config, device)
+        self._host_side = HostSide(pool, self._placement, lent)
+        opened = self._gradients, lent, self._placement, self._own_device
+        self._finalizer = weakref.finalize(self, _close, *opened)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         try:
             super().__init__(params, TORCHS | defaults | {"maximize": maximize})
@@ -332,7 +334,8 @@ class AdamW(torch.optim.Optimizer):
         states_bytes = sum(states.memory_bytes() for _, states in self._subgroups)
         moving_bytes = self.device_side.memory_bytes() if self.device_side is not None else 0
         held_bytes = self._placement.native_bytes() + self._gradients.memory_bytes()
-        return states_bytes + moving_bytes + held_bytes
+        lent = self._host_side.lent
+        return states_bytes + moving_bytes + held_bytes + (lent.memory_bytes() if lent else 0)
 
     # ---- the end ----------------------------------------------------------------------------
 
@@ -371,13 +374,12 @@ class AdamW(torch.optim.Optimizer):
             )
 
 
-def _close(gradients: Gradients, placement: Placement, device: UpdateDevice | None) -> None:
-    gradients.close()
-    try:
-        placement.close()
-    finally:
-        if device is not None:
-            device.close()
+def _close(*opened: Gradients | LentDevice | Placement | UpdateDevice | None) -> None:
+    """Close all in their order, whatever one of them raises."""
+    with ExitStack() as stack:
+        for each in reversed(opened):
+            if each is not None:
+                stack.callback(each.close)
 
 
 def _written(param: torch.Tensor) -> tuple[int, int]:

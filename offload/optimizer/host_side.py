@@ -1,4 +1,7 @@
-"""The update of states that lie on the host and the SSD alone, a subgroup after the other."""
+"""The update of what lies on the host and the SSD alone, a subgroup after the other.
+
+A device that was lent updates some of them meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Sequence
 from offload.native import ThreadPool, adam_update
 from offload.optimizer.interruption import Uninterrupted
 from offload.optimizer.layout import Subgroup
+from offload.optimizer.lent_device import LentDevice
 from offload.optimizer.placement import Placement
 from offload.optimizer.states import States, renew_master
 from offload.optimizer.update import Update
@@ -15,10 +19,12 @@ __all__ = ["HostSide"]
 
 
 class HostSide:
-    """Updates by the threads of `pool`; `placement` keeps its owner's."""
+    """Updates by the threads of `pool`, and by `lent`; `placement` keeps its owner's."""
 
-    def __init__(self, pool: ThreadPool, placement: Placement) -> None:
-        self._pool, self._placement = pool, placement
+    def __init__(
+        self, pool: ThreadPool, placement: Placement, lent: LentDevice | None = None
+    ) -> None:
+        self._pool, self._placement, self.lent = pool, placement, lent
 
     def finish(
         self,
@@ -34,11 +40,17 @@ class HostSide:
         flat = update.gradients.flat
         update.done |= {at for at in order if not subgroups[at][0].has_any(flat)}
         todo = [number for number in order if number not in update.done]
-        for place, number in enumerate(todo):
-            signals.deliver()
-            for near in todo[place : place + 1 + self._placement.ahead]:
-                subgroups[near][1].prefetch()
-            self._update(number, *subgroups[number], update)
+        try:
+            if self.lent is not None:
+                todo = self.lent.take(update, todo, subgroups)
+            for place, number in enumerate(todo):
+                signals.deliver()
+                for near in todo[place : place + 1 + self._placement.ahead]:
+                    subgroups[near][1].prefetch()
+                self._update(number, *subgroups[number], update)
+        finally:
+            if self.lent is not None:
+                self.lent.wait()
         self._placement.turn()
 
     def _update(self, number: int, subgroup: Subgroup, states: States, update: Update) -> None:

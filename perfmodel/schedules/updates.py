@@ -51,13 +51,19 @@ class UpdateRates:
     """What each subgroup costs beside its bytes: launches, events, waking threads."""
     param_bytes: int = 2
     """Of a parameter as the model uses it; its gradient has as many."""
+    params_on: str = "device"
+    """Where parameters and gradients are: `device`, or `host` beside their states."""
 
     def __post_init__(self) -> None:
         """Check the rates."""
+        if self.params_on not in ("device", "host"):
+            raise ValueError(f"params_on={self.params_on!r} is neither device nor host")
         for one in fields(self):
             value = getattr(self, one.name)
+            if isinstance(value, (bool, str)):
+                continue
             enough = value >= 0 if one.name == "subgroup_s" else value > 0
-            if one.name != "duplex" and not enough:
+            if not enough:
                 raise ValueError(f"{one.name}={value!r} of the machine is too small")
 
 
@@ -166,6 +172,7 @@ def tasks_of(schedule: UpdateSchedule, rates: UpdateRates) -> list[Task]:
     """Return what an update does, in the order in which each queue is asked for it.
 
     Gradients have reached the place of the update before; parameters go back to the device after.
+    Where both are on the host, what moves takes the one along, and brings the other.
     """
     up, down = ("to device", "to host") if rates.duplex else ("link", "link")
     tasks: list[Task] = []
@@ -189,12 +196,15 @@ def tasks_of(schedule: UpdateSchedule, rates: UpdateRates) -> list[Task]:
             # States are read and written, the gradient read, the parameter written.
             uses = ((MEMORY, 2.0 * states + 2 * param),)
             done = add("host", size / rates.host_params_per_s, uses=uses)
-            copy("parameters", up, param, rates.to_device_bytes_per_s, done)
+            if rates.params_on == "device":
+                copy("parameters", up, param, rates.to_device_bytes_per_s, done)
         else:
+            along = param if rates.params_on == "host" else 0
+            back = along if rates.param_bytes < 4 else 0  # one of fp32 is its own master
             free = gone[-schedule.buffers :][:1] if len(gone) >= schedule.buffers else []
-            came = copy("states in", up, states, rates.to_device_bytes_per_s, *free)
+            came = copy("states in", up, states + along, rates.to_device_bytes_per_s, *free)
             done = add("device", size / rates.device_params_per_s, came)
-            gone.append(copy("states out", down, states, rates.to_host_bytes_per_s, done))
+            gone.append(copy("states out", down, states + back, rates.to_host_bytes_per_s, done))
     return tasks
 
 

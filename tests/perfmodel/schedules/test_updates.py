@@ -69,6 +69,17 @@ def test_everyone_has_one_way_to_do_all_on_one_side() -> None:
     assert resident.duration_s == pytest.approx(4000 * 0.01)
 
 
+def test_parameters_on_the_host_come_along_with_what_moves_and_stay_otherwise() -> None:
+    beside = rates(params_on="host", param_bytes=4)
+    host = simulate_updates(share_schedule(SIZES, 0.0), beside)
+    assert host.duration_s == pytest.approx(4000 * 0.35)
+    moved = simulate_updates(share_schedule(SIZES, 1.0, buffers=3), beside)
+    there, back = 0.217 * 16 / 12, 0.217  # its gradient as well; it is its own master copy
+    assert moved.duration_s == pytest.approx(4000 * there + 100 * (back + 0.01))
+    with pytest.raises(ValueError, match="params_on='ssd'"):
+        rates(params_on="ssd")
+
+
 def test_the_best_share_is_what_the_rates_ask_for_and_no_integer_stride_has_it() -> None:
     sizes = (100,) * 200
     best = plan_updates(sizes, H100, buffers=3)
