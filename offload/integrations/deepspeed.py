@@ -12,6 +12,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from offload.device.cuda_updates import CudaUpdates
+from offload.device.updates import UpdateDevice
 from offload.integrations.deepspeed_config import SECTION, DeepSpeedConfig, read_config, split
 from offload.integrations.deferred_adamw import DeferredAdamW
 from offload.integrations.module_forward import ModuleForward
@@ -124,6 +126,9 @@ def _apply(engine: Any, ours: DeepSpeedConfig, client: Sequence[DeferredAdamW]) 
     error: Exception | None = None
     try:
         for optimizer in client:
+            optimizer.lent_device = device_beside(engine, ours)
+            if optimizer.lent_device is not None:
+                opened.append(optimizer.lent_device)
             optimizer.prepare(_partitions(engine, optimizer))
         if ours.plan.activations.offload is not None:
             session = Session(engine.module, ours.plan)
@@ -137,6 +142,24 @@ def _apply(engine: Any, ours: DeepSpeedConfig, client: Sequence[DeferredAdamW]) 
     except Exception:
         engine.destroy()
         raise
+
+
+def device_beside(engine: Any, ours: DeepSpeedConfig) -> UpdateDevice | None:
+    """Return the GPU that is to update some of what DeepSpeed has put on the host.
+
+    None where there is none, its kernels were not built, or the plan wants the host to do all.
+    """
+    assert ours.plan.optimizer is not None
+    wanted = ours.plan.optimizer.update_schedule
+    if engine.device.type != "cuda" or wanted == "host":
+        return None
+    try:
+        return CudaUpdates(engine.device)
+    except ImportError as error:
+        if wanted != "auto":
+            raise
+        _log.warning("the host updates all that lies there, since the GPU cannot: %s", error)
+        return None
 
 
 def _partitions(

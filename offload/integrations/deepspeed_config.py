@@ -204,7 +204,7 @@ def _against_optimizer(
     if offload.get("ratio", 1.0) != 1.0:
         found.append(
             f"zero_optimization.offload_optimizer.ratio={offload['ratio']} takes DeepSpeedCPUAdam "
-            "alone: remove it"
+            f"alone: remove it; {SECTION}.optimizer.update_schedule says what the GPU updates"
         )
     shares = plan.optimizer.shares if plan.optimizer is not None else {}
     if zero.get("stage") and "device" in shares and len(shares) > 1:
@@ -221,11 +221,6 @@ def _against_optimizer(
     if zero.get("elastic_checkpoint"):
         found.append(
             "zero_optimization.elastic_checkpoint saves states from where they are not: remove it"
-        )
-    if (config.get("checkpoint") or {}).get("load_universal"):
-        found.append(
-            "checkpoint.load_universal puts states where they are not looked for: load it without "
-            f"{SECTION}.optimizer, save an ordinary checkpoint, and go on from that"
         )
     if compiled.get("deepcompile") and compiled.get("offload_opt_states"):
         found.append(

@@ -85,8 +85,8 @@ class _Work:
         ratio = float(offload.get("ratio", 1.0))
         if ratio < 1:
             self.lines.append(
-                f"offload_optimizer.ratio = {ratio:g}: removed; ZeRO has all fp32 parameters on "
-                "the host or none, and one AdamW updates them"
+                f"offload_optimizer.ratio = {ratio:g}: removed; all states lie on the host, and "
+                "update_schedule 'auto' has the GPU update as much of them as pays"
             )
         self.lines.append(f"{was}: placement 'host'")
         return {"placement": "host"}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from offload.config import OptimizerConfig
+from offload.device.updates import UpdateDevice
 from offload.optimizer import AdamW
 from offload.optimizer.accepted import TORCHS, listed, require_settings
 
@@ -42,10 +43,16 @@ class DeferredAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         self.config = config
+        self.lent_device: UpdateDevice | None = None
+        """Updates some of what lies in host memory; to be set before states are made."""
         self._states: AdamW | None = None
         self._groups: dict[torch.Tensor, int] = {}  # of `_states`, by tensor
+        # What `_states` trains in the stead of a tensor: itself, or the same memory as a leaf.
+        self._leaves: dict[torch.Tensor, torch.Tensor] = {}
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(listed(params), TORCHS | defaults | {"maximize": False})
+        # Of no class between: one that is torch's AdamW as well has settings of its own.
+        whole = TORCHS | defaults | {"maximize": False}
+        torch.optim.Optimizer.__init__(self, listed(params), whole)
         for group in self.param_groups:
             require_settings(group)
 
@@ -58,21 +65,26 @@ class DeferredAdamW(torch.optim.Optimizer):
         for settings, params in groups:
             new = [param for param in params if param not in self._groups]
             if new:
-                fresh.append({"params": new, **{key: settings[key] for key in _OF_A_GROUP}})
+                self._leaves |= {each: _leaf_of(each) for each in new}
+                leaves = [self._leaves[each] for each in new]
+                chosen = {key: settings[key] for key in _OF_A_GROUP}
+                fresh.append((new, {"params": leaves, **chosen}))
         if self._states is None and fresh:
-            self._states = AdamW(fresh, skip_nonfinite=False, **asdict(self.config))
-            self._note(0)
-            return
-        for group in fresh:
-            assert self._states is not None
-            self._states.add_param_group(group)
-            self._note(len(self._states.param_groups) - 1)
+            self._states = self._made([group for _, group in fresh])
+        elif self._states is not None:
+            for _, group in fresh:
+                self._states.add_param_group(group)
+        for number, (new, _) in enumerate(fresh, len(set(self._groups.values()))):
+            self._groups |= dict.fromkeys(new, number)
 
-    def _note(self, first: int) -> None:
-        """Note the tensors of the states' groups from the number `first` on."""
-        assert self._states is not None
-        for number, group in enumerate(self._states.param_groups[first:], first):
-            self._groups |= dict.fromkeys(group["params"], number)
+    def _made(self, groups: Sequence[Mapping[str, Any]]) -> AdamW:
+        on_host = all(not param.is_cuda for group in groups for param in group["params"])
+        return AdamW(
+            groups,
+            skip_nonfinite=False,
+            lent_device=self.lent_device if on_host else None,
+            **asdict(self.config),
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -89,9 +101,14 @@ class DeferredAdamW(torch.optim.Optimizer):
             require_settings(group)
             for number in {self._groups[param] for param in group["params"]}:
                 states.param_groups[number].update({key: group[key] for key in _OF_A_GROUP})
-        states.step_of(trained)
-        for param in trained:
-            self.state[param]["step"] = states.state[param]["step"]
+        leaves = {param: self._leaves[param] for param in trained}
+        for param, leaf in leaves.items():
+            leaf.grad = param.grad
+        states.step_of(list(leaves.values()))
+        for param, leaf in leaves.items():
+            if leaf is not param:
+                leaf.grad = None
+            self.state[param]["step"] = states.state[leaf]["step"]
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,25 +170,42 @@ class DeferredAdamW(torch.optim.Optimizer):
         if self._states is None:
             return {}
         by_number = self._states.state_dict()["state"]
-        params = [param for group in self._states.param_groups for param in group["params"]]
+        params = self._params_of(self._states)
         return {params[number]: states for number, states in by_number.items()}
+
+    def _params_of(self, states: AdamW) -> list[torch.Tensor]:
+        """Return the tensors that `states` are of, in the order of its numbers."""
+        owners = {leaf: param for param, leaf in self._leaves.items()}
+        return [owners[leaf] for group in states.param_groups for leaf in group["params"]]
 
     def _load(self, found: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
         """Have these states and no others."""
+        if not found and self._states is None:
+            return  # of tensors that may not be the ones to train yet
         states = self._prepared()
         outline = torch.optim.Optimizer.state_dict(states)
-        params = [param for group in states.param_groups for param in group["params"]]
+        params = self._params_of(states)
         numbered = {number: found[each] for number, each in enumerate(params) if each in found}
         states.load_state_dict({"param_groups": outline["param_groups"], "state": numbered})
         self.state.clear()
         for param in found:
-            self.state[param]["step"] = states.state[param]["step"]
+            self.state[param]["step"] = states.state[self._leaves[param]]["step"]
 
     def _take_over(self) -> None:
-        """Take over states that a framework has put into `state` itself, from a checkpoint."""
+        """Take over states that a framework has put into `state` itself, from a checkpoint.
+
+        Those of tensors that have not been shown yet stay where they are until they are.
+        """
         given = {param: states for param, states in self.state.items() if "exp_avg" in states}
-        if given:
-            self._load({**self._all_states(), **given})
+        if not given:
+            return
+        shown = {param for group in self.param_groups for param in group["params"]}
+        known = {
+            each: states for each, states in given.items() if each in shown | self._groups.keys()
+        }
+        if known:
+            self._load({**self._all_states(), **known})
+            self.state.update({each: given[each] for each in given.keys() - known.keys()})
 
     def _with(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Any, Mapping[str, Any]]]:
         return zip(self.param_groups, groups, strict=True)
@@ -183,3 +217,8 @@ class DeferredAdamW(torch.optim.Optimizer):
 
 def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
+
+
+def _leaf_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that may be trained: itself, or of the same memory where it is a view."""
+    return tensor if tensor.is_leaf else tensor.detach().requires_grad_()

@@ -11,14 +11,25 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+)
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import configure_moe_param_groups
+from deepspeed.pipe import PipelineModule
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,6 +61,22 @@ class Net(nn.Module):
         return self.head(x).float().square().mean()
 
 
+class Mixture(nn.Module):
+    """Experts between two layers, one of them for each row."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        expert = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU())
+        self.experts = MoE(WIDTH, expert, num_experts=2, ep_size=ranks, k=1, min_capacity=0)
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean square of what comes out, and what evens the experts' loads."""
+        x, uneven, _ = self.experts(self.first(x))
+        return self.head(x).float().square().mean() + 0.01 * uneven
+
+
 def digest(tensors: Any) -> str:
     """Return a hash of the bits of tensors."""
     found = hashlib.sha256()
@@ -76,7 +103,8 @@ def opened(case: dict[str, Any], model: nn.Module) -> tuple[Any, Any]:
         from offload.config import OptimizerConfig
 
         placed = OptimizerConfig(placement="device")
-        given["optimizer"] = lambda found: DeferredAdamW(found, placed, **case["client"])
+        of = configure_moe_param_groups if case.get("experts") else list
+        given["optimizer"] = lambda found: DeferredAdamW(of(found), placed, **case["client"])
     if case.get("scheduled"):
         given["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 1.0 / (1 + step)
@@ -89,8 +117,45 @@ def opened(case: dict[str, Any], model: nn.Module) -> tuple[Any, Any]:
 def trained(case: dict[str, Any]) -> dict[str, Any]:
     """Train; return losses, and hashes of what came of it."""
     torch.manual_seed(1)
-    model = Net(case.get("again", ""))
+    ranks = torch.distributed.get_world_size()
+    if case.get("pipeline"):
+        return piped(case)
+    model = Mixture(ranks) if case.get("experts") else Net(case.get("again", ""))
+    with limited(case.get("file_bytes", {}).get(str(torch.distributed.get_rank()))):
+        return stepped(case, *opened(case, model))
+
+
+def piped(case: dict[str, Any]) -> dict[str, Any]:
+    """Train a pipeline of two stages; return what `trained` does."""
+    layers = [nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)]
+    model = PipelineModule(layers, num_stages=2, loss_fn=lambda out, _: out.square().mean())
     engine, _ = opened(case, model)
+    losses = []
+    for step in range(case.get("steps", 3)):
+        generator = torch.Generator().manual_seed(step)
+        rows = [torch.randn(ROWS, WIDTH, generator=generator) for _ in range(4)]
+        losses.append(float(engine.train_batch(iter([(x, x) for x in rows]))))
+    found: dict[str, Any] = {"losses": losses, "parameters": digest(engine.module.parameters())}
+    if getattr(engine, "offload", None) is not None:
+        found["offloaded"] = engine.offload.stats().offloaded_bytes
+    engine.destroy()
+    return found
+
+
+@contextmanager
+def limited(nbytes: int | None) -> Iterator[None]:
+    """Have files end at a size, as on a drive that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if nbytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def stepped(case: dict[str, Any], engine: Any, _scheduler: Any) -> dict[str, Any]:
+    """Take the steps."""
     dtype = next(engine.module.parameters()).dtype
     if case.get("resume"):
         loaded, _ = engine.load_checkpoint(case["resume"])
@@ -111,11 +176,23 @@ def trained(case: dict[str, Any]) -> dict[str, Any]:
     if getattr(engine, "offload", None) is not None:
         stats = engine.offload.stats()
         found |= {"offloaded": stats.offloaded_bytes, "passed": dict(stats.passed_through_bytes)}
+        found["kept in memory"] = stats.kept_bytes
     found["kept"] = "offload" in engine.config if isinstance(engine.config, dict) else None
     if case.get("save"):
-        engine.save_checkpoint(case["save"])
+        save(engine, case, found)
     engine.destroy()
     return found
+
+
+def save(engine: Any, case: dict[str, Any], found: dict[str, Any]) -> None:
+    """Save a checkpoint, and tell what DeepSpeed's own reader of parameters finds in it."""
+    told = {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: 0.2}}
+    engine.save_checkpoint(case["save"], client_state=told if case.get("universal") else {})
+    torch.distributed.barrier()
+    if case.get("fp32"):
+        names = [name for name, _ in engine.module.named_parameters()]
+        states = get_fp32_state_dict_from_zero_checkpoint(case["save"])
+        found["fp32"] = digest(states[name] for name in names)
 
 
 def main() -> None:

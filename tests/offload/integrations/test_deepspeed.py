@@ -6,102 +6,16 @@ All cases of a number of ranks run in one start of them, which takes as long as 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.offload.integrations.deepspeed_cases import ADAMW, Start, config_of, with_offload
+
 pytest.importorskip("deepspeed")
 
-ROOT = Path(__file__).resolve().parents[3]
-PROGRAM = Path(__file__).with_name("deepspeed_run.py")
-ADAMW = {"lr": 1e-3, "weight_decay": 0.1}
 MATRIX = [*itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (1, 3), (0.0, 0.05))]
-
-GOES = [
-    ("moved", "host"),
-    ("moved", "kept"),
-    ("kept", "moved"),
-    ("torch", "moved"),
-    ("moved", "torch"),
-]
-"""Who saves, and who goes on."""
-
-Ran = list[dict[str, Any]]
-"""Of each rank what its cases came to, by name."""
-Start = Callable[..., Ran]
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """`start(ranks, cases)` trains all cases in processes of their own."""
-
-    def run(ranks: int, cases: dict[str, Any]) -> Ran:
-        place = tmp_path_factory.mktemp("deepspeed")
-        (place / "cases.json").write_text(json.dumps({"cases": cases}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={ranks}", str(PROGRAM)]
-        command += [str(place / "cases.json"), str(place / "out")]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-        }
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=400, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return [json.loads((place / f"out.{rank}.json").read_text()) for rank in range(ranks)]
-
-    return run
-
-
-def config_of(
-    stage: int, dtype: str = "fp32", accumulation: int = 1, clip: float = 0.0
-) -> dict[str, Any]:
-    """Return a DeepSpeed config without an optimizer."""
-    found: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 64,
-        "gradient_accumulation_steps": accumulation,
-        "steps_per_print": 1 << 30,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if stage == 3:  # several subgroups, and no parameter that always stays
-        found["zero_optimization"] |= {
-            "sub_group_size": 1000,
-            "stage3_param_persistence_threshold": 0,
-        }
-    if clip:
-        found["gradient_clipping"] = clip
-    if dtype == "bf16":
-        found["bf16"] = {"enabled": True}
-    return found
-
-
-def with_offload(config: dict[str, Any], directory: Path, placement: str) -> dict[str, Any]:
-    """Return a config with activations on the SSD and states at `placement`."""
-    path = str(directory)
-    states = {
-        "placement": placement,
-        "path": path,
-        "subgroup_params": 500,
-        "staging_bytes": 1 << 20,
-    }
-    if placement == "host":
-        states.pop("path")
-    moved = {"mode": "ssd", "path": path, "min_tensor_bytes": 1024, "staging_bytes": 1 << 20}
-    return {
-        **config,
-        "optimizer": {"type": "AdamW", "params": ADAMW},
-        "offload": {"activations": moved, "optimizer": states},
-    }
 
 
 def name_of(case: tuple[Any, ...], what: str) -> str:
@@ -167,40 +81,6 @@ def test_without_the_section_it_is_stock(start: Start) -> None:
     assert found["ours"] == found["stock"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_checkpoints_go_both_ways_and_to_another_placement(
-    start: Start, spill_dir: Path, tmp_path: Path, ranks: int
-) -> None:
-    stages = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
-    cases: dict[str, Any] = {}
-    for stage, dtype in stages:
-        name, plain = f"{stage} {dtype}", config_of(stage, dtype)
-        torchs = {"type": "AdamW", "params": ADAMW | {"torch_adam": True}}
-        ways = {
-            "kept": {"config": plain, "stock": True, "client": ADAMW},
-            "moved": {"config": with_offload(plain, spill_dir, "ssd")},
-            "host": {"config": with_offload(plain, spill_dir, "host")},
-            "torch": {"config": plain | {"optimizer": torchs}, "stock": True},
-        }
-        cases[f"whole {name}"] = {**ways["kept"], "steps": 4}
-        for way in ("kept", "moved", "torch"):
-            directory = str(tmp_path / f"{way} {name}")
-            cases[f"{way} begun {name}"] = {**ways[way], "steps": 2, "save": directory}
-        for first, then in GOES:
-            directory = str(tmp_path / f"{first} {name}")
-            cases[f"{first} to {then} {name}"] = {**ways[then], "steps": 2, "resume": directory}
-    found = start(ranks, cases)[0]
-    for (stage, dtype), (first, then) in itertools.product(stages, GOES):
-        name = f"{stage} {dtype}"
-        whole, resumed = found[f"whole {name}"], found[f"{first} to {then} {name}"]
-        assert "error" not in resumed, resumed["trace"]
-        if "torch" in (first, then):  # the last elements of an array end in other bits
-            assert resumed["losses"] == pytest.approx(whole["losses"][2:], rel=1e-2), name
-        else:
-            assert resumed["losses"] == whole["losses"][2:], (first, then, name)
-            assert resumed["parameters"] == whole["parameters"], (first, then, name)
-
-
 @pytest.mark.parametrize("section", ["activations", "optimizer"])
 def test_a_directory_that_one_rank_lacks_stops_all_with_its_message(
     start: Start, spill_dir: Path, section: str
@@ -211,3 +91,82 @@ def test_a_directory_that_one_rank_lacks_stops_all_with_its_message(
     assert found[0]["case"]["error"].startswith("RuntimeError: rank 1 cannot apply its plan")
     assert "absent" in found[0]["case"]["error"]
     assert "absent" in found[1]["case"]["error"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_have_the_bits_of_no_offload(start: Start, spill_dir: Path, ranks: int) -> None:
+    cases: dict[str, Any] = {}
+    for stage in (0, 1, 2):
+        config = config_of(stage, "bf16")
+        moved = with_offload(config, spill_dir, "ssd")
+        cases[f"kept {stage}"] = {"config": config, "stock": True, "client": ADAMW, "experts": True}
+        cases[f"moved {stage}"] = {"config": moved, "experts": True}
+    for rank in start(ranks, cases):
+        for stage in (0, 1, 2):
+            same(rank, f"moved {stage}", f"kept {stage}")
+
+
+def test_a_pipeline_of_two_stages_has_the_bits_of_no_offload(start: Start, spill_dir: Path) -> None:
+    cases: dict[str, Any] = {}
+    for stage in (0, 1):
+        config = config_of(stage, accumulation=4)
+        moved = with_offload(config, spill_dir, "ssd")
+        cases[f"kept {stage}"] = {
+            "config": config,
+            "stock": True,
+            "client": ADAMW,
+            "pipeline": True,
+        }
+        cases[f"moved {stage}"] = {"config": moved, "pipeline": True}
+    for rank in start(2, cases):
+        for stage in (0, 1):
+            same(rank, f"moved {stage}", f"kept {stage}")
+            assert rank[f"moved {stage}"]["offloaded"] > 0
+
+
+def test_parameters_that_deepspeed_moves_itself_change_nothing(
+    start: Start, spill_dir: Path
+) -> None:
+    cases: dict[str, Any] = {}
+    for dtype, to in itertools.product(("fp32", "bf16"), ("cpu",)):
+        config = config_of(3, dtype)
+        config["zero_optimization"]["offload_param"] = {"device": to}
+        kept = {"config": config_of(3, dtype), "stock": True, "client": ADAMW}
+        cases[f"kept {dtype}"] = kept
+        cases[f"moved {dtype}"] = {"config": with_offload(config, spill_dir, "ssd")}
+    [found] = start(1, cases)
+    for dtype in ("fp32", "bf16"):
+        same(found, f"moved {dtype}", f"kept {dtype}")
+
+
+def test_a_full_drive_keeps_activations_in_memory_with_the_same_bits(
+    start: Start, spill_dir: Path
+) -> None:
+    section = with_offload(config_of(2), spill_dir, "host")
+    cases: dict[str, Any] = {
+        "kept": {"config": section},
+        "full": {"config": section, "file_bytes": {"0": 4096}},
+    }
+    [found] = start(1, cases)
+    same(found, "full", "kept")
+    assert found["full"]["kept in memory"] > 0
+
+
+def test_states_that_find_no_room_end_their_rank_and_no_other_hangs(
+    start: Start, spill_dir: Path
+) -> None:
+    config = with_offload(config_of(2), spill_dir, "ssd")
+    del config["offload"]["activations"]
+    full = {"config": config, "file_bytes": {"1": 4096}, "fails": True}
+    found = start(2, {"full": full})
+    assert found[1]["full"]["error"].startswith("OSError: [Errno 28]")
+    assert "1 of 4 subgroups are updated" in found[1]["full"]["error"]
+    assert "error" in found[0]["full"]  # whose partner is gone
+
+
+def same(found: dict[str, Any], one: str, other: str) -> None:
+    """Fail unless two cases ended in the same losses and parameters."""
+    for name in (one, other):
+        assert "error" not in found[name], (name, found[name]["trace"])
+    assert found[one]["losses"] == found[other]["losses"], (one, other)
+    assert found[one]["parameters"] == found[other]["parameters"], (one, other)

@@ -83,7 +83,6 @@ def test_without_an_optimizer_in_the_section_nothing_is_set() -> None:
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
         ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint"),
         ({"offload": {"optimizer": {"placement": "host=0.5,device=0.5"}}}, "give one of them"),
-        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "cpu_checkpointing"),
         ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
         ({"offload": {"activations": {"mode": "recompute"}}}, "the model's own checkpointing"),

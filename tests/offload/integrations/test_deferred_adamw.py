@@ -12,6 +12,7 @@ import torch
 
 import offload
 from offload.config import OptimizerConfig
+from offload.device.emulated_updates import EmulatedUpdates
 from offload.integrations.deferred_adamw import DeferredAdamW
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
@@ -130,3 +131,23 @@ def test_what_adamw_does_not_offer_is_refused(deferred: DeferredAdamW, spill_dir
         DeferredAdamW(tensors(), OptimizerConfig(placement="device"), lr=-1)
     with pytest.raises(ValueError, match="the checkpoint has groups of"):
         deferred.load_state_dict({"param_groups": [], "state": {}})
+
+
+def test_a_device_that_is_lent_updates_its_share_with_the_same_bits() -> None:
+    device = EmulatedUpdates()
+    config = OptimizerConfig(placement="host", subgroup_params=100, update_schedule="share=0.5")
+    deferred = DeferredAdamW([torch.nn.Parameter(torch.zeros(9))], config, **SETTINGS)
+    deferred.lent_device = device
+    mine, others = tensors(), tensors()
+    plain = offload.AdamW(others, **SETTINGS)
+    for step in range(3):
+        give_gradients(mine, step)
+        give_gradients(others, step)
+        plain.step()
+        for param in mine:
+            deferred.param_groups[0]["params"] = [param]
+            deferred.step()
+    assert device.done()["states in"][0] > 0
+    assert all(torch.equal(one, other) for one, other in zip(mine, others, strict=True))
+    deferred.close()
+    device.close()

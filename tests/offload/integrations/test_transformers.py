@@ -102,6 +102,16 @@ def test_with_deepspeed_the_bits_are_the_same(start: Start, spill_dir: Path) -> 
         same(found, f"moved {stage}", f"kept {stage}")
 
 
+def test_trls_sft_trainer_has_the_bits_of_no_offload(start: Start, spill_dir: Path) -> None:
+    pytest.importorskip("trl")
+    kept = plan_of(spill_dir) | {"activations": {"mode": "keep"}}
+    kept["optimizer"] = {"placement": "device"}
+    case = {"model": "llama", "sft": True, "arguments": {"gradient_accumulation_steps": 2}}
+    found = start({"kept": case | {"plan": kept}, "moved": case | {"plan": plan_of(spill_dir)}})
+    same(found, "moved", "kept")
+    assert found["moved"]["logs"]["offloaded_bytes"] > 0
+
+
 def test_a_checkpoint_is_gone_on_from_with_the_same_bits(
     start: Start, spill_dir: Path, tmp_path: Path
 ) -> None:

@@ -21,9 +21,20 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 import offload
-from offload.integrations.transformers import OffloadCallback, OffloadTrainer
+from offload.integrations.transformers import OffloadCallback, Offloading, OffloadTrainer
 
 VOCAB, LENGTH, ROWS = 64, 32, 24
+
+
+STEPS = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1}
+SETTINGS = {
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+}
 
 
 def model_of(kind: str) -> Any:
@@ -65,8 +76,44 @@ def with_lora(model: Any, kind: str) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
 
 
+def tuned(case: dict[str, Any], directory: str) -> dict[str, Any]:
+    """Train with TRL's SFTTrainer; return what `trained` does."""
+    import datasets
+    import tokenizers
+    import trl
+
+    class Tuner(Offloading, trl.SFTTrainer):  # type: ignore[misc, name-defined]
+        """SFTTrainer by a plan."""
+
+    words = {f"w{number}": number for number in range(VOCAB)}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="w0", eos_token="w1"
+    )
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(2, VOCAB, (ROWS, LENGTH), generator=generator)
+    model = model_of(case["model"])
+    arguments = trl.SFTConfig(
+        output_dir=directory,
+        max_length=LENGTH,
+        **STEPS,
+        **{**SETTINGS, **case.get("arguments", {})},
+    )
+    trainer = Tuner(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"input_ids": tokens.tolist()}),
+        processing_class=tokenizer,
+        plan=case["plan"],
+    )
+    trainer.train()
+    return came_to(trainer, model, directory)
+
+
 def trained(case: dict[str, Any], directory: str) -> dict[str, Any]:
     """Train; return the losses that were logged, and hashes of what came of it."""
+    if case.get("sft"):
+        return tuned(case, directory)
     model = model_of(case["model"])
     if case.get("lora"):
         model = with_lora(model, case["model"])
@@ -75,15 +122,8 @@ def trained(case: dict[str, Any], directory: str) -> dict[str, Any]:
     arguments = TrainingArguments(
         **{
             "output_dir": directory,
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "learning_rate": 1e-3,
-            "weight_decay": 0.1,
+            **STEPS,
+            **SETTINGS,
             "deepspeed": case.get("deepspeed"),
             **case.get("arguments", {}),
         }
@@ -105,6 +145,11 @@ def trained(case: dict[str, Any], directory: str) -> dict[str, Any]:
     else:
         trainer = OffloadTrainer(**given, plan=plan)
     trainer.train(resume_from_checkpoint=case.get("resume"))
+    return came_to(trainer, model, directory)
+
+
+def came_to(trainer: Any, model: Any, directory: str) -> dict[str, Any]:
+    """Return losses and norms, the last log, the files, and a hash of the parameters."""
     logs = [each for each in trainer.state.log_history if "loss" in each]
     found: dict[str, Any] = {
         "losses": [(each["loss"], each["grad_norm"]) for each in logs],

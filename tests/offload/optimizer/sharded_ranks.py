@@ -19,23 +19,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import offload
+from offload.config import OptimizerConfig
+from offload.integrations.deferred_adamw import DeferredAdamW
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "subgroup_params": 50}
 SPILL = sys.argv[1]
 
 
-def model_of(*, sharded: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+def model_of(*, sharded: bool, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(3)
     # Of odd sizes, one of which gives the second rank nothing.
     model = nn.Sequential(nn.Linear(5, 13), nn.Tanh(), nn.Linear(13, 7), nn.Tanh(), nn.Linear(7, 1))
     model.to(dtype)
-    if sharded:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in model:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    return model
+    return shard(model) if sharded else model
+
+
+def shard(model: nn.Sequential) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -148,6 +152,21 @@ def check_early_gradients() -> None:
         assert same(model, other)
 
 
+def check_switched_parameters() -> None:
+    """Have an optimizer of whole parameters train their parts, as accelerate does with FSDP2."""
+    model, other = model_of(sharded=False), model_of(sharded=False)
+    config = OptimizerConfig(placement="ssd", path=(SPILL,), subgroup_params=50)
+    optimizer = DeferredAdamW(model.parameters(), config, lr=1e-2)
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does with every one
+    names = [name for name, _ in model.named_parameters()]
+    shard(model)
+    parts = dict(model.named_parameters())
+    optimizer.param_groups[0]["params"] = [parts[name] for name in names]
+    train_beside(optimizer, model, offload.AdamW(other.parameters(), **SETTINGS), other)
+    assert optimizer.memory_bytes() > 0
+    optimizer.close()
+
+
 def check_refusals() -> None:
     optimizer = offload.AdamW(model_of(sharded=True).parameters(), **SETTINGS)
     for refused in (optimizer.save, optimizer.load):
@@ -166,6 +185,7 @@ if __name__ == "__main__":
     check_whole_states()
     check_norm()
     check_early_gradients()
+    check_switched_parameters()
     check_refusals()
     dist.destroy_process_group()
     print("all ranks agree")
