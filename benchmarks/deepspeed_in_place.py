@@ -1,0 +1,64 @@
+"""Puts our `initialize` in the place of DeepSpeed's, for tests that DeepSpeed wrote for its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["REFUSED", "put_in_place"]
+
+REFUSED = "refused: "
+"""How the reason begins for which a test is skipped whose config cannot go with the section."""
+
+
+def put_in_place(section: Mapping[str, Any] | None) -> None:
+    """Have `deepspeed.initialize` be ours, with `section` in each config; None: leave it stock.
+
+    The section's optimizer goes only where the config has an AdamW and no optimizer is handed over,
+    since it takes that one's place. A test is skipped whose config is refused.
+    """
+    import deepspeed  # noqa: PLC0415 - optional, and only where its tests run
+    import deepspeed.ops  # noqa: PLC0415
+
+    # Would be compiled for minutes at once, to add up among ranks of one machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if section is not None:
+        deepspeed.initialize = _with_section(deepspeed.initialize, section)
+
+
+def _with_section(stock: Callable[..., Any], section: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return our `initialize`, which adds the section to what it is given."""
+    from offload.integrations.deepspeed import initialize  # noqa: PLC0415 - imports deepspeed
+    from offload.integrations.deepspeed_config import read_config, split  # noqa: PLC0415
+
+    signature = inspect.signature(initialize)
+
+    @functools.wraps(stock)
+    def ours(*args: Any, **named: Any) -> Any:
+        import pytest  # noqa: PLC0415 - a test calls this
+
+        given = signature.bind(*args, **named).arguments
+        in_args = getattr(given.get("args"), "deepspeed_config", None)
+        config = given.get("config") or given.get("config_params") or in_args
+        found = read_config(config)
+        if found is None:
+            return initialize(*args, **named)
+        has_client = given.get("optimizer") is not None
+        found["offload"] = dict(section)
+        kind = (found.get("optimizer") or {}).get("type", "")
+        if has_client or kind.lower() not in ("adam", "adamw"):
+            found["offload"].pop("optimizer", None)
+        try:
+            split(json.loads(json.dumps(found)), has_client=has_client)
+        except ValueError as error:
+            pytest.skip(f"{REFUSED}{error}")
+        given.pop("config_params", None)
+        if in_args is not None:
+            given["args"].deepspeed_config = None
+        return initialize(**{**given, "config": found})
+
+    # DeepSpeed's own modules ask for it by its module's name.
+    return ours
