@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["REFUSED", "put_in_place"]
+__all__ = ["REFUSED", "put_in_place", "pytest_addoption", "pytest_collection_modifyitems"]
 
 REFUSED = "refused: "
 """How the reason begins for which a test is skipped whose config cannot go with the section."""
@@ -31,6 +31,8 @@ def put_in_place(section: Mapping[str, Any] | None) -> None:
 
 def _with_section(stock: Callable[..., Any], section: Mapping[str, Any]) -> Callable[..., Any]:
     """Return our `initialize`, which adds the section to what it is given."""
+    import deepspeed  # noqa: PLC0415
+
     from offload.integrations.deepspeed import initialize  # noqa: PLC0415 - imports deepspeed
     from offload.integrations.deepspeed_config import read_config, split  # noqa: PLC0415
 
@@ -45,7 +47,7 @@ def _with_section(stock: Callable[..., Any], section: Mapping[str, Any]) -> Call
         config = given.get("config") or given.get("config_params") or in_args
         found = read_config(config)
         if found is None:
-            return initialize(*args, **named)
+            return stock(*args, **named)
         has_client = given.get("optimizer") is not None
         found["offload"] = dict(section)
         kind = (found.get("optimizer") or {}).get("type", "")
@@ -58,7 +60,20 @@ def _with_section(stock: Callable[..., Any], section: Mapping[str, Any]) -> Call
         given.pop("config_params", None)
         if in_args is not None:
             given["args"].deepspeed_config = None
-        return initialize(**{**given, "config": found})
+        deepspeed.initialize = stock  # which ours calls
+        try:
+            return initialize(**{**given, "config": found})
+        finally:
+            deepspeed.initialize = ours
 
-    # DeepSpeed's own modules ask for it by its module's name.
     return ours
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Take `--every N`, as a plugin of pytest's."""
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run each Nth test (1)")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Leave the first of every N tests, the same ones each time."""
+    items[:] = items[:: config.getoption("--every")]

@@ -29,6 +29,7 @@ from benchmarks.record import (
     Interval,
     Record,
     add_record_arguments,
+    positive,
     table,
     write_record,
 )
@@ -95,8 +96,8 @@ def outcomes_of(report: Path) -> Outcomes:
     return found
 
 
-def run(tests: Path, files: Sequence[str], choose: str, seconds: int) -> Outcomes:
-    """Run the files of tests, each by itself so that one that hangs ends no other."""
+def run(tests: Path, files: Sequence[str], every: int, seconds: int) -> Outcomes:
+    """Run every Nth of the files' tests, each file by itself: one that hangs ends no other."""
     found: Outcomes = {}
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(tests), str(ROOT)]),
@@ -109,7 +110,8 @@ def run(tests: Path, files: Sequence[str], choose: str, seconds: int) -> Outcome
         report = tests / "report.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += [f"--junitxml={report}", f"unit/{file}"] + (["-k", choose] if choose else [])
+        command += ["-p", "benchmarks.deepspeed_in_place", f"--every={every}"]
+        command += [f"--junitxml={report}", f"unit/{file}"]
         try:
             done = subprocess.run(
                 command,
@@ -165,14 +167,14 @@ def make_record(found: Mapping[str, Outcomes], settings: Mapping[str, object]) -
         noise={},
         samples={"counts": counts, "worse": {way: worse(found, way) for way in WAYS[1:]}},
         settings=settings,
-        facts={"refused": refused(found)},
+        facts={"refused": reasons(found, "refused"), "skipped": reasons(found, "skipped")},
     )
 
 
-def refused(found: Mapping[str, Outcomes]) -> dict[str, int]:
-    """Return why tests were refused, and how many for each reason."""
-    reasons = (why for each in found.values() for kind, why in each.values() if kind == "refused")
-    return dict(Counter(reasons))
+def reasons(found: Mapping[str, Outcomes], kind: str) -> dict[str, int]:
+    """Return why tests came to this, and how many for each reason."""
+    said = (why for each in found.values() for outcome, why in each.values() if outcome == kind)
+    return dict(Counter(said))
 
 
 def main() -> None:
@@ -182,8 +184,8 @@ def main() -> None:
     add_path_argument(parser)
     parser.add_argument("checkout", type=Path, metavar="DIR", help="of DeepSpeed, with its tests")
     parser.add_argument("--tests", nargs="*", default=TESTS, metavar="FILE", help="of tests/unit")
-    parser.add_argument("-k", dest="choose", default="", help="as pytest's, which tests")
-    parser.add_argument("--limit-s", type=int, default=1800, metavar="N", help="a file (1800)")
+    parser.add_argument("--every", type=positive, default=1, metavar="N", help="Nth test (1)")
+    parser.add_argument("--limit-s", type=positive, default=3600, metavar="N", help="a file (3600)")
     arguments = parser.parse_args()
     if not (arguments.checkout / "tests" / "unit").is_dir():
         parser.error(f"{arguments.checkout} has no tests/unit; give a checkout of DeepSpeed")
@@ -192,14 +194,14 @@ def main() -> None:
         for way, section in tqdm(sections_of(directory).items(), desc="ways"):
             with tempfile.TemporaryDirectory() as place:
                 tests = copied(arguments.checkout, section, Path(place))
-                found[way] = run(tests, arguments.tests, arguments.choose, arguments.limit_s)
+                found[way] = run(tests, arguments.tests, arguments.every, arguments.limit_s)
     kinds = ("passed", "failed", "skipped", "refused")
     counts = {way: Counter(each for each, _ in found[way].values()) for way in WAYS}
     print(table(["", *kinds], [[way, *(str(counts[way][kind]) for kind in kinds)] for way in WAYS]))
     for way in WAYS[1:]:
         for name, why in worse(found, way).items():
             print(f"{way}: {name}: {why}")
-    settings = {"tests": list(arguments.tests), "choose": arguments.choose}
+    settings = {"tests": list(arguments.tests), "every": arguments.every}
     write_record(make_record(found, settings), arguments.json)
 
 
