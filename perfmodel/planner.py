@@ -26,7 +26,7 @@ _SAME = 1.005
 # Of a host's memory: what the system and the processes themselves need.
 _HOST_PART = 0.9
 # What leaves is searched for as in a run so many times, which takes a tenth of a second or more.
-_MOST_SETTLED = 6
+_MOST_SETTLED, _MOST_TRIED = 6, 12
 # By so much a quick search may find more to be on the device than a run does.
 _QUICK_EXCESS = 1.06
 _SIMPLE = ("keep", "recompute", "host", "ssd")
@@ -258,8 +258,10 @@ class _Planned:
         A run searches longer for what leaves than thousands of strategies could be searched for,
         and what it finds may be another.
         """
-        for _ in range(_MOST_SETTLED):
-            likely = [each for each in self._sums if self._may_fit(each)]
+        for tried in range(_MOST_TRIED):
+            # Those that may fit come first, a few of them.
+            some = [each for each in self._sums if self._may_fit(each)]
+            likely = some if tried < _MOST_SETTLED else self.fitting()
             if not likely:
                 return None
             one = pick(likely)
