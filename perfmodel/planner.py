@@ -231,7 +231,7 @@ class _Planned:
 
     def _chosen(self) -> tuple[Choice, ...]:
         """Return the best and the few that matter; none where nothing fits."""
-        best = self._settled(_fastest)
+        best = self._settled(_fastest, likely=True)
         small, gentle = self._settled(_smallest), self._settled(_gentlest)
         if best is None or small is None or gentle is None:
             return ()
@@ -252,19 +252,20 @@ class _Planned:
             Choice(name, _predicted(one, self._machine), why) for name, one, why in choices
         )
 
-    def _settled(self, pick: Callable[[Sequence[_Sum]], _Sum]) -> _Sum | None:
+    def _settled(
+        self, pick: Callable[[Sequence[_Sum]], _Sum], *, likely: bool = False
+    ) -> _Sum | None:
         """Return what is picked of all that fits, and still is with what leaves as in a run.
 
         A run searches longer for what leaves than thousands of strategies could be searched for,
-        and what it finds may be another.
+        and what it finds may be another. `likely`: a few of those that may fit so come first.
         """
         for tried in range(_MOST_TRIED):
-            # Those that may fit come first, a few of them.
-            some = [each for each in self._sums if self._may_fit(each)]
-            likely = some if tried < _MOST_SETTLED else self.fitting()
-            if not likely:
+            fits = self._may_fit if likely and tried < _MOST_SETTLED else self._fits
+            some = [each for each in self._sums if fits(each)]
+            if not some:
                 return None
-            one = pick(likely)
+            one = pick(some)
             if one.activations.thorough:
                 return one
             thorough = self._searched.thorough(one.activations, one.states.workload)
@@ -273,6 +274,10 @@ class _Planned:
                     self._sums[at] = _sum(thorough, each.states, self._machine)
         sure = [each for each in self.fitting() if each.activations.thorough]
         return pick(sure) if sure else None
+
+    def _fits(self, one: _Sum) -> bool:
+        """Say whether a pair keeps to all limits."""
+        return _within(one.uses, tuple(self._bounds.values()))
 
     def _may_fit(self, one: _Sum) -> bool:
         """Say whether a pair fits, or may with what leaves as in a run."""
