@@ -95,7 +95,7 @@ class AdamW(torch.optim.Optimizer):
         require_norm(max_norm)
         self.max_norm, self._skip_nonfinite = max_norm, skip_nonfinite
         self.skipped_steps, self.total_norm = 0, 0.0
-        """The norm is of all gradients of the last step, before clipping."""
+        """The norm is of all gradients of the last step, before clipping; NaN where not needed."""
         pool, params = pool_of(self.config), listed(params)
         self._subgroups: list[tuple[Subgroup, States]] = []
         self._steps: dict[torch.Tensor, int] = {}
@@ -165,25 +165,27 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def step_of(self, params: Sequence[torch.Tensor]) -> None:
-        """Update those of `params` that have a gradient, which are some of this optimizer's.
+    def step_of(self, params: Sequence[torch.Tensor], *, settle: bool = True) -> None:
+        """Do what `step()` does for some of the parameters, as frameworks show them.
 
-        As `step()`, which a framework that gives its parameters one after the other cannot call.
+        Without `settle` what is written may be under way when this returns.
         """
         self._require_open()
         with Uninterrupted() as signals:
             if self._unfinished is None:
                 self._unfinished = self._begun(params)
             if self._unfinished is not None:
-                self._finish(self._unfinished, signals)
+                self._finish(self._unfinished, signals, settle)
                 self._unfinished = None
 
     def _begun(self, params: Sequence[torch.Tensor]) -> Update | None:
         """Return what this step is to do, or None when it does nothing."""
         self._require_whole()
         require_as_laid_out(subgroup for subgroup, _ in self._subgroups)
-        gradients = self._gradients.of_step(params)
-        square = sum_over_ranks(gradients.squares)
+        # A pass over all gradients, to clip them or to skip a step.
+        needed = self._skip_nonfinite or self.max_norm is not None
+        gradients = self._gradients.of_step(params, squares=needed)
+        square = sum_over_ranks(gradients.squares) if needed else math.nan
         self.total_norm = math.sqrt(square) if math.isfinite(square) else square
         if not math.isfinite(square) and self._skip_nonfinite:
             self.skipped_steps += 1
@@ -206,7 +208,7 @@ class AdamW(torch.optim.Optimizer):
         """Say whether somebody else has written the parameter since its master copy was made."""
         return self._versions.get(param) != _written(param)
 
-    def _finish(self, update: Update, signals: Uninterrupted) -> None:
+    def _finish(self, update: Update, signals: Uninterrupted, settle: bool) -> None:
         update.require_unchanged()
         try:
             if self.device_side is not None:
@@ -222,7 +224,8 @@ class AdamW(torch.optim.Optimizer):
                 error.filename,
             ) from error
         finally:
-            self._placement.settle()
+            if settle:
+                self._placement.settle()
         self._gradients.take_back()
         self._versions.update(
             (param, _written(param)) for param in update.gradients.flat if self._has_master(param)
@@ -231,6 +234,11 @@ class AdamW(torch.optim.Optimizer):
     def _has_master(self, param: torch.Tensor) -> bool:
         """Say whether a parameter has a copy that is trained in its stead."""
         return needs_master(param) or self.device_side is not None
+
+    def plan_updates(self) -> None:
+        """Set aside what a lent device needs, which is else done in the first step."""
+        if self._host_side.lent is not None:
+            self._host_side.lent.plan(self._subgroups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that were taken included."""

@@ -159,8 +159,10 @@ class Gradients:
     # ---- the step ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def of_step(self, params: Sequence[torch.Tensor]) -> StepGradients:
+    def of_step(self, params: Sequence[torch.Tensor], *, squares: bool = True) -> StepGradients:
         """Return all gradients; what was taken stays until `use_up`.
+
+        Without a device their `squares` may be left out.
 
         Raises RuntimeError for a gradient that cannot be used, or what a copy failed with.
         """
@@ -181,7 +183,8 @@ class Gradients:
             elif param in left:
                 assert param.grad is not None
                 found.given[param], found.flat[param] = param.grad, left[param]
-        found.squares.update(self._squares(found))
+        if squares or self._device is not None:
+            found.squares.update(self._squares(found))
         if not self._releases:
             found.on_host.update(self._unchanged(copies, found))
         return found

@@ -25,6 +25,9 @@ class HostSide:
         self, pool: ThreadPool, placement: Placement, lent: LentDevice | None = None
     ) -> None:
         self._pool, self._placement, self.lent = pool, placement, lent
+        # Of updates of a part of all: what came after which, by a number in it.
+        self._after: dict[int, frozenset[int]] = {}
+        self._last: int | None = None
 
     def finish(
         self,
@@ -52,6 +55,24 @@ class HostSide:
             if self.lent is not None:
                 self.lent.wait()
         self._placement.turn()
+        if todo:
+            self._read_ahead(frozenset(todo), subgroups)
+
+    def _read_ahead(
+        self, done: frozenset[int], subgroups: Sequence[tuple[Subgroup, States]]
+    ) -> None:
+        """Begin to read what was updated after these the last time, where that was another part.
+
+        One subgroup, so that one that is not wanted after all takes no room from those that are.
+        """
+        key = min(done)
+        if self._last is not None:
+            self._after[self._last] = done
+        self._last = key
+        after = self._after.get(key, done)
+        if after != done:
+            order = self._placement.order([states for _, states in subgroups])
+            subgroups[next(each for each in order if each in after)][1].prefetch()
 
     def _update(self, number: int, subgroup: Subgroup, states: States, update: Update) -> None:
         flat = update.gradients.flat

@@ -8,6 +8,7 @@ of its paper), and `perfmodel` says how much of it the device should take.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from perfmodel.schedules.updates import UpdateRates, UpdateSchedule, named_sched
 
 __all__ = ["LentDevice", "made_of"]
 
+_log = logging.getLogger(__name__)
 Laid = Sequence[tuple[Subgroup, States]]
 _ROWS = 5  # a gradient, a parameter, and at most three states
 
@@ -56,7 +58,7 @@ class LentDevice:
         `wait()` is to be called, whatever happens.
         """
         if self._planned_for != len(subgroups):
-            self._plan(subgroups)
+            self.plan(subgroups)
         rest = []
         for number in numbers:
             subgroup, states = subgroups[number]
@@ -85,9 +87,19 @@ class LentDevice:
                 self._device.unpin(self._pinned.pop())
             self._free.clear()
 
-    def _plan(self, subgroups: Laid) -> None:
-        """Say which subgroups are the device's, and have the memory for them."""
+    def plan(self, subgroups: Laid) -> None:
+        """Say which subgroups are the device's, and have the memory for them.
+
+        None where it has no room: the host updates all then, and a warning says so.
+        """
+        try:
+            self._plan(subgroups)
+        except torch.OutOfMemoryError as error:
+            self._moved, self._free = set(), deque()
+            _log.warning("the host updates all that lies there: the device has no room (%s)", error)
         self._planned_for = len(subgroups)
+
+    def _plan(self, subgroups: Laid) -> None:
         here = [(each, states) for each, states in subgroups if isinstance(states, HostStates)]
         self._moved, self.schedule = set(), None
         if not here:

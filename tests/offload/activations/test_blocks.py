@@ -311,6 +311,7 @@ def test_a_step_that_cannot_be_learned_from_leaves_the_next_ones_whole(
     assert all(map(torch.equal, step(act, layers, 0), expected))
     with pytest.warns(RuntimeWarning, match="ArithmeticError: broken"):
         assert all(map(torch.equal, step(act, layers, 0), expected))
+    act.transfers.drain()  # a write under way has its space until it ends
     assert act.stats().spill_bytes == 0
     assert not act._ending
 
