@@ -190,7 +190,9 @@ class Searched:
             yield Strategy(placement="device")
         if "host" in placements and not alone:
             yield Strategy(placement="host", early_gradients=early, update_schedule=where)
-            for part in range(1, self._fine if "device" in placements else 1):
+            # ZeRO has all fp32 parameters on the device or none.
+            whole = workload.framework == "deepspeed" and parallel.zero_stage > 0
+            for part in range(1, self._fine if "device" in placements and not whole else 1):
                 share = round(part / self._fine, 4)
                 mixed = f"host={share:g},device={1 - share:g}"
                 yield Strategy(placement=mixed, early_gradients=early, update_schedule=where)

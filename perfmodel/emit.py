@@ -20,6 +20,10 @@ __all__ = [
 ]
 
 
+LEARNING_RATE = 1e-4
+"""Stands in for the user's."""
+
+
 def recomputed_layers(workload: Workload, strategy: Strategy) -> tuple[int, ...]:
     """Return the numbers of the layers that are run again, of all stages, from 0.
 
@@ -37,7 +41,8 @@ def recomputed_layers(workload: Workload, strategy: Strategy) -> tuple[int, ...]
 def emit_deepspeed(workload: Workload, strategy: Strategy, plan: Plan) -> dict[str, Any]:
     """Return a whole DeepSpeed config (0.19), with `plan` under the key `offload`.
 
-    It has no optimizer: `offload.AdamW` or torch's is handed to `deepspeed.initialize`. Where
+    `offload.integrations.deepspeed.initialize` takes it as it is: layers that run again are
+    DeepSpeed's or the model's own to do, and the learning rate stands in for the user's. Where
     states are on the host or the SSD, DeepSpeed is to keep its own part of them, the fp32
     parameters, on the host (`offload_optimizer`), and what is given to the optimizer moves as the
     plan says. Raises ValueError where DeepSpeed cannot be told so.
@@ -75,7 +80,22 @@ def emit_deepspeed(workload: Workload, strategy: Strategy, plan: Plan) -> dict[s
             "stages": parallel.pipeline,
             "activation_checkpoint_interval": int(bool(layers)),
         }
-    return found | {"offload": plan.to_json()}
+    if plan.optimizer is not None:
+        found["optimizer"] = {"type": "AdamW", "params": {"lr": LEARNING_RATE}}
+    return found | {
+        "offload": _section(plan, again=strategy.activations == "recompute" or bool(layers))
+    }
+
+
+def _section(plan: Plan, *, again: bool) -> dict[str, Any]:
+    """Return a plan as it stands in a config that says itself which layers run `again`."""
+    section = plan.to_json()
+    if again:
+        activations = dict(section["activations"])
+        activations.pop("recompute", None)
+        kept = {"mode": "keep"} if activations.get("mode") == "recompute" else {}
+        section["activations"] = activations | kept
+    return section
 
 
 def require_of_deepspeed(workload: Workload, strategy: Strategy) -> None:
@@ -109,6 +129,8 @@ def require_of_deepspeed(workload: Workload, strategy: Strategy) -> None:
         problem = (
             f"recompute={layers} of a pipeline: DeepSpeed runs all layers of a stage again, or none"
         )
+    elif strategy.early_gradients:
+        problem = "early_gradients takes gradients that DeepSpeed adds up itself"
     elif "device" in shares and len(shares) > 1:
         problem = (
             f"placement={strategy.placement!r}: DeepSpeed has all fp32 parameters on the device, "

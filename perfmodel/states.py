@@ -264,7 +264,12 @@ class _Rank:
             nbytes = _FP32_BYTES * self._rows * self._states
             yield Held("optimizer states", "device", nbytes)
             return
-        sizes, row_bytes = self._subgroups(), _FP32_BYTES * self._rows
+        rows = self._rows
+        if self._deepspeed and self._zero and self._leaves:
+            # On the host wherever the moments are, and its own master copy there.
+            yield Held("optimizer states", "host", _FP32_BYTES * self._states, pinned=True)
+            rows = 2
+        sizes, row_bytes = self._subgroups(), _FP32_BYTES * rows
         out, stays = _boundaries(sizes, row_bytes, self._shares)
         yield Held("optimizer states", "ssd", out * row_bytes)
         yield Held("optimizer states", "host", (stays - out) * row_bytes, pinned=True)

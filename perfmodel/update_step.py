@@ -172,8 +172,10 @@ def _from_ssd(workload: Workload, count: int, machine: Machine) -> UpdateStep:
             f"placement has a share on the ssd, and {machine.name!r} has no drive: add `drive` to "
             "its machine.json (offload calibrate PATH measures it)"
         )
-    # Without a device fp32 parameters are their own master copies.
-    rows = 2 if machine.link is None and workload.dtype == "float32" else 3
+    # Without a device fp32 parameters are their own master copies, and so are DeepSpeed's.
+    alone = machine.link is None and workload.dtype == "float32"
+    zero = workload.framework == "deepspeed" and workload.parallel.zero_stage > 0
+    rows = 2 if alone or zero else 3
     nbytes = 4 * rows * count
     read_s = nbytes / drive.read_bytes_per_s * machine.devices
     write_s = nbytes / drive.write_bytes_per_s * machine.devices
