@@ -18,6 +18,7 @@ from offload.calibrate import calibrate
 from offload.calibrate.summary import machine_lines
 from offload.config import markdown, schema
 from offload.doctor import CHECKS, directory_problem, examine, system_line
+from offload.integrations.deepspeed_config import read_config
 from offload.integrations.deepspeed_migration import migrated
 
 __all__ = ["main"]
@@ -146,7 +147,11 @@ def _calibrate(path: str, output: str, name: str) -> int:
 
 def _plan_from_ds(config: str, path: str, output: str | None) -> int:
     try:
-        found = migrated(_mapping_in(Path(config)), path)
+        Path(config).stat()  # raises for one that is not there
+        given = read_config(config)
+        if given is None:
+            raise ValueError(f"{config}: is not a JSON object")
+        found = migrated(given, path)
         text = json.dumps(found.config, indent=2) + "\n"
         if output is None:
             print(text, end="")
@@ -162,17 +167,6 @@ def _plan_from_ds(config: str, path: str, output: str | None) -> int:
     for line in found.lines:
         print(line, file=sys.stderr if output is None else sys.stdout)
     return 0
-
-
-def _mapping_in(file: Path) -> dict[str, object]:
-    """Return the JSON object in a file. Raises ValueError for anything else."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: is not a JSON object")
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

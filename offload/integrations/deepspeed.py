@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from offload.device.cuda_updates import CudaUpdates
-from offload.device.updates import UpdateDevice
 from offload.integrations.deepspeed_config import SECTION, DeepSpeedConfig, read_config, split
 from offload.integrations.deferred_adamw import DeferredAdamW
 from offload.integrations.module_forward import ModuleForward
+from offload.integrations.preparation import close_all, prepare_states, require_all
 from offload.session import Session
 
 __all__ = ["initialize"]
@@ -126,10 +125,7 @@ def _apply(engine: Any, ours: DeepSpeedConfig, client: Sequence[DeferredAdamW]) 
     error: Exception | None = None
     try:
         for optimizer in client:
-            optimizer.lent_device = device_beside(engine, ours)
-            if optimizer.lent_device is not None:
-                opened.append(optimizer.lent_device)
-            optimizer.prepare(_partitions(engine, optimizer))
+            prepare_states(engine, optimizer, opened)
         if ours.plan.activations.offload is not None:
             session = Session(engine.module, ours.plan)
             opened += [ModuleForward(engine.module, session), session]
@@ -138,68 +134,18 @@ def _apply(engine: Any, ours: DeepSpeedConfig, client: Sequence[DeferredAdamW]) 
     engine.offload = session
     _close_with(engine, opened)
     try:
-        _require_all(error)
+        require_all(error)
     except Exception:
         engine.destroy()
         raise
 
 
-def device_beside(engine: Any, ours: DeepSpeedConfig) -> UpdateDevice | None:
-    """Return the GPU that is to update some of what DeepSpeed has put on the host.
-
-    None where there is none, its kernels were not built, or the plan wants the host to do all.
-    """
-    assert ours.plan.optimizer is not None
-    wanted = ours.plan.optimizer.update_schedule
-    if engine.device.type != "cuda" or wanted == "host":
-        return None
-    try:
-        return CudaUpdates(engine.device)
-    except ImportError as error:
-        if wanted != "auto":
-            raise
-        _log.warning("the host updates all that lies there, since the GPU cannot: %s", error)
-        return None
-
-
-def _partitions(
-    engine: Any, optimizer: DeferredAdamW
-) -> Iterator[tuple[Mapping[str, Any], Sequence[torch.Tensor]]]:
-    """Yield all that DeepSpeed trains, with the group whose settings it has.
-
-    ZeRO-3 shows its subgroups one after the other, at the step (deepspeed 0.19.8,
-    runtime/zero/stage3.py, `_optimizer_step`), where one rank that has no room would leave the
-    others waiting.
-    """
-    groups = optimizer.param_groups
-    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
-    number_of = getattr(engine.optimizer, "sub_group_to_group_id", None)
-    if flat is None or number_of is None:
-        yield from ((group, group["params"]) for group in groups)
-        return
-    for number, group in enumerate(groups):
-        yield group, [param for at, param in enumerate(flat) if number_of[at] == number]
-
-
-def _require_all(error: Exception | None) -> None:
-    """Raise the error of this rank, or of another one. All ranks must call this."""
-    said: list[str | None] = [None if error is None else f"{type(error).__name__}: {error}"]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        said = [None] * dist.get_world_size()
-        dist.all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    for rank, words in enumerate(said):
-        if words is not None:
-            raise RuntimeError(f"rank {rank} cannot apply its plan: {words}")
-
-
-def _close_with(engine: Any, opened: Iterable[Any]) -> None:
+def _close_with(engine: Any, opened: Sequence[Any]) -> None:
     """Have `engine.destroy()` close what was opened; the engine's end at the latest."""
     # The engine's own class is DeepSpeed's to choose, so that this one gets a method of its own.
     stock, close = (
         weakref.WeakMethod(engine.destroy),
-        weakref.finalize(engine, _close, list(opened)),
+        weakref.finalize(engine, close_all, list(opened)),
     )
 
     def destroy() -> None:
@@ -211,11 +157,6 @@ def _close_with(engine: Any, opened: Iterable[Any]) -> None:
             close()
 
     engine.destroy = destroy
-
-
-def _close(opened: Iterable[Any]) -> None:
-    for each in opened:
-        each.close()
 
 
 def _rank() -> int:

@@ -5,7 +5,9 @@ Nothing here imports DeepSpeed.
 
 from __future__ import annotations
 
+import base64
 import copy
+import importlib
 import json
 import os
 from collections.abc import Mapping
@@ -53,19 +55,44 @@ class DeepSpeedConfig:
 
 
 def read_config(config: Any) -> dict[str, Any] | None:
-    """Return a copy of a config given as a mapping or a file; None for what DeepSpeed reads itself.
+    """Return a copy of a config given as a mapping, a file, or base64, as DeepSpeed reads it.
 
-    Raises ValueError for a file that is not JSON, OSError for one that cannot be read.
+    None where it is nothing of these, which DeepSpeed says better itself. Raises ValueError for a
+    file that is neither JSON nor (where `hjson` is installed) Hjson, or has a key twice, OSError
+    for one that cannot be read.
     """
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
-    if config is None or not os.path.isfile(config):  # a long text of base64 is no path
+    if config is None:
         return None
-    try:
-        found = json.loads(Path(config).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config}: is not JSON: {error}") from None
+    if os.path.isfile(config):
+        try:
+            found = _parsed(Path(config).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config}: is not JSON: {error}") from None
+    else:
+        try:
+            found = _parsed(base64.urlsafe_b64decode(config).decode("utf-8"))
+        except (TypeError, ValueError):
+            return None
     return found if isinstance(found, dict) else None
+
+
+def _parsed(text: str) -> Any:
+    """Parse as DeepSpeed does: Hjson, which has comments, or JSON without that package."""
+    try:
+        parser = importlib.import_module("hjson")
+    except ImportError:
+        parser = json
+    return parser.loads(text, object_pairs_hook=_without_twins)
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = sorted({key for key, _ in pairs if [each for each, _ in pairs].count(key) > 1})
+        raise ValueError(f"{', '.join(twice)} is there twice")
+    return found
 
 
 def split(config: Mapping[str, Any], *, has_client: bool) -> DeepSpeedConfig:

@@ -27,8 +27,8 @@ class Migration:
 def migrated(config: Mapping[str, Any], path: str = "") -> Migration:
     """Return `config` with a section `offload` in the place of its own offloading of states.
 
-    `path`: where activations go, and states where DeepSpeed had them on the host; none: states go
-    to where DeepSpeed had them, and activations stay. Parameters (`offload_param`) stay
+    `path`: where activations go; none: they stay. States go to where DeepSpeed had them, on the
+    host or in the same directory. Parameters (`offload_param`) stay
     DeepSpeed's. Raises ValueError for a config that has the section, or none of what it replaces.
     """
     if SECTION in config:
@@ -71,10 +71,17 @@ class _Work:
                 "process beside it"
             )
         self.section["optimizer"] = self._placed(offload, device)
+        if "pin_memory" in offload:  # of the fp32 parameters, which stay on the host
+            self._zero["offload_optimizer"] = {
+                "device": "cpu",
+                "pin_memory": offload["pin_memory"],
+            }
 
     def _placed(self, offload: Mapping[str, Any], device: str) -> dict[str, Any]:
         was = f"offload_optimizer.device = {device!r}"
         if device == "nvme":
+            if not offload.get("nvme_path"):
+                raise ValueError("offload_optimizer.device='nvme' has no nvme_path: name it")
             found: dict[str, Any] = {"placement": "ssd", "path": [str(offload.get("nvme_path"))]}
             self.lines.append(
                 f"{was}: placement 'ssd' in the same directory; every block is checked by its "

@@ -49,7 +49,9 @@ class DeferredAdamW(torch.optim.Optimizer):
         self._groups: dict[torch.Tensor, int] = {}  # of `_states`, by tensor
         # What `_states` trains in the stead of a tensor: itself, or the same memory as a leaf.
         self._leaves: dict[torch.Tensor, torch.Tensor] = {}
+        self._failed = ""  # what a step that is half done failed with
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults["bias_correction"] = True  # which DeepSpeed's own ask of a checkpoint
         # Of no class between: one that is torch's AdamW as well has settings of its own.
         whole = TORCHS | defaults | {"maximize": False}
         torch.optim.Optimizer.__init__(self, listed(params), whole)
@@ -76,6 +78,8 @@ class DeferredAdamW(torch.optim.Optimizer):
                 self._states.add_param_group(group)
         for number, (new, _) in enumerate(fresh, len(set(self._groups.values()))):
             self._groups |= dict.fromkeys(new, number)
+        if self._states is not None and fresh:
+            self._states.plan_updates()
 
     def _made(self, groups: Sequence[Mapping[str, Any]]) -> AdamW:
         on_host = all(not param.is_cuda for group in groups for param in group["params"])
@@ -88,9 +92,15 @@ class DeferredAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update what is in the groups and has a gradient. Raises as `offload.AdamW.step`."""
+        """Update what is in the groups and has a gradient.
+
+        Raises OSError for a failing drive: the step is half done then, and since frameworks change
+        the gradients that they call it with, only a checkpoint leads on from there.
+        """
         if closure is not None:
             raise ValueError("closure is not offered where a framework calls the step")
+        if self._failed:
+            raise RuntimeError(f"{self._failed}: load a checkpoint first")
         self._take_over()
         params = [param for group in self.param_groups for param in group["params"]]
         trained = [param for param in params if param.grad is not None]
@@ -104,7 +114,13 @@ class DeferredAdamW(torch.optim.Optimizer):
         leaves = {param: self._leaves[param] for param in trained}
         for param, leaf in leaves.items():
             leaf.grad = param.grad
-        states.step_of(list(leaves.values()))
+        try:
+            states.step_of(list(leaves.values()), settle=False)
+        except OSError as error:
+            why = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            self._failed = f"a step failed midway ({why.strerror})"
+            said = f"{why.strerror}; the step is half done: load a checkpoint"
+            raise OSError(error.errno, said, error.filename) from error
         for param, leaf in leaves.items():
             if leaf is not param:
                 leaf.grad = None
@@ -140,9 +156,14 @@ class DeferredAdamW(torch.optim.Optimizer):
             require_settings(group)
         found: dict[torch.Tensor, Mapping[str, Any]] = {}
         for mine, saved in self._with(groups):
-            for param, number in zip(mine["params"], saved["params"], strict=True):
-                if number in state_dict["state"]:
-                    found[param] = state_dict["state"][number]
+            # DeepSpeed's FusedAdam counts the steps of a group's last parameter alone.
+            of_group = [state_dict["state"].get(number, {}) for number in saved["params"]]
+            most = max((float(each.get("step", 0)) for each in of_group), default=0.0)
+            for param, states in zip(mine["params"], of_group, strict=True):
+                if states:
+                    found[param] = (
+                        states if float(states.get("step", 0)) else {**states, "step": most}
+                    )
         self._load(found)
         for mine, saved in self._with(groups):
             mine.update(_without_params(saved))
@@ -187,6 +208,7 @@ class DeferredAdamW(torch.optim.Optimizer):
         params = self._params_of(states)
         numbered = {number: found[each] for number, each in enumerate(params) if each in found}
         states.load_state_dict({"param_groups": outline["param_groups"], "state": numbered})
+        self._failed = ""
         self.state.clear()
         for param in found:
             self.state[param]["step"] = states.state[self._leaves[param]]["step"]
@@ -204,7 +226,8 @@ class DeferredAdamW(torch.optim.Optimizer):
             each: states for each, states in given.items() if each in shown | self._groups.keys()
         }
         if known:
-            self._load({**self._all_states(), **known})
+            others = self._all_states() if self._groups.keys() - known.keys() else {}
+            self._load({**others, **known})
             self.state.update({each: given[each] for each in given.keys() - known.keys()})
 
     def _with(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Any, Mapping[str, Any]]]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,14 @@ from offload.config import Plan, read_plan
 from offload.integrations.deepspeed_config import require_for_deepspeed
 from offload.integrations.deferred_adamw import DeferredAdamW
 from offload.integrations.module_forward import ModuleForward
+from offload.integrations.preparation import close_all, prepare_states, require_all
 from offload.optimizer import AdamW
 from offload.session import Session
 
 __all__ = ["OffloadCallback", "OffloadTrainer", "Offloading"]
 
 _log = logging.getLogger(__name__)
+_OPTIMS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 STATES_NAME = "optimizer.safetensors"
 """In a checkpoint's folder, beside the Trainer's own files."""
 _SCHEDULER_NAME = "scheduler.pt"
@@ -97,18 +101,36 @@ class Offloading:
         self.plan = _plan_of(plan)
         require_no_recompute(self.plan)
         self._session: Session | None = None
+        self._lent: list[Any] = []
         super().__init__(*args, **named)
         if self.plan.optimizer is not None:
             self._require_optimizer()
+            self.add_callback(_Preparing(self))  # type: ignore[attr-defined]
 
     def train(self: Any, *args: Any, **named: Any) -> Any:
-        """Train as the Trainer does. Raises OSError for a directory that cannot be used."""
-        with Session(self.model, self.plan) as session:
+        """Train as the Trainer does.
+
+        Raises what one rank could not open on all of them: OSError there, RuntimeError elsewhere.
+        """
+        session: Session | None = None
+        error: Exception | None = None
+        try:
+            session = Session(self.model, self.plan)
+        except Exception as caught:  # whatever it is, the other ranks wait for an answer
+            error = caught
+        with ExitStack() as stack:
+            if session is not None:
+                stack.enter_context(session)
+            require_all(error)
             self._session = session
-            try:
-                return super().train(*args, **named)  # type: ignore[misc]
-            finally:
-                self._session = None
+            stack.callback(setattr, self, "_session", None)
+            return super().train(*args, **named)  # type: ignore[misc]
+
+    def close(self: Any) -> None:
+        """Give back what the optimizer's states take; they are lost. Idempotent."""
+        optimizer = _unwrapped(self.optimizer)
+        close_all([each for each in (optimizer, *self._lent) if hasattr(each, "close")])
+        self._lent = []
 
     def compute_loss(self: Any, model: Any, *args: Any, **named: Any) -> Any:
         """Compute the loss; all that it saves goes where the plan says."""
@@ -152,6 +174,11 @@ class Offloading:
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         states = self._own_states()
         file = None if checkpoint is None else Path(checkpoint) / STATES_NAME
+        if states is None and file is not None and file.is_file():
+            raise ValueError(
+                f"{file} has the states of a plan's optimizer, and this plan has none, so that "
+                "they would be lost: give the plan a section optimizer"
+            )
         if states is None or file is None or not file.is_file():
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
@@ -188,10 +215,10 @@ class Offloading:
                 "Trainer: leave one out"
             )
         kind = str(getattr(self.args.optim, "value", self.args.optim))
-        if not kind.startswith("adamw_torch"):
+        if kind not in _OPTIMS or self.args.optim_args:
             raise ValueError(
                 f"optim={kind!r} is not AdamW, which the plan's section optimizer trains with: "
-                "leave optim out"
+                "leave optim out, and optim_args"
             )
         if self.plan.optimizer.early_gradients and self.args.max_grad_norm:
             raise ValueError(
@@ -200,8 +227,38 @@ class Offloading:
             )
         if self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+            if "optimizer" in config:
+                raise ValueError(
+                    "the DeepSpeed config has a section optimizer, which is trained with in the "
+                    "place of the plan's: remove it, the Trainer's arguments say the same"
+                )
             for change in require_for_deepspeed(config, self.plan):
                 _log.warning("offload sets in the DeepSpeed config: %s", change)
+
+
+class _Preparing(transformers.TrainerCallback):
+    """Makes the states over DeepSpeed's partitions before the first step, on all ranks or none."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Make them. Raises what one rank has no room for on all of them."""
+        trainer = self._trainer()
+        if trainer is None or not trainer.is_deepspeed_enabled:
+            return
+        optimizer = _unwrapped(trainer.optimizer)
+        error: Exception | None = None
+        try:
+            if not isinstance(optimizer, DeferredAdamW):
+                raise ValueError(
+                    f"DeepSpeed trains with {type(optimizer).__name__} in the place of the plan's "
+                    "optimizer: remove its config's section optimizer"
+                )
+            prepare_states(trainer.deepspeed, optimizer, trainer._lent)
+        except Exception as caught:  # whatever it is, the other ranks wait for an answer
+            error = caught
+        require_all(error)
 
 
 class OffloadTrainer(Offloading, transformers.Trainer):  # type: ignore[misc]

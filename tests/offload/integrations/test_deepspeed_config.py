@@ -103,7 +103,11 @@ def test_a_file_is_read_and_what_is_no_file_left_to_deepspeed(tmp_path: Path) ->
     file = tmp_path / "ds_config.json"
     file.write_text(json.dumps(config()))
     assert read_config(file) == read_config(str(file)) == config()
-    assert read_config("eyJhIjogMX0=" * 100) is None
+    assert read_config("eyJhIjogMX0=") == {"a": 1}
+    assert read_config("not base64 either " * 100) is None
+    file.write_text('{"a": 1, "a": 2}')
+    with pytest.raises(ValueError, match="a is there twice"):
+        read_config(file)
     file.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         read_config(file)
@@ -126,6 +130,21 @@ def test_states_on_nvme_stay_in_their_directory() -> None:
     assert "aio" not in found.config
     assert "offload_optimizer" not in found.config["zero_optimization"]
     assert split(found.config, has_client=False).plan.optimizer is not None
+
+
+def test_pinned_memory_stays_as_it_was_and_a_missing_directory_is_named() -> None:
+    found = migrated(today({"device": "cpu", "pin_memory": False}))
+    kept = found.config["zero_optimization"]["offload_optimizer"]
+    assert kept == {"device": "cpu", "pin_memory": False}
+    with pytest.raises(ValueError, match="has no nvme_path"):
+        migrated(today({"device": "nvme"}))
+
+
+def test_comments_are_read_as_deepspeed_reads_them(tmp_path: Path) -> None:
+    pytest.importorskip("hjson")
+    file = tmp_path / "ds_config.json"
+    file.write_text('{"a": 1,  # of a config\n}')
+    assert read_config(file) == {"a": 1}
 
 
 def test_a_ratio_is_removed_and_parameters_stay_deepspeeds() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,3 +152,46 @@ def test_a_device_that_is_lent_updates_its_share_with_the_same_bits() -> None:
     assert all(torch.equal(one, other) for one, other in zip(mine, others, strict=True))
     deferred.close()
     device.close()
+
+
+def test_after_a_step_that_failed_midway_only_a_checkpoint_leads_on(
+    deferred: DeferredAdamW, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = tensors()
+    deferred.param_groups[0]["params"] = params
+    give_gradients(params, 0)
+    deferred.step()
+    checkpoint = deferred.state_dict()
+
+    def failing(self: offload.AdamW, some: Any, settle: bool) -> None:
+        raise OSError(errno.EIO, "a block is bad", "/nvme")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offload.AdamW, "step_of", failing)
+        with pytest.raises(OSError, match="a block is bad; the step is half done"):
+            deferred.step()
+    with pytest.raises(RuntimeError, match="load a checkpoint first"):
+        deferred.step()
+    deferred.load_state_dict(checkpoint)
+    deferred.step()
+
+
+def test_steps_that_only_a_groups_last_parameter_counts_are_those_of_all() -> None:
+    config = OptimizerConfig(placement="device")
+    mine, others = tensors(), tensors()
+    one, other = (DeferredAdamW(each, config, **SETTINGS) for each in (mine, others))
+    for step in range(3):
+        for params, optimizer in ((mine, one), (others, other)):
+            give_gradients(params, step)
+            optimizer.step()
+    checkpoint = one.state_dict()
+    assert checkpoint["param_groups"][0]["bias_correction"] is True
+    for number in (0, 1):  # as DeepSpeed's FusedAdam leaves them
+        checkpoint["state"][number] = {**checkpoint["state"][number], "step": 0}
+    one.load_state_dict(checkpoint)
+    for params, optimizer in ((mine, one), (others, other)):
+        give_gradients(params, 3)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
+    one.close()
+    other.close()

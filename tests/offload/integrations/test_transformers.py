@@ -89,7 +89,9 @@ def test_with_deepspeed_the_bits_are_the_same(start: Start, spill_dir: Path) -> 
     pytest.importorskip("deepspeed")
     cases: dict[str, Any] = {}
     for stage in (2, 3):
-        config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
+        # On the host in both: DeepSpeed adds the norm up in another order there.
+        zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+        config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero}
         config["gradient_clipping"] = 1.0  # type: ignore[assignment]
         kept = plan_of(spill_dir) | {"activations": {"mode": "keep"}}
         kept["optimizer"] = {"placement": "device"}
@@ -97,9 +99,13 @@ def test_with_deepspeed_the_bits_are_the_same(start: Start, spill_dir: Path) -> 
         cases[f"kept {stage}"] = {**case, "plan": kept}
         cases[f"moved {stage}"] = {**case, "plan": plan_of(spill_dir)}
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29611", "RANK": "0", "WORLD_SIZE": "1"}
-    found = start(cases, DS_ACCELERATOR="cpu", LOCAL_RANK="0", ACCELERATE_USE_CPU="true", **place)
+    found = start(cases, DS_ACCELERATOR="cpu", LOCAL_RANK="0", **place)
     for stage in (2, 3):
         same(found, f"moved {stage}", f"kept {stage}")
+        assert found[f"moved {stage}"]["logs"]["offloaded_bytes"] > 0
+        assert found[f"moved {stage}"]["optimizer"] == "DeferredAdamW"
+        assert found[f"kept {stage}"]["deepspeed"]
+        assert found[f"moved {stage}"]["deepspeed"]
 
 
 def test_trls_sft_trainer_has_the_bits_of_no_offload(start: Start, spill_dir: Path) -> None:
@@ -124,12 +130,22 @@ def test_a_checkpoint_is_gone_on_from_with_the_same_bits(
             "resumed": {**case, "resume": str(tmp_path / "ours" / "checkpoint-2")},
             "stock": stock,
             "from stock": {**case, "resume": str(tmp_path / "stock" / "checkpoint-2")},
+            "without": {
+                **case,
+                "plan": plan_of(spill_dir, states=False),
+                "resume": str(tmp_path / "ours" / "checkpoint-2"),
+            },
         }
     )
+    assert "this plan has none, so that they would be lost" in found["without"]["error"]
     assert "checkpoint-2/optimizer.safetensors" in found["whole"]["files"]
     assert "error" not in found["resumed"], found["resumed"]["trace"]
     assert found["resumed"]["parameters"] == found["whole"]["parameters"]
     assert "error" not in found["from stock"], found["from stock"]["trace"]
+    gone_on, whole = (
+        [loss for loss, _ in found[name]["losses"]][-2:] for name in ("from stock", "stock")
+    )
+    assert gone_on == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +153,7 @@ def test_a_checkpoint_is_gone_on_from_with_the_same_bits(
     [
         ({"plan": {"version": 1, "activations": {"mode": "recompute"}}}, "gradient_checkpointing"),
         ({"arguments": {"optim": "adafactor"}}, "optim='adafactor' is not AdamW"),
+        ({"arguments": {"optim": "adamw_torch_4bit"}}, "optim='adamw_torch_4bit' is not AdamW"),
         ({"callback": True}, "the Trainer's is AdamW"),
         ({"plan": {"version": 1, "optimiser": {}}}, "did you mean 'optimizer'"),
     ],

@@ -21,7 +21,12 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 import offload
-from offload.integrations.transformers import OffloadCallback, Offloading, OffloadTrainer
+from offload.integrations.transformers import (
+    OffloadCallback,
+    Offloading,
+    OffloadTrainer,
+    _unwrapped,
+)
 
 VOCAB, LENGTH, ROWS = 64, 32, 24
 
@@ -125,6 +130,7 @@ def trained(case: dict[str, Any], directory: str) -> dict[str, Any]:
             **STEPS,
             **SETTINGS,
             "deepspeed": case.get("deepspeed"),
+            "use_cpu": not case.get("deepspeed"),  # with which accelerate leaves DeepSpeed out
             **case.get("arguments", {}),
         }
     )
@@ -154,6 +160,8 @@ def came_to(trainer: Any, model: Any, directory: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "losses": [(each["loss"], each["grad_norm"]) for each in logs],
         "logs": logs[-1] if logs else {},
+        "optimizer": type(_unwrapped(trainer.optimizer)).__name__,
+        "deepspeed": trainer.is_deepspeed_enabled,
         "files": sorted(str(each.relative_to(directory)) for each in Path(directory).rglob("*")),
     }
     bits = hashlib.sha256()
