@@ -118,7 +118,10 @@ class Turns:
         elif mode in PEERS:
             package, make = PEERS[mode]
             import_module(package)
-            make()  # whatever it refuses, it refuses now
+            try:
+                make()  # whatever it refuses, it refuses now
+            except AttributeError as error:  # as TRL's without an accelerator
+                raise ImportError(f"{package} cannot be used here: {error}") from error
             self._contexts[mode] = make
         else:  # what none of the hooks has a part in
             self._contexts[mode] = nullcontext

@@ -72,7 +72,7 @@ def main() -> None:
             for way in round_order(list(ways), index):
                 begin_s = time.perf_counter()
                 for part in ways[way]:
-                    optimizer.step_of(part)
+                    optimizer.step_of(part, settle=False)
                 if index >= arguments.warm_up:
                     steps[way].append(time.perf_counter() - begin_s)
     whole, single, again = steps.values()

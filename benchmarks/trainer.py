@@ -47,6 +47,9 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_record_arguments(parser, warm_up=3)
     add_path_argument(parser)
+    parser.add_argument(
+        "--zero", choices=("both", "with", "without"), default="both", help="ZeRO-2 or not (both)"
+    )
     for flag, default in (
         ("--hidden", 512),
         ("--layers", 6),
@@ -123,9 +126,10 @@ def main() -> None:
     sizes = {key: getattr(arguments, key) for key in keys}
     found: dict[str, Figures] = {}
     with spill_directory(arguments.path, parser) as directory:
+        zero = {"both": (False, True), "with": (True,), "without": (False,)}[arguments.zero]
         cases = [
             Case(model=model, lora=lora, deepspeed=deepspeed, directory=directory, **sizes)
-            for model, lora, deepspeed in itertools.product(MODELS, (False, True), (False, True))
+            for model, lora, deepspeed in itertools.product(MODELS, (False, True), zero)
         ]
         for case in tqdm(cases, desc="cases"):
             name = case.model + (", LoRA" if case.lora else "")

@@ -93,7 +93,16 @@ class Case:
 
     def arguments(self, directory: str) -> Any:
         """Return the Trainer's arguments."""
-        stage = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
+        stage = {
+            "zero_optimization": {
+                "stage": 2,
+                "offload_optimizer": {"device": "cpu"},
+                "reduce_bucket_size": 5 * 10**6,  # whose default is 2 GiB
+            },
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": "auto",
+        }
         return transformers.TrainingArguments(
             output_dir=directory,
             max_steps=1 << 20,
@@ -101,7 +110,7 @@ class Case:
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
-            use_cpu=True,
+            use_cpu=not self.deepspeed,  # with which accelerate leaves DeepSpeed out
             disable_tqdm=True,
             learning_rate=1e-4,
             deepspeed=stage if self.deepspeed else None,
@@ -188,6 +197,8 @@ class Trainee:
             self._turns.trainer = OffloadTrainer(**given, plan=case.plan())
         else:
             self._turns.trainer = transformers.Trainer(**given)
+        if self._turns.trainer.is_deepspeed_enabled is not case.deepspeed:
+            raise RuntimeError(f"DeepSpeed is on: {not case.deepspeed}, and was asked otherwise")
         self._thread = threading.Thread(target=self._train)
         self._thread.start()
 
@@ -224,7 +235,7 @@ def _one_rank() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
 
 

@@ -94,6 +94,8 @@ def test_a_choice_is_held_against_the_best_of_what_was_run(
 def test_every_strategy_of_a_grid_is_another() -> None:
     for size in regret.SIZES:
         grid = regret.grid_of(size, 1 << 28)
-        assert len({regret.named(*each) for each in grid}) == len(grid) == 12
+        names = {regret.named(*each) for each in grid}
+        # Of three layers one is a quarter, a half, and all but two.
+        assert len(names) == len(grid) == (15 if (size.model, size.layers) == ("gpt", 3) else 17)
         for workload, strategy in grid:
             regret.Plan.of(workload, strategy, path=("/ssd",))
