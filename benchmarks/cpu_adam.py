@@ -48,8 +48,9 @@ def settings_of(scale: float, decay: float) -> dict[str, Any]:
 def parts_of_bound(count: int, steps: int, lr: float, decay: float) -> list[float]:
     """Return after each step the worst difference, as a part of what rounding may come to.
 
-    A step rounds the parameter once, and with a decay once more, on both sides; and an update of about `lr`, whose bias corrections DeepSpeed has
-    in fp32 (csrc/includes/cpu_adam.h, `update_state`): each with an error of ULP / (1 - beta^t).
+    A step rounds the parameter once, and with a decay once more, on both sides; and an update of
+    about `lr`, whose bias corrections DeepSpeed has in fp32 (csrc/includes/cpu_adam.h,
+    `update_state`): each with an error of ULP / (1 - beta^t).
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: PLC0415 - builds for minutes, once
 

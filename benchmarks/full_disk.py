@@ -54,7 +54,7 @@ def came_of(way: str, case: Case, steps: int) -> dict[str, object]:
         with open_worker(way, case) as worker:
             losses.extend(loss_of(worker) for _ in range(steps))
     except WorkerError as error:
-        return {"losses": losses, "said": str(error)}
+        return {"losses": losses, "said": str(error).replace(case.directory, "DIR")}
     return {"losses": losses, "said": ""}
 
 
