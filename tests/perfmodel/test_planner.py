@@ -59,6 +59,19 @@ def test_what_is_chosen_keeps_to_every_limit(gib: int) -> None:
         assert choice.why
 
 
+def test_what_fits_only_as_a_run_moves_it_is_chosen() -> None:
+    model = plain_model("gpt", num_layers=6, hidden_size=512, num_heads=8, seq_len=256)
+    workload = Workload(model=model, seq_len=256, micro_batch=8, dtype="float32", plain="gpt")
+    laptop = replace(read_machine("laptop"), link=None)
+    moved = Strategy(activations="ssd", optimizer="torch", staging_bytes=64 << 20)
+    thorough = predict(workload, moved, laptop, effort=EFFORT)
+    limits = Limits(device_bytes=round(1.01 * thorough.device_bytes))
+    search = Search(optimizers=("torch",), micro_batches=(8,))
+    best = plan(workload, laptop, limits, search).choices[0].prediction
+    assert best.strategy.activations == "ssd"  # a quick search finds it to be over the limit
+    assert best.step_s <= 1.005 * thorough.step_s
+
+
 @pytest.mark.parametrize("kind", ["gpt", "t5"])
 def test_what_is_chosen_fits_as_thoroughly_as_a_run_searches(kind: str) -> None:
     model = plain_model(kind, num_layers=3, hidden_size=384, num_heads=6, seq_len=512)
