@@ -81,6 +81,7 @@ def test_one_rank_has_the_bits_of_no_offload(tmp_path: Path, spill_dir: Path) ->
     cases = cases_of()
     [found] = started(tmp_path, 1, both_ways(cases, spill_dir))
     require_same(found, cases)
+    assert all(found[f"moved {name}"]["offloaded"] > 0 for name in cases)
     for name in cases:
         assert found[f"moved {name}"]["offloaded"] > 0, name
     assert [each.name for each in spill_dir.iterdir()] in ([], ["run"])
@@ -94,6 +95,7 @@ def test_two_ranks_of_data_and_of_tensors_have_the_bits_of_no_offload(
     cases = {**data, **tensor}
     for rank in started(tmp_path, 2, both_ways(cases, spill_dir)):
         require_same(rank, cases)
+        assert all(rank[f"moved {name}"]["offloaded"] > 0 for name in cases)
 
 
 def test_pipelines_have_the_bits_of_no_offload(tmp_path: Path, spill_dir: Path) -> None:
@@ -102,8 +104,12 @@ def test_pipelines_have_the_bits_of_no_offload(tmp_path: Path, spill_dir: Path) 
         case = {"model": "gpt", "pipeline": 2, "chunks": chunks, "micro_batches": count}
         cases[f"gpt {bf16} {chunks} {count}"] = case | {"bf16": bf16}
     cases["bert"] = {"model": "bert", "pipeline": 2, "micro_batches": 4}
-    for rank in started(tmp_path, 2, both_ways(cases, spill_dir)):
+    ranks = started(tmp_path, 2, both_ways(cases, spill_dir))
+    for rank in ranks:
         require_same(rank, cases)
+    # The last rank keeps a forward that its own backward follows.
+    assert all(ranks[0][f"moved {name}"]["offloaded"] > 0 for name in cases)
+    assert all(ranks[1][f"moved {name}"]["offloaded"] == 0 for name in cases if " 1 " in name)
 
 
 def test_recomputing_and_experts_have_the_bits_of_no_offload(
@@ -126,3 +132,4 @@ def test_recomputing_and_experts_have_the_bits_of_no_offload(
     cases = {name: {"model": "gpt", "config": config} for name, config in configs.items()}
     [found] = started(tmp_path, 1, both_ways(cases, spill_dir))
     require_same(found, cases)
+    assert all(found[f"moved {name}"]["offloaded"] > 0 for name in cases)
