@@ -124,7 +124,7 @@ class DeferredAdamW(torch.optim.Optimizer):
         for param, leaf in leaves.items():
             if leaf is not param:
                 leaf.grad = None
-            self.state[param]["step"] = states.state[leaf]["step"]
+            self._counted(param, states.state[leaf]["step"])
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,14 +211,14 @@ class DeferredAdamW(torch.optim.Optimizer):
         self._failed = ""
         self.state.clear()
         for param in found:
-            self.state[param]["step"] = states.state[self._leaves[param]]["step"]
+            self._counted(param, states.state[self._leaves[param]]["step"])
 
     def _take_over(self) -> None:
         """Take over states that a framework has put into `state` itself, from a checkpoint.
 
         Those of tensors that have not been shown yet stay where they are until they are.
         """
-        given = {param: states for param, states in self.state.items() if "exp_avg" in states}
+        given = self._given()
         if not given:
             return
         shown = {param for group in self.param_groups for param in group["params"]}
@@ -229,6 +229,14 @@ class DeferredAdamW(torch.optim.Optimizer):
             others = self._all_states() if self._groups.keys() - known.keys() else {}
             self._load({**others, **known})
             self.state.update({each: given[each] for each in given.keys() - known.keys()})
+
+    def _given(self) -> dict[torch.Tensor, dict[str, Any]]:
+        """Return the states that a framework has put into `state`."""
+        return {param: states for param, states in self.state.items() if "exp_avg" in states}
+
+    def _counted(self, param: torch.Tensor, step: torch.Tensor) -> None:
+        """Note how many steps a tensor has taken."""
+        self.state[param]["step"] = step
 
     def _with(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Any, Mapping[str, Any]]]:
         return zip(self.param_groups, groups, strict=True)

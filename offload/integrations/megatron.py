@@ -20,7 +20,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer import get_megatron_optimizer
 
 from offload.config import Plan, read_plan
-from offload.integrations.deferred_adamw import DeferredAdamW
+from offload.integrations.main_params import MainParamsAdamW
 from offload.integrations.pipeline import Pipeline
 from offload.session import Session
 
@@ -123,13 +123,6 @@ def _pipeline_of(model: Any, count: int | None) -> dict[str, Any]:
     }
 
 
-class MainParamsAdamW(DeferredAdamW, torch.optim.AdamW):
-    """What Megatron's optimizers take for theirs: of their fp32 main parameters, or parts of them.
-
-    It is a `torch.optim.AdamW` because the distributed optimizer asks whether it is.
-    """
-
-
 def build_optimizer(config: Any, model_chunks: Sequence[Any], plan: PlanLike, **named: Any) -> Any:
     """Return `get_megatron_optimizer(config, model_chunks, **named)` with states by the plan.
 
@@ -137,21 +130,13 @@ def build_optimizer(config: Any, model_chunks: Sequence[Any], plan: PlanLike, **
     optimizer that is not AdamW, or another's offloading beside it.
     """
     plan = _plan_of(plan)
+    if plan.optimizer is not None:
+        _require_adamw(config, model_chunks)
     built = get_megatron_optimizer(config, list(model_chunks), **named)
-    if plan.optimizer is None:
-        return built
-    if config.optimizer != "adam" or not config.decoupled_weight_decay:
-        raise ValueError(
-            f"optimizer={config.optimizer!r} with decoupled_weight_decay="
-            f"{config.decoupled_weight_decay} is not AdamW, which is all that the plan's section "
-            "optimizer trains with; take the section out"
-        )
-    for key in ("optimizer_cpu_offload", "use_precision_aware_optimizer"):
-        if getattr(config, key, False):
-            raise ValueError(f"{key} and the plan's section optimizer both place states: remove it")
-    for each in getattr(built, "chained_optimizers", [built]):
-        if getattr(each, "optimizer", None) is not None:
-            each.optimizer = _in_place_of(each.optimizer, plan)
+    if plan.optimizer is not None:
+        for each in getattr(built, "chained_optimizers", [built]):
+            if getattr(each, "optimizer", None) is not None:
+                each.optimizer = _in_place_of(each.optimizer, plan)
     return built
 
 
@@ -163,14 +148,15 @@ def close_optimizer(optimizer: Any) -> None:
 
 
 def _in_place_of(stock: Any, plan: Plan) -> MainParamsAdamW:
-    """Return ours for the groups of one that has taken no step."""
+    """Return ours for the groups of one that has taken no step: torch's AdamW, or a fused Adam."""
     assert plan.optimizer is not None
     if stock.state:
         raise ValueError("the optimizer has states already; build it anew, and load them into ours")
     defaults = {key: stock.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
     ours = MainParamsAdamW([torch.nn.Parameter(torch.empty(0))], plan.optimizer, **defaults)
     # As the distributed optimizer does: parts of parameters are views, which none is made of.
-    ours.param_groups = stock.param_groups
+    ours.param_groups = [{**ours.defaults, **group} for group in stock.param_groups]
+    ours.prepare((group, group["params"]) for group in ours.param_groups)
     return ours
 
 
@@ -186,6 +172,28 @@ def require_for_megatron(config: Any, plan: Plan) -> None:
     for key in ("fine_grained_activation_offloading", "cpu_offloading"):
         if getattr(config, key, False):
             raise ValueError(f"{key}=True and the plan both move activations: remove the first")
+
+
+def _require_adamw(config: Any, model_chunks: Sequence[Any]) -> None:
+    """Raise ValueError for an optimizer that the plan's states are not of."""
+    if config.optimizer != "adam" or not config.decoupled_weight_decay:
+        raise ValueError(
+            f"optimizer={config.optimizer!r} with decoupled_weight_decay="
+            f"{config.decoupled_weight_decay} is not AdamW, which is all that the plan's section "
+            "optimizer trains with; take the section out"
+        )
+    beside = [
+        key
+        for key in ("optimizer_cpu_offload", "use_precision_aware_optimizer")
+        if getattr(config, key, False)
+    ]
+    settings = (getattr(chunk, "ddp_config", None) for chunk in model_chunks)
+    if any(getattr(each, "use_megatron_fsdp", False) for each in settings):
+        beside.append("use_megatron_fsdp")
+    for key in beside:
+        raise ValueError(
+            f"{key}=True and the plan's section optimizer both place states: remove it"
+        )
 
 
 def _config_of(model: Any) -> Any:

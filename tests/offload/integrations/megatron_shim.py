@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["install"]
+__all__ = ["Norm", "install"]
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn")
 _CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def install() -> None:
     random.fp8_autocast = lambda **_: nullcontext()
     moe_utils.te_general_gemm = None
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_: None
     generator = torch.Generator()
 
     def set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
@@ -44,7 +44,8 @@ def install() -> None:
         return generator.get_state()
 
     torch.cuda.manual_seed = lambda seed: generator.manual_seed(seed) and None  # type: ignore[assignment]
-    torch.cuda.get_rng_state, torch.cuda.set_rng_state = get_state, set_state
+    torch.cuda.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state  # type: ignore[assignment]
     random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -64,3 +65,12 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         return factory(*args, **named)
 
     return made
+
+
+class Norm(torch.nn.LayerNorm):
+    """A norm for sequence parallel, which megatron-core has none of without Transformer Engine."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

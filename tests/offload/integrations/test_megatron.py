@@ -92,7 +92,11 @@ def test_two_ranks_of_data_and_of_tensors_have_the_bits_of_no_offload(
 ) -> None:
     data = cases_of()
     tensor = {f"tensor {name}": case | {"tensor": 2} for name, case in cases_of().items()}
+    sequence = {"sequence_parallel": True}
     cases = {**data, **tensor}
+    for bf16 in (False, True):
+        case = {"model": "gpt", "tensor": 2, "bf16": bf16, "distributed": True, "config": sequence}
+        cases[f"sequence {bf16}"] = case
     for rank in started(tmp_path, 2, both_ways(cases, spill_dir)):
         require_same(rank, cases)
         assert all(rank[f"moved {name}"]["offloaded"] > 0 for name in cases)
@@ -103,10 +107,15 @@ def test_pipelines_have_the_bits_of_no_offload(tmp_path: Path, spill_dir: Path) 
     for bf16, chunks, count in itertools.product((False, True), (1, 2), (2, 4, 6)):
         case = {"model": "gpt", "pipeline": 2, "chunks": chunks, "micro_batches": count}
         cases[f"gpt {bf16} {chunks} {count}"] = case | {"bf16": bf16}
-    cases["bert"] = {"model": "bert", "pipeline": 2, "micro_batches": 4}
+    for bf16, distributed in itertools.product((False, True), (False, True)):
+        more = {"bf16": bf16, "distributed": distributed, "pipeline": 2, "micro_batches": 4}
+        for model in ("bert", "t5"):  # a stage for the encoder, and one for the decoder
+            cases[f"{model} {bf16} {distributed}"] = {"model": model, **more}
     ranks = started(tmp_path, 2, both_ways(cases, spill_dir))
     for rank in ranks:
         require_same(rank, cases)
+        # As was expected of the schedule, pass by pass.
+        assert not [name for name in cases if rank[f"moved {name}"]["surprised"]]
     # The last rank keeps a forward that its own backward follows.
     assert all(ranks[0][f"moved {name}"]["offloaded"] > 0 for name in cases)
     assert all(ranks[1][f"moved {name}"]["offloaded"] == 0 for name in cases if " 1 " in name)
