@@ -19,6 +19,7 @@ from perfmodel.workload import Parallel, Workload
 
 __all__ = [
     "ClusterStep",
+    "StageCosts",
     "accumulation_of",
     "bubble_share",
     "forwards_under_way",
@@ -126,7 +127,7 @@ def simulate_cluster(
     parallel = workload.parallel
     if parallel.context > 1:
         raise ValueError(f"context={parallel.context} is not simulated; at most 1")
-    costs = _Costs(workload, machine, recompute)
+    costs = StageCosts(workload, machine, recompute)
     micro_batches = workload.accumulation
     share = bubble_share(parallel.pipeline, micro_batches, parallel.chunks)
     step_s = micro_batches * costs.stage_s * (1 + share) + costs.gradients_s + costs.update_s
@@ -156,7 +157,7 @@ def _life_days(
     return life_days(bytes_per_day, rated, rated_amplification=amplification)
 
 
-class _Costs:
+class StageCosts:
     """Of one device: seconds and bytes of a micro-batch on its stage, and of what follows all."""
 
     def __init__(self, workload: Workload, machine: Machine, recompute: bool) -> None:
@@ -172,11 +173,13 @@ class _Costs:
         times = operator_times(inside, device, dtype)
         ahead_s, back_s = sum(times.forward_s), sum(times.backward_s)
         runs = 2 if recompute else 1
-        ends_s = whole.total_s - times.total_s
-        sums_s = layers * _SUMS * (1 + runs) * self._summed_s(parallel)
         # The slowest stage has the head; embeddings cost next to nothing.
-        part = 1 / parallel.pipeline
-        compute_s = part * (runs * ahead_s + back_s + sums_s) + ends_s
+        self.head_forward_s = sum(whole.forward_s) - ahead_s
+        self.head_backward_s = sum(whole.backward_s) - back_s
+        part, sum_s = 1 / parallel.pipeline, layers * _SUMS * self._summed_s(parallel)
+        self.forward_s = part * (ahead_s + sum_s)
+        self.backward_s = part * ((runs - 1) * ahead_s + back_s + runs * sum_s)
+        compute_s = self.forward_s + self.backward_s + self.head_forward_s + self.head_backward_s
         self.stage_s = max(compute_s, self._gathered_s(1 + runs)) + sent_s(workload, machine)
         flops = sum(each.matmul_flops for each in inside)
         head = sum(each.matmul_flops for each in tape.operators) - flops

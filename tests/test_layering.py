@@ -42,7 +42,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("schema", "emit"),
         ("emit_megatron",),
         ("step_trace", "coarse_tape", "cluster", "zero_offload"),
-        ("activation_step", "replays", "update_step"),
+        ("activation_step", "pipeline_step", "replays", "update_step"),
         ("layered_step",),
         ("prediction",),
         ("priced_steps", "validate", "step_timeline", "chosen_plan"),

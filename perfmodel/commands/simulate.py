@@ -10,7 +10,9 @@ from perfmodel.commands.arguments import Parser, add_machine, add_model, add_ran
 from perfmodel.commands.asked import model_of, parallel_of, require_modelled
 from perfmodel.commands.described import heading
 from perfmodel.commands.tables import days, digits, gib, json_text, table
-from perfmodel.machine import read_machine
+from perfmodel.machine import Machine, read_machine
+from perfmodel.network import sent_s
+from perfmodel.pipeline_step import PipelineStep, chunk_costs, pipeline_step
 from perfmodel.workload import Workload
 
 __all__ = ["add_arguments", "run"]
@@ -26,6 +28,15 @@ HEADER = (
     "at once GiB",
     "SSD write GB/s a GPU",
     "SSD life",
+)
+PIPELINE_HEADER = (
+    "micro-batch",
+    "forwards",
+    "step s",
+    "bubble",
+    "waited s",
+    "activations at once GiB",
+    "SSD write GB/s a GPU",
 )
 
 
@@ -45,6 +56,11 @@ def add_arguments(parser: Parser) -> None:
         help="sequences of a forward, on each rank of data; several with commas",
     )
     parser.add_argument("--recompute", action="store_true", help="run all layers again")
+    parser.add_argument(
+        "--activations",
+        choices=("keep", "ssd"),
+        help="also run all ranks' passes in their order, with what layers save kept or moved",
+    )
     parser.add_argument("--json", action="store_true", help="print all as JSON")
 
 
@@ -71,13 +87,49 @@ def run(arguments: argparse.Namespace) -> int:
         )
         require_modelled(workload)
         found.append((workload, simulate_cluster(workload, machine, recompute=arguments.recompute)))
+    pipelines = [_pipeline(each, machine, arguments) for each, _ in found]
     if arguments.json:
         rows = [{"micro_batch": each.micro_batch, **asdict(step)} for each, step in found]
+        for row, pipeline in zip(rows, pipelines, strict=True):
+            row |= {"pipeline": None if pipeline is None else asdict(pipeline)}
         print(json_text(rows))
         return 0
     print(heading(found[0][0], machine) + "\n")
     print("\n".join(table(HEADER, [_row(each, step) for each, step in found], left=0)))
+    if arguments.activations:
+        where = "kept" if arguments.activations == "keep" else "moved to SSDs"
+        print(f"\nPass by pass of all ranks, without gradients and update; activations {where}\n")
+        shown = [
+            _pipeline_row(each, pipeline)
+            for (each, _), pipeline in zip(found, pipelines, strict=True)
+            if pipeline is not None
+        ]
+        print("\n".join(table(PIPELINE_HEADER, shown, left=0)))
     return 0
+
+
+def _pipeline(
+    workload: Workload, machine: Machine, arguments: argparse.Namespace
+) -> PipelineStep | None:
+    if not arguments.activations:
+        return None
+    moves = arguments.activations == "ssd"
+    costs = chunk_costs(workload, machine, recompute=arguments.recompute, moves=moves)
+    # There and back, of each chunk.
+    one_way_s = sent_s(workload, machine) / 2 / workload.parallel.chunks
+    return pipeline_step(costs, workload.accumulation, sent_s=one_way_s)
+
+
+def _pipeline_row(workload: Workload, step: PipelineStep) -> list[str]:
+    return [
+        f"{workload.micro_batch}",
+        f"{workload.accumulation}",
+        digits(step.duration_s),
+        f"{step.bubble_share:.1%}",
+        digits(step.late_s),
+        gib(max(step.device_bytes)),
+        digits(step.write_bytes_per_s / 1e9),
+    ]
 
 
 def _row(workload: Workload, step: ClusterStep) -> list[str]:
