@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from data import Batch, Tokens, random_rows, split_rows
 
-__all__ = ["LOADERS", "Order", "open_loader"]
+__all__ = ["LOADERS", "Order", "missing_framework", "missing_package", "open_loader"]
 
 LOADERS = ("torch", "dali")
 
@@ -50,6 +50,20 @@ def missing_package(name: str) -> str | None:
     return None
 
 
+def missing_framework(name: str) -> str | None:
+    """Say why framework `name` cannot train here."""
+    if name != "megatron":
+        return None
+    try:
+        importlib.import_module("megatron.core")
+        torch.cuda.current_device()  # as megatron-core does everywhere
+    except ImportError as error:
+        return f"--framework megatron cannot be used ({error}); pip install megatron-core"
+    except (AssertionError, RuntimeError) as error:
+        return f"--framework megatron trains on GPUs only ({str(error).splitlines()[0]})"
+    return None
+
+
 def open_loader(name: str, order: Order, device: torch.device) -> Iterator[Batch]:
     """Return micro-batches without end: inputs and their successors, int64."""
     return _with_dali(order, device) if name == "dali" else map(split_rows, order.rows())
@@ -61,7 +75,7 @@ def _with_dali(order: Order, device: torch.device) -> Iterator[Batch]:
     from nvidia.dali.plugin.pytorch import DALIGenericIterator  # noqa: PLC0415
 
     gpu = device.index if device.type == "cuda" else None
-    dtype = types.UINT8 if order.tokens.dtype.itemsize == 1 else types.UINT16
+    dtype = {1: types.UINT8, 2: types.UINT16, 4: types.INT32}[order.tokens.dtype.itemsize]
     pipeline = Pipeline(batch_size=order.micro_batch, num_threads=1, device_id=gpu)
     with pipeline:
         rows = fn.external_source(source=order.rows(), batch=True, dtype=dtype, ndim=1)

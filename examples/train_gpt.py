@@ -20,15 +20,17 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from data import Corpus, evenly_spaced, load_corpus
-from flags import Parser, at_least, byte_size, in_flags, one_of
+from flags import Parser, at_least, in_flags, one_of
 from heap import keep_freed_memory
-from loaders import LOADERS, Order, missing_package, open_loader
+from loaders import LOADERS, Order, missing_framework, missing_package, open_loader
 from memory import StepMemory, resident_bytes
 from models import MODELS, ModelConfig, Run, call, recompute
+from offloading import add_offload_flags, open_offload
 from optimizers import add_optimizer_flags, clip, learning_rate, make_optimizer
 from plans import add_plan_flags, follow_plan, recompute_some
 from ranks import joined_ranks, leave
@@ -38,33 +40,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import offload
-from offload.native import inspect_directory
+from offload.config import Plan
 
 MIB = 1 << 20
 VALIDATION_WINDOWS = 32
-
-
-def add_offload_flags(add: Callable[..., object]) -> None:
-    """List the flags that say what becomes of saved activations."""
-    also = {"nvme": "ssd", "cpu": "host"}
-    modes = one_of("none", "recompute", "host", "ssd", "auto", aliases=also)
-    add("--offload", type=modes, default="none", help="none, recompute, host, ssd, or auto")
-    where = "directories on SSDs; spill files have no names, so nothing is ever left there"
-    add("--offload-path", nargs="+", default=["/var/tmp"], metavar="DIR", help=where)
-    add("--min-tensor-bytes", type=byte_size, default="1MiB", help="smaller tensors stay")
-    add("--staging-bytes", type=byte_size, default="64MiB", help="memory on the way to the SSD")
-    add("--host-bytes", type=byte_size, help="host memory for a GPU's; with ssd, when that is slow")
-    fit = "for saved activations, at whatever time; without, as little as can be had for none"
-    add("--memory-bytes", type=byte_size, help=fit)
-    slower = "how much longer a step may become for less memory; 0.05 is 5%%"
-    add("--tolerated-slowdown", type=at_least(0, float), default=0.0, help=slower)
-    add("--spill-bytes", type=byte_size, help="limit on each SSD; without, half of what is free")
-    wear = "the most written to each SSD in 24 hours, by each rank"
-    add("--ssd-write-bytes-per-day", type=byte_size, help=wear)
-    rated = "what the maker says may be written to each SSD (TBW), to tell how long it lasts"
-    add("--ssd-rated-bytes", type=byte_size, help=rated)
-    engines = one_of("auto", "uring", "posix")
-    add("--io-engine", type=engines, default="auto", help="auto, uring or posix")
 
 
 def make_parser() -> Parser:
@@ -97,11 +76,12 @@ def make_parser() -> Parser:
     add("--loader", type=one_of(*LOADERS), default="torch", help="what brings data: torch or dali")
     add("--eval-every", type=at_least(0), default=50, help="steps between validations; 0 for none")
     add("--summary", metavar="FILE", help="where to write what was measured, as JSON")
-    for flag, only, later in (
-        ("--framework", "torch", ("deepspeed", "megatron")),
-        ("--tokens", "off", ("exact", "sparse", "gradient")),
-    ):
-        add(flag, type=one_of(only, later=later), default=only, help=f"only {only} for now")
+    frameworks = one_of("torch", "megatron", later=("deepspeed",))
+    add("--framework", "--engine", type=frameworks, default="torch", help="torch or megatron")
+    add("--tensor-parallel", type=at_least(1), default=1, help="ranks to a layer, with megatron")
+    add("--pipeline-parallel", type=at_least(1), default=1, help="stages, with megatron")
+    tokens = one_of("off", later=("exact", "sparse", "gradient"))
+    add("--tokens", type=tokens, default="off", help="only off for now")
     return parser
 
 
@@ -119,6 +99,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--optimizer-placement is nothing to --optimizer torch; use it with offload")
     if args.memory_bytes is not None and args.offload in ("none", "recompute"):
         parser.error(f"--memory-bytes is nothing to --offload {args.offload}; use it with auto")
+    if args.framework == "torch" and args.tensor_parallel * args.pipeline_parallel > 1:
+        parser.error("--tensor-parallel and --pipeline-parallel need --framework megatron")
     if args.dropout >= 1:
         parser.error(f"--dropout {args.dropout} would drop everything; choose one below 1")
     if args.summary:
@@ -129,32 +111,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 # ---- Training ------------------------------------------------------------------------------------
-
-
-def open_offload(
-    args: argparse.Namespace,
-) -> contextlib.AbstractContextManager[offload.ActivationOffload | None]:
-    """Make what sends saved activations to their tier, or nothing in the other modes.
-
-    Raises ValueError for a wrong setting or a directory in RAM, OSError for an unusable one,
-    MemoryError where there is not as much as --staging-bytes.
-    """
-    if args.offload in ("none", "recompute"):
-        return contextlib.nullcontext()
-    tier = "host" if args.offload == "host" else "ssd"
-    for path in args.offload_path if tier == "ssd" else ():
-        facts = inspect_directory(path)
-        if facts.backing == "memory":
-            raise ValueError(
-                f"--offload-path {path} is in RAM ({facts.filesystem}), where nothing would be "
-                "saved; name a directory on an SSD"
-            )
-    names = (
-        *("host_bytes", "min_tensor_bytes", "staging_bytes", "spill_bytes", "memory_bytes"),
-        *("tolerated_slowdown", "ssd_write_bytes_per_day", "ssd_rated_bytes", "io_engine"),
-    )
-    settings = {name: getattr(args, name) for name in names} | args.planned_activations
-    return offload.ActivationOffload(tier=tier, path=args.offload_path, **settings)
 
 
 class Trainer:
@@ -199,6 +155,10 @@ class Trainer:
         if self.num_ranks > 1:
             self.model = DistributedDataParallel(self.bare, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(args, parameters)
+
+    def resident_bytes(self) -> int:
+        """Return what stays between steps."""
+        return resident_bytes(self.bare, self.optimizer)
 
     def step(self, step: int) -> float:
         """Train on the batch of this step and return its loss, the mean over all ranks."""
@@ -256,10 +216,34 @@ class Trainer:
         return value.item() / self.num_ranks
 
 
+class AnyTrainer(Protocol):
+    """What the run asks of a trainer, whichever framework it is made of."""
+
+    args: argparse.Namespace
+    corpus: Corpus
+    act: offload.ActivationOffload | None
+    rank: int
+    num_ranks: int
+    tokens_per_step: int
+    device: torch.device
+    bare: nn.Module
+
+    def step(self, step: int) -> float:
+        """Train on the batch of this step and return its loss, the mean over all ranks."""
+
+    def validate(self) -> float:
+        """Return the loss on text that is never trained on."""
+
+    def resident_bytes(self) -> int:
+        """Return what stays between steps."""
+
+
+Make = Callable[[], AnyTrainer]
+
 # ---- The run -------------------------------------------------------------------------------------
 
 
-def train(trainer: Trainer) -> Measured:
+def train(trainer: AnyTrainer) -> Measured:
     """Run all steps and show how they go."""
     args, act = trainer.args, trainer.act
     # By the third step the optimizer has its state and DDP its buckets.
@@ -287,16 +271,17 @@ def train(trainer: Trainer) -> Measured:
                 validation = trainer.validate()
                 if trainer.rank == 0:
                     bar.write(f"step {step + 1}: loss {loss:.4f}, validation {validation:.4f}")
-    measured.resident_bytes = resident_bytes(trainer.bare, trainer.optimizer)
+    measured.resident_bytes = trainer.resident_bytes()
     return measured
 
 
-def introduce(trainer: Trainer) -> None:
+def introduce(trainer: AnyTrainer) -> None:
     """Say what is trained on what, and which path the activations take."""
     args, corpus = trainer.args, trainer.corpus
     num_parameters = sum(parameter.numel() for parameter in trainer.bare.parameters())
     print(
-        f"{args.model} of {num_parameters / 1e6:.1f} M parameters, {args.dtype}, on "
+        f"{args.model} of {num_parameters / 1e6:.1f} M parameters"
+        f"{'' if args.framework == 'torch' else ' on this rank'}, {args.dtype}, on "
         f"{trainer.num_ranks} x {trainer.device.type}; {corpus.name}: "
         f"{len(corpus.train) / 1e6:.1f} M tokens to train on"
     )
@@ -318,35 +303,56 @@ def first_problem(problem: str | None) -> str | None:
     return next((each for each in problems if each), None)
 
 
+def flag_of(error: OSError, args: argparse.Namespace) -> str:
+    """Return the flag that named what cannot be used, and what it named."""
+    name = str(error.filename or "")
+    if name == args.plan:
+        return f"--plan {name}"
+    return f"{'--data' if name.startswith(args.data) else '--offload-path'} {name}"
+
+
+def prepared(args: argparse.Namespace, resources: contextlib.ExitStack) -> tuple[Plan | None, Make]:
+    """Return the plan of a run, and what makes its trainer once all ranks have come so far."""
+    corpus = load_corpus(args.data, args.seq_len)
+    if args.framework == "megatron":
+        # Here, since the package is not needed otherwise.
+        from megatron_trainer import MegatronTrainer, plan_of  # noqa: PLC0415
+
+        own = plan_of(args)
+        return own, lambda: MegatronTrainer(args, corpus, own, resources)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    plan = follow_plan(args, corpus.vocab_size, ranks)
+    act = resources.enter_context(open_offload(args))
+    return plan, lambda: Trainer(args, corpus, act)
+
+
 def run(args: argparse.Namespace, command: str) -> int:
     """Set up, train and report; returns the exit status."""
-    problem, flag = missing_package(args.loader), "--data"
+    problem = missing_package(args.loader) or missing_framework(args.framework)
     with contextlib.ExitStack() as resources:
+        plan, make = None, None
         try:
-            corpus = load_corpus(args.data, args.seq_len)
-            flag = "--plan"
-            ranks = dist.get_world_size() if dist.is_initialized() else 1
-            plan = follow_plan(args, corpus.vocab_size, ranks)
-            flag = "--offload-path"
-            act = resources.enter_context(open_offload(args))
+            if problem is None:
+                plan, make = prepared(args, resources)
         except OSError as error:
-            problem = f"{flag} {error.filename or ''}: {error.strerror}; or name another"
+            problem = f"{flag_of(error, args)}: {error.strerror}; or name another"
             if error.filename in ("io_uring", "posix"):
                 problem = f"--io-engine {args.io_engine}: {error.strerror}; use --io-engine auto"
         except (ValueError, MemoryError) as error:
             problem = in_flags(str(error), args)
-        if problem := first_problem(problem):
+        if (problem := first_problem(problem)) or make is None:
             if dist.get_node_local_rank(fallback_rank=0) == 0:
-                complain(problem)
+                complain(problem or "another rank has no trainer")
             return 2
-        trainer = Trainer(args, corpus, act)
+        trainer = make()
         if trainer.rank == 0:
             introduce(trainer)
         measured = train(trainer)
-        stats = act.stats() if act else None
+        stats = trainer.act.stats() if trainer.act else None
         predicted = plan.predicted if plan else None
         kind = trainer.device.type
         summary = summarize(measured, stats, predicted, device_type=kind, command=command)
+        summary["framework"] = args.framework
         if trainer.rank == 0:
             print(*conclusion(summary, measured, stats, args.memory_bytes), sep="\n")
             if args.summary:

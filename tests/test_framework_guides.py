@@ -19,6 +19,16 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
+BEFORE = {
+    # Which it would compile for a minute, to add up among ranks of one machine.
+    "deepspeed": (
+        "import deepspeed.ops\ndeepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False\n"
+    ),
+    "megatron.core": ("from tests.offload.integrations.megatron_shim import install\ninstall()\n"),
+}
+"""What an example of a framework needs besides, without a GPU."""
+
+
 def example_of(guide: str) -> str:
     """Return the guide's program."""
     [found] = re.findall(r"^```python\n(.*?)^```", (DOCS / guide).read_text(), flags=re.M | re.S)
@@ -30,6 +40,7 @@ def example_of(guide: str) -> str:
     [
         ("deepspeed.md", "deepspeed", ["-m", "torch.distributed.run", "--nproc_per_node=2"]),
         ("transformers.md", "transformers", []),
+        ("megatron.md", "megatron.core", ["-m", "torch.distributed.run", "--nproc_per_node=2"]),
     ],
 )
 def test_the_example_of_the_guide_runs(
@@ -38,11 +49,7 @@ def test_the_example_of_the_guide_runs(
     pytest.importorskip(needs)
     (spill_dir / "spill").mkdir()
     file = spill_dir / "example.py"
-    # Which it would compile for a minute, to add up among ranks of one machine.
-    without = (
-        "import deepspeed.ops\ndeepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False\n"
-    )
-    file.write_text((without if needs == "deepspeed" else "") + example_of(guide))
+    file.write_text(BEFORE.get(needs, "") + example_of(guide))
     standalone = ["--standalone"] if command else []
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
