@@ -66,6 +66,14 @@ def test_predicted_times_are_held_against_measured(
     assert found["settings"]["s"] == "measured, predicted"
 
 
+def test_a_machine_that_changed_decides_nothing() -> None:
+    samples = {"one": (1.0, 1.0, 1.0)}
+    assert predicted_time.make_record(samples, {"matmul": 0.05, "memory": -0.05}).met
+    changed = predicted_time.make_record(samples, {"matmul": 0.0, "memory": -0.2})
+    assert changed.met is None
+    assert "-0.2" in changed.claims[0].reason
+
+
 def test_a_choice_is_held_against_the_best_of_what_was_run(
     machine: Path, spill_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
