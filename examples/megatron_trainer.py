@@ -32,6 +32,7 @@ from offload.config import Plan, read_plan
 from offload.integrations.megatron import (
     build_optimizer,
     close_optimizer,
+    require_for_megatron,
     session_of,
     wrap_forward_step,
     wrap_model,
@@ -41,6 +42,7 @@ __all__ = ["MegatronTrainer", "plan_of"]
 
 _OF_ACTIVATIONS = (
     *("min_tensor_bytes", "staging_bytes", "host_bytes", "spill_bytes", "io_engine"),
+    *("memory_bytes", "tolerated_slowdown"),
     *("ssd_write_bytes_per_day", "ssd_rated_bytes"),
 )
 _OF_STATES = ("staging_bytes", "spill_bytes", "ssd_write_bytes_per_day", "io_engine")
@@ -53,6 +55,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     """
     if args.model not in ("gpt", "llama"):
         raise ValueError(f"--model {args.model} is not here with --framework megatron; take gpt")
+    _require_ranks(args)
     if args.plan == "auto" or args.offload == "auto":
         raise ValueError(
             "auto orders the layers of plain PyTorch; with --framework megatron give a file of "
@@ -60,10 +63,13 @@ def plan_of(args: argparse.Namespace) -> Plan:
         )
     if args.plan:
         plan = read_plan(args.plan)
+        _require_this_run(plan, args)
         args.offload_path = list(getattr(plan.activations.offload, "path", ())) or args.offload_path
         args.micro_batch = plan.micro_batch or args.micro_batch
         args.grad_accum = plan.accumulation or args.grad_accum
         return plan
+    if args.offload == "host" and not torch.cuda.is_available():
+        raise ValueError("tier='host' is for tensors of a GPU, and there is none")
     if args.offload == "ssd" or "ssd" in (args.optimizer_placement or ""):
         require_drives(args)
     found: dict[str, Any] = {"version": 1}
@@ -77,6 +83,44 @@ def plan_of(args: argparse.Namespace) -> Plan:
         if "ssd" in where:
             found["optimizer"] |= {"path": args.offload_path, **_settings(args, _OF_STATES)}
     return Plan.from_mapping(found)
+
+
+def _require_ranks(args: argparse.Namespace) -> None:
+    """Raise ValueError for parts that ranks, heads or layers cannot be shared by."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    parts = args.tensor_parallel * args.pipeline_parallel
+    for flag, whole, what, part in (
+        ("--tensor-parallel x --pipeline-parallel", ranks, "ranks", parts),
+        ("--tensor-parallel", args.heads, "heads", args.tensor_parallel),
+        ("--pipeline-parallel", args.layers, "layers", args.pipeline_parallel),
+    ):
+        if whole % part:
+            raise ValueError(f"{flag} is {part}, which does not divide {whole} {what}")
+
+
+def _require_this_run(plan: Plan, args: argparse.Namespace) -> None:
+    """Raise ValueError for a plan of another step, or another model."""
+    require_for_megatron(None, plan)
+    sequences = args.micro_batch * args.grad_accum
+    if plan.micro_batch and plan.accumulation and plan.micro_batch * plan.accumulation != sequences:
+        raise ValueError(
+            f"--plan {args.plan} has micro_batch={plan.micro_batch} x accumulation="
+            f"{plan.accumulation}, and the flags {sequences} sequences a step"
+        )
+    of = plan.workload.of if plan.workload is not None else None
+    if of is None:
+        return
+    here = {"num_layers": args.layers, "hidden_size": args.hidden, "num_heads": args.heads}
+    here |= {"seq_len": args.seq_len, "tensor": args.tensor_parallel}
+    here["pipeline"] = args.pipeline_parallel
+    said = {**of["model"], **of["parallel"], **of}
+    differing = [
+        f"{key} is {said[key]} in the plan and {value} here"
+        for key, value in here.items()
+        if said[key] != value
+    ]
+    if differing:
+        raise ValueError(f"--plan {args.plan} was made for another run: {'; '.join(differing)}")
 
 
 def _settings(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
@@ -125,6 +169,9 @@ class MegatronTrainer:
         for each in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             inner = each.optimizer
             memory: Callable[[], int] | None = getattr(inner, "memory_bytes", None)
+            main = getattr(each, "shard_fp32_from_float16_groups", None)
+            main = main or getattr(each, "fp32_from_float16_groups", None) or []
+            found += sum(one.nbytes for group in main for one in group if one is not None)
             if memory is not None:
                 found += memory()
                 continue

@@ -8,7 +8,6 @@ backward before it does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -52,16 +51,14 @@ class PipelineStep:
     duration_s: float
     bubble_share: float
     """What the rank that computes most waits, over what it computes."""
-    late_s: float
-    """For how long backwards, once begun, waited for what was read, of all ranks together."""
+    waited_s: float
+    """By how much moving activations makes it longer: waiting for room, and for what is read."""
     device_bytes: tuple[float, ...]
     """Of each rank, the most saved activations on the device at once."""
     written_bytes: tuple[float, ...]
     """Of each rank, what went to its SSD, and came back."""
     write_bytes_per_s: float
     """What the SSD of the rank that moves most must take: all of it over half of the step."""
-    unread: int
-    """Backwards that began before what they need was there; none, or the schedule is wrong."""
 
 
 def chunk_costs(
@@ -126,18 +123,18 @@ def pipeline_step(
     """
     graph = _Graph(costs, micro_batches, sent_s, group, leaving)
     done = simulate(graph.tasks)
+    at_once = [[replace(each, moved_bytes=0.0) for each in chunks] for chunks in costs]
+    kept = simulate(_Graph(at_once, micro_batches, sent_s, group, leaving).tasks)
     ranks = range(len(costs))
     busiest_s = max(done.busy_s(_device(rank)) for rank in ranks)
     written = tuple(graph.written_bytes(rank) for rank in ranks)
-    spans = [graph.late(done, key) for key in graph.backward]
     return PipelineStep(
         duration_s=done.duration_s,
         bubble_share=done.duration_s / busiest_s - 1,
-        late_s=sum(late_s for late_s, _ in spans),
+        waited_s=done.duration_s - kept.duration_s,
         device_bytes=tuple(graph.most_bytes(done, rank) for rank in ranks),
         written_bytes=written,
         write_bytes_per_s=needed_bytes_per_s(max(written), done.duration_s),
-        unread=sum(unread for _, unread in spans),
     )
 
 
@@ -286,17 +283,6 @@ class _Graph:
             for key, written in self.wrote.items()
             if written and key[0] == rank
         )
-
-    def late(self, done: Timeline, key: _Key) -> tuple[float, int]:
-        """Return how long a backward waited for what is read, and how many pieces did not wait."""
-        late_s, early = 0.0, 0
-        free_s = math.inf
-        for piece, read in zip(self.backward[key], self.read[key], strict=False):
-            early += done.begin_s[piece] < done.end_s[read]
-            if free_s < math.inf:  # before the first it may have waited for a gradient
-                late_s += done.begin_s[piece] - free_s
-            free_s = done.end_s[piece]
-        return late_s, early
 
     def most_bytes(self, done: Timeline, rank: int) -> float:
         """Return the most that a rank's forwards have on the device at once."""

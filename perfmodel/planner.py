@@ -23,6 +23,8 @@ __all__ = ["Choice", "Found", "Search", "limits_of", "plan"]
 
 _SAME = 1.005
 """Steps so close to each other are equally fast: what moves less, or is simpler, comes first."""
+_SPARED = 1.1
+"""By so much less is moved, or a limit of memory is not worth having."""
 # Of a host's memory: what the system and the processes themselves need.
 _HOST_PART = 0.9
 # What leaves is searched for as in a run so many times, which takes a tenth of a second or more.
@@ -287,10 +289,16 @@ class _Planned:
         return _within(uses, tuple(self._bounds.values()))
 
     def _refined(self, one: _Sum) -> _Sum:
-        """Return `one` moving no more than it must."""
+        """Return `one` moving no more than it must.
+
+        Where that spares little it stays as it is: a run that is held to a limit of memory waits
+        for room, by a few hundredths of a step that no schedule foresees.
+        """
         less = self._searched.refined(one.activations, self._room, one.states)
         other = _sum(less, one.states, self._machine)
-        return other if _within(other.uses, tuple(self._bounds.values())) else one
+        before = one.activations.step.moved_bytes
+        spares = _SAME * other.step_s < one.step_s or _SPARED * less.step.moved_bytes < before
+        return other if spares and self._fits(other) else one
 
     def _most_over(self, one: _Sum) -> float:
         bounds = self._bounds.values()

@@ -21,22 +21,21 @@ class MainParamsAdamW(DeferredAdamW, torch.optim.AdamW):
 
     It is a `torch.optim.AdamW` because the distributed optimizer asks whether it is. Whoever looks
     into `state` finds `exp_avg` and `exp_avg_sq` of every parameter there, copied into host memory
-    when that is first done, and kept until the next step; what has been changed in place by then is
-    taken over. Steps are counted by parameter in a `state_dict()`, as torch's AdamW does, and by
-    group, as fused ones do.
+    when that is first done, and kept until the next step, which takes over whatever they have
+    become by then. Steps are counted by parameter in a `state_dict()`, as torch's AdamW does, and
+    by group, as fused ones do.
     """
 
     def __init__(self, params: Any, config: OptimizerConfig, **settings: Any) -> None:
         super().__init__(params, config, **settings)
         self.state = _Shown(self)
-        self._versions: dict[torch.Tensor, tuple[int, ...]] = {}  # of what is shown
+        self._shows = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return `torch.optim.AdamW`'s, with the tensors that `state` shows.
 
         Raises RuntimeError while a step is half done.
         """
-        self._take_over()
         found = torch.optim.Optimizer.state_dict(self)
         counts = self._counts()
         params = [param for group in self.param_groups for param in group["params"]]
@@ -52,7 +51,9 @@ class MainParamsAdamW(DeferredAdamW, torch.optim.AdamW):
             if number in steps
         }
         for group in found["param_groups"]:
-            group["step"] = int(max((steps.get(each, 0) for each in group["params"]), default=0))
+            of_group = {steps[each] for each in group["params"] if each in steps}
+            if len(of_group) == 1:
+                group["step"] = int(*of_group)
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -70,21 +71,24 @@ class MainParamsAdamW(DeferredAdamW, torch.optim.AdamW):
                 if number in states:
                     states[number] = {**states[number], "step": torch.tensor(float(step))}
         super().load_state_dict({"state": states, "param_groups": groups})
-        self._versions.clear()
+        self._shows = False
 
     def show(self) -> None:
-        """Have `state` show the states of every tensor that has some."""
-        if self._versions:
+        """Have `state` show the states of every tensor that has some.
+
+        Raises RuntimeError while a step is half done: a checkpoint of that would be none.
+        """
+        if self._failed:
+            raise RuntimeError(f"{self._failed}: end this run, and resume from a checkpoint")
+        if self._shows:
             return
-        found = self._all_states()
+        found, self._shows = self._all_states(), True
         for param in self._groups:
-            own = self.state.setdefault(param, {})
-            if STATE_NAMES[0] in own:
-                continue  # from a checkpoint, and not taken over yet
-            states = found.get(param)
-            for name in STATE_NAMES:
-                own[name] = torch.zeros_like(param) if states is None else states[name]
-            self._versions[param] = _versions_of(own)
+            own, states = self.state.setdefault(param, {}), found.get(param)
+            for name in STATE_NAMES if STATE_NAMES[0] not in own else ():
+                own[name] = (
+                    torch.zeros_like(param, device="cpu") if states is None else states[name]
+                )
 
     def _counts(self) -> dict[torch.Tensor, float]:
         """Return how many steps each tensor has taken; without any at all, all of them none."""
@@ -97,17 +101,16 @@ class MainParamsAdamW(DeferredAdamW, torch.optim.AdamW):
         return counts or dict.fromkeys(self._groups, 0.0)
 
     def _given(self) -> dict[torch.Tensor, dict[str, Any]]:
-        """Return what has been put into `state`, or changed there; forget what is only shown."""
-        shown = dict(dict.items(self.state))
-        for param, versions in self._versions.items():
-            own = shown.get(param, {})
-            if STATE_NAMES[0] in own and _versions_of(own) == versions:
-                del self.state[param]
-        counts, self._versions = self._counts() if self._versions else {}, {}
+        """Return what has been put into `state`, and what is shown there, changed or not.
+
+        Whether it was changed cannot be told: loaders write through `.data`, which nothing counts.
+        """
+        self._shows = False
+        given = {each: states for each, states in dict.items(self.state) if "exp_avg" in states}
+        counts = self._counts() if given else {}
         return {
             param: {"step": torch.tensor(counts.get(param, 0.0)), **states}
-            for param, states in dict.items(self.state)
-            if STATE_NAMES[0] in states
+            for param, states in given.items()
         }
 
     def _counted(self, param: torch.Tensor, step: torch.Tensor) -> None:
@@ -142,8 +145,3 @@ class _Shown(defaultdict[torch.Tensor, dict[str, Any]]):
         """Count those to be shown as well."""
         owner = self._owner()
         return max(super().__len__(), 0 if owner is None else len(owner._groups))
-
-
-def _versions_of(states: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return what changes when states are replaced or written in place."""
-    return tuple(each for name in STATE_NAMES for each in (id(states[name]), states[name]._version))

@@ -29,6 +29,7 @@ __all__ = [
     "add_arguments",
     "build_optimizer",
     "close_optimizer",
+    "require_for_megatron",
     "session_of",
     "wrap_forward_step",
     "wrap_model",
@@ -65,10 +66,12 @@ def wrap_model(model: Any, plan: PlanLike) -> Any:
         require_for_megatron(_config_of(chunk), plan)
     if plan.activations.offload is None:
         return model
-    pipeline = Pipeline(Session(torch.nn.ModuleList(chunks), plan))
+    open_session = session_of(model)
+    if open_session is not None and not _is_closed(open_session):
+        raise ValueError("the model is wrapped already: close session_of(model) first")
+    pipeline = Pipeline(Session(torch.nn.ModuleList(chunks), plan), len(chunks))
     for number, chunk in enumerate(chunks):
         setattr(_innermost(chunk), _NAME, (pipeline, number))
-    pipeline.chunks = len(chunks)
     return model
 
 
@@ -77,6 +80,11 @@ def session_of(model: Any) -> Session | None:
     chunk = model[0] if isinstance(model, Sequence) else model
     found = getattr(_innermost(chunk), _NAME, None)
     return None if found is None else found[0].session
+
+
+def _is_closed(session: Session) -> bool:
+    act = session.activations
+    return act is None or act.closed
 
 
 def wrap_forward_step(
@@ -172,6 +180,11 @@ def require_for_megatron(config: Any, plan: Plan) -> None:
     for key in ("fine_grained_activation_offloading", "cpu_offloading"):
         if getattr(config, key, False):
             raise ValueError(f"{key}=True and the plan both move activations: remove the first")
+    if getattr(config, "overlap_moe_expert_parallel_comm", False):
+        raise ValueError(
+            "overlap_moe_expert_parallel_comm=True runs forwards behind the forward step, where "
+            "no plan reaches them: remove it, or the plan's section activations"
+        )
 
 
 def _require_adamw(config: Any, model_chunks: Sequence[Any]) -> None:

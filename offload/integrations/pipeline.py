@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +30,12 @@ class Pipeline:
     without being told, which costs waiting and never a wrong number.
     """
 
-    def __init__(self, session: Session) -> None:
-        self.session, self.chunks = session, 1
+    def __init__(self, session: Session, chunks: int = 1) -> None:
+        self.session, self.chunks = session, chunks
         self._passes: deque[Pass] = deque()
         self._keeps = False
         self._open: dict[Key, Any] = {}
+        self._outputs: dict[Key, Any] = {}
         self._counts: dict[int, int] = {}
 
     @property
@@ -82,13 +84,21 @@ class Pipeline:
         if not isinstance(output, torch.Tensor) or not output.requires_grad:
             self._open.pop(key, None)
             return
+        # One whose backward never comes is over when its output is gone.
+        self._outputs[key] = weakref.ref(output, lambda gone: self._lost(key, gone))
         hooked: Any = output  # whose hooks are not typed in torch
         hooked.register_hook(lambda _grad: self._begun(key))
         self._read_for(self._next_backward(only_next=True))
 
+    def _lost(self, key: Key, gone: Any) -> None:
+        if self._outputs.get(key) is gone:
+            del self._outputs[key]
+            self._open.pop(key, None)
+
     def _begun(self, key: Key) -> None:
         """Note that a backward has begun; reading for the next one begins."""
         self._open.pop(key, None)
+        self._outputs.pop(key, None)
         self._came(Pass(False, *key))
         self._read_for(self._next_backward())
 

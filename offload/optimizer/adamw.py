@@ -326,9 +326,8 @@ class AdamW(torch.optim.Optimizer):
         }
         fill = source(saved)
         # Nothing was wrong so far, and a step that is half done is still one.
-        self._require_whole(loading=True)
-        if self.device_side is not None:
-            self.device_side.settle()
+        self._settle(loading=True)
+        self._placement.let_go()
         self._half_loaded = True
         super().load_state_dict({**state_dict, "param_groups": groups, "state": steps})
         self._steps = {param: int(each["step"]) for param, each in saved.items()}
@@ -356,9 +355,9 @@ class AdamW(torch.optim.Optimizer):
             raise RuntimeError("this AdamW is closed; make a new one")
         self._placement.require_owner()
 
-    def _settle(self) -> None:
-        """Have all states where the host may look at them, and none half done."""
-        self._require_whole()
+    def _settle(self, *, loading: bool = False) -> None:
+        """Have all states where the host may look at them, none half done, and no write failed."""
+        self._require_whole(loading=loading)
         self._placement.settle()
         if self.device_side is not None:
             self.device_side.settle()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from offload.optimizer.layout import ROWS, Piece, Subgroup, flat_view, needs_master, rows_of
 from offload.optimizer.sharded import as_placed, local_part
@@ -35,14 +36,21 @@ def assembled(
             own = saved.setdefault(piece.param, {})
             for name, row in zip(rows_of(piece.param), rows, strict=False):
                 if name not in own:
-                    own[name] = torch.empty_like(piece.param, dtype=torch.float32)
+                    own[name] = _on_host(piece.param)
                 piece.of(own[name]).copy_(piece.inside(row))
     for param in steps:  # one without elements is in no subgroup
         if param not in saved:
-            saved[param] = {
-                name: torch.empty_like(param, dtype=torch.float32) for name in rows_of(param)
-            }
+            saved[param] = {name: _on_host(param) for name in rows_of(param)}
     return saved
+
+
+def _on_host(param: torch.Tensor) -> torch.Tensor:
+    """Return room for a state of a parameter, in host memory: where states are, a device has none.
+
+    Of a DTensor it is on the device of its mesh, on which ranks exchange it.
+    """
+    device = param.device if isinstance(param, DTensor) else torch.device("cpu")
+    return torch.empty_like(param, dtype=torch.float32, device=device)
 
 
 def spread(subgroups: Sequence[tuple[Subgroup, States]], saved: Saved, fill: Fill) -> None:

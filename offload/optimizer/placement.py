@@ -182,6 +182,10 @@ class Placement:
         for states in self._staged:
             states.settle()
 
+    def let_go(self) -> None:
+        """Have nothing stay staged: all of it is about to become something else."""
+        self._evict(0)
+
     def native_bytes(self) -> int:
         """Return what staging takes in memory."""
         return int(self.counters()["native_bytes"])

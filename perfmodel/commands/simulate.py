@@ -126,7 +126,7 @@ def _pipeline_row(workload: Workload, step: PipelineStep) -> list[str]:
         f"{workload.accumulation}",
         digits(step.duration_s),
         f"{step.bubble_share:.1%}",
-        digits(step.late_s),
+        digits(step.waited_s),
         gib(max(step.device_bytes)),
         digits(step.write_bytes_per_s / 1e9),
     ]

@@ -292,6 +292,7 @@ def trained(case: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": [losses for losses, _ in steps],
         "gradients": [gradients for _, gradients in steps],
+        "norms": [float(p.detach().double().norm()) for c in model for p in c.parameters()],
         "parameters": digest(p for chunk in model for p in chunk.parameters()),
         **({"states": states_of(optimizer)} if case.get("states") else {}),
         **closed(model, optimizer),

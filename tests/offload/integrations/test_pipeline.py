@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core")
 
@@ -14,6 +18,7 @@ from megatron.core.pipeline_parallel.schedules import (
     get_schedule_table,
 )
 
+from offload.integrations.pipeline import Pipeline
 from perfmodel.schedules.pipeline import Pass, passes_of
 
 SIZES = [
@@ -46,3 +51,86 @@ def test_the_order_is_megatrons(stages: int, chunks: int, micro_batches: int) ->
     for rank in range(stages):
         ours = passes_of(stages=stages, rank=rank, micro_batches=micro_batches, chunks=chunks)
         assert ours == megatrons(stages, rank, chunks, micro_batches)
+
+
+class Told:
+    """Stands for what moves activations: notes which forward it is told of, and when."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def forward(self) -> Any:
+        return Forward()
+
+    def hint(self, *, next_backward: Any) -> None:
+        self.told.append(next_backward)
+
+
+class Forward:
+    """One forward of `Told`."""
+
+    ended = False
+
+    def __enter__(self) -> Forward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended = True
+
+
+def run(pipeline: Pipeline, passes: list[Pass]) -> Iterator[tuple[Pass, Any]]:
+    """Do as a schedule does; give each backward with its forward, before it begins."""
+    outputs: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}
+    for each in passes:
+        key = each.chunk, each.micro_batch
+        if each.is_forward:
+            with pipeline.forward(each.chunk) as own:
+                assert own == key
+                output = torch.ones(1, requires_grad=True) * 2
+                outputs[key] = pipeline._open[own], output
+            pipeline.follow(own, output)
+        else:
+            forward, output = outputs.pop(key)
+            yield each, forward
+            output.backward()
+
+
+@contextmanager
+def expected(stages: int, rank: int, chunks: int, count: int) -> Iterator[tuple[Pipeline, Told]]:
+    """Give a pipeline that knows its step."""
+    told: Any = Told()
+    pipeline = Pipeline(SimpleNamespace(activations=told), chunks)  # type: ignore[arg-type]
+    assert pipeline.begins
+    pipeline.expect(stages=stages, rank=rank, micro_batches=count, group=stages)
+    yield pipeline, told
+    assert pipeline.begins
+
+
+@pytest.mark.parametrize(("stages", "chunks", "micro_batches"), SIZES)
+def test_each_backward_is_told_of_before_it_begins(
+    stages: int, chunks: int, micro_batches: int
+) -> None:
+    for rank in range(stages):
+        passes = megatrons(stages, rank, chunks, micro_batches)
+        with expected(stages, rank, chunks, micro_batches) as (pipeline, told):
+            for number, (_, forward) in enumerate(run(pipeline, passes)):
+                # In the order of backwards, and this one by now, with at most one ahead.
+                assert forward in told.told
+                seen = list(dict.fromkeys(map(id, told.told)))
+                assert number < len(seen) <= number + 2
+                assert seen[number] == id(forward)
+
+
+def test_a_forward_without_a_backward_ends_with_its_output() -> None:
+    told: Any = Told()
+    pipeline = Pipeline(SimpleNamespace(activations=told), 1)  # type: ignore[arg-type]
+    for _ in range(3):
+        assert pipeline.begins
+        pipeline.expect(stages=2, rank=0, micro_batches=None, group=None)
+        with pipeline.forward(0) as key:
+            output = torch.ones(1, requires_grad=True) * 2
+        pipeline.follow(key, output)
+        assert not pipeline.begins
+        del output
