@@ -1,7 +1,7 @@
 """Trains models of megatron-core, all kept, run again, and by a plan: memory and time of a step.
 
-GPT, BERT and T5 take steps in turns with the same bits; then the GPT once more, with as many tokens
-in a step but in one forward, which a plan makes room for.
+GPT, BERT and T5 take steps of one forward in turns, with the same bits; then the GPT once more:
+that forward by a plan, beside as many tokens in smaller ones that are kept.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         ("--hidden", 512),
         ("--layers", 6),
         ("--seq-len", 256),
-        ("--micro-batch", 2),
-        ("--micro-batches", 4),
+        ("--micro-batch", 4),
+        ("--micro-batches", 2),
         ("--vocab", 1024),
         ("--threads", 2),
     ):
@@ -174,17 +174,18 @@ def main() -> None:
     rounds = {"rounds": arguments.pairs, "warm_up": arguments.warm_up}
     with spill_directory(arguments.path, parser) as directory:
         first = Case(model="gpt", mode="none", directory=directory, **sizes)
+        large = first.micro_batch * first.micro_batches
+        whole = replace(first, micro_batch=large, micro_batches=1)
         groups = {
-            model: {mode: replace(first, model=model, mode=mode) for mode in MODES}
-            | {"none again": replace(first, model=model)}
+            model: {mode: replace(whole, model=model, mode=mode) for mode in MODES}
+            | {"none again": replace(whole, model=model)}
             for model in MODELS
         }
-        large = first.micro_batch * first.micro_batches
         groups["larger micro-batch"] = {
             "none, few": first,
-            "ssd, all": replace(first, mode="ssd", micro_batch=large, micro_batches=1),
-            "none, all": replace(first, micro_batch=large, micro_batches=1),
-            "recompute, all": replace(first, mode="recompute", micro_batch=large, micro_batches=1),
+            "ssd, all": replace(whole, mode="ssd"),
+            "none, all": whole,
+            "recompute, all": replace(whole, mode="recompute"),
         }
         for name, cases in tqdm(groups.items(), desc="models"):
             found[name] = measure(cases, **rounds)

@@ -15,41 +15,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from tests.offload.integrations.megatron_shim import install
-
-install()
-
-from megatron.core import parallel_state  # noqa: E402 - the shim comes before it
-from megatron.core.distributed import (  # noqa: E402
+from megatron.core import parallel_state
+from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
 )
-from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec  # noqa: E402
-from megatron.core.models.bert.bert_model import BertModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.models.T5.t5_model import T5Model  # noqa: E402
-from megatron.core.models.T5.t5_spec import (  # noqa: E402
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.models.bert.bert_model import BertModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.T5.t5_model import T5Model
+from megatron.core.models.T5.t5_spec import (
     get_t5_decoder_with_local_block_spec,
     get_t5_encoder_with_local_block_spec,
 )
-from megatron.core.optimizer import OptimizerConfig  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from benchmarks.activations_worker import live_tensor_bytes  # noqa: E402
-from benchmarks.worker import Answer, Subject, Worker, serve  # noqa: E402
-from examples.heap import keep_freed_memory  # noqa: E402
-from examples.memory import StepMemory  # noqa: E402
-from offload.integrations.megatron import (  # noqa: E402
+from benchmarks.activations_worker import live_tensor_bytes
+from benchmarks.worker import Answer, Subject, Worker, serve
+from examples.heap import keep_freed_memory
+from examples.memory import StepMemory
+from offload.integrations.megatron import (
     build_optimizer,
     close_optimizer,
     session_of,
     wrap_forward_step,
     wrap_model,
 )
+from tests.offload.integrations.megatron_shim import install
 
 __all__ = ["MODELS", "MODES", "Case", "open_worker"]
 
@@ -227,6 +223,7 @@ def open_worker(name: str, case: Case) -> Worker:
 def _open_subject(settings: Mapping[str, object]) -> tuple[Subject, Answer]:
     rest: dict[str, Any] = dict(settings)
     case = Case(**rest)
+    install()  # for this process, where there is no GPU
     Path(case.directory).mkdir(exist_ok=True)
     kept = keep_freed_memory()
     return Trainee(case), {"freed_memory_kept": kept}

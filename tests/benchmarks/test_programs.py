@@ -27,6 +27,7 @@ PATH_FLAGS = {
     "states": "--path",
     "interleaved": "",
     "iterations": "",
+    "pipelines": "",
 }
 ROUNDS = ["--pairs", "6", "--warm-up", "1"]
 TINY_IO = ["--bytes", "2097152", "--tensor-bytes", "524288", "--block-bytes", "65536"]
