@@ -123,7 +123,7 @@ class Case:
 
         def loss_of(output: torch.Tensor) -> Any:
             loss = output.float().mean()
-            return loss, {"loss": loss.detach()}
+            return loss, {"loss": loss.detach().clone()}
 
         def forward_step(data: Any, model: Any) -> Any:
             tokens = next(data)

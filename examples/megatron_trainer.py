@@ -316,7 +316,8 @@ def _forward_step(args: argparse.Namespace, device: torch.device) -> Callable[..
 
     def loss_of(output: torch.Tensor) -> Any:
         loss = output.float().mean()
-        return loss, {"loss": loss.detach()}
+        # A copy: the schedule divides what is returned by the number of micro-batches, in place.
+        return loss, {"loss": loss.detach().clone()}
 
     def forward_step(batches: Iterator[Batch], model: Any) -> Any:
         tokens, successors = (part.to(device) for part in next(batches))

@@ -6,6 +6,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import deepspeed
@@ -59,6 +60,7 @@ def initialize(
     given = getattr(args, "deepspeed_config", None)
     found = read_config(next((each for each in (config, config_params, given) if each), None))
     if found is None or SECTION not in found:
+        _hint(found or {})
         named |= {"config": config, "config_params": config_params}
         return _stock(args, model, optimizer, model_parameters, named)
     args = _without_config(args, given, config or config_params)
@@ -72,6 +74,12 @@ def initialize(
     engine, *rest = _stock(args, model, optimizer, model_parameters, named)
     _apply(engine, ours, client)
     return (engine, *rest)
+
+
+def _hint(config: Mapping[str, Any]) -> None:
+    """Say that a section may be misspelt, which DeepSpeed takes no notice of."""
+    for close in get_close_matches(SECTION, config, n=1, cutoff=0.75):
+        _log.warning("the config has %r, and no section %r: is it that?", close, SECTION)
 
 
 def _without_config(args: Any, given: Any, other: Any) -> Any:

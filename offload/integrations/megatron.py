@@ -38,6 +38,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _NAME = "offload_pipeline"
 """Of the attribute that a model chunk gets."""
+_STEP = "offload_wraps"
+"""Of the attribute that a forward step gets."""
 PlanLike = str | os.PathLike[str] | Mapping[str, Any] | Plan
 
 
@@ -72,6 +74,7 @@ def wrap_model(model: Any, plan: PlanLike) -> Any:
     pipeline = Pipeline(Session(torch.nn.ModuleList(chunks), plan), len(chunks))
     for number, chunk in enumerate(chunks):
         setattr(_innermost(chunk), _NAME, (pipeline, number))
+        _innermost(chunk).register_forward_pre_hook(pipeline.meet)
     return model
 
 
@@ -97,6 +100,9 @@ def wrap_forward_step(
     says how many a step has: with it the order of backwards is known before they come.
     """
 
+    if getattr(forward_step, _STEP, False):
+        raise ValueError("the forward step is wrapped already: wrap it once")
+
     @functools.wraps(forward_step)
     def stepped(data_iterator: Any, model: Any, *more: Any, **named: Any) -> Any:
         found = getattr(_innermost(model), _NAME, None)
@@ -110,6 +116,7 @@ def wrap_forward_step(
         pipeline.follow(key, output)
         return output, loss
 
+    setattr(stepped, _STEP, True)
     return stepped
 
 

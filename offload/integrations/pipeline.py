@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ class Pipeline:
     def __init__(self, session: Session, chunks: int = 1) -> None:
         self.session, self.chunks = session, chunks
         self._passes: deque[Pass] = deque()
-        self._keeps = False
+        self._keeps = self._inside = self._warned = False
         self._open: dict[Key, Any] = {}
         self._outputs: dict[Key, Any] = {}
         self._counts: dict[int, int] = {}
@@ -60,6 +61,19 @@ class Pipeline:
                 )
             )
 
+    def meet(self, *_: Any) -> None:
+        """Warn, once, of a forward that nobody wrapped: of that nothing moves."""
+        act = self.session.activations
+        wanted = torch.is_grad_enabled() and act is not None and not act.closed
+        if wanted and not self._inside and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "a forward outside of wrap_forward_step: nothing of it moves, whatever the plan "
+                "says; give the schedule the forward step that wrap_forward_step returns",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     @contextmanager
     def forward(self, chunk: int) -> Iterator[Key]:
         """Run a chunk's next forward inside; gives its key."""
@@ -70,6 +84,7 @@ class Pipeline:
         act = self.session.activations
         assert act is not None
         self._open[key] = forward = act.forward()
+        self._inside = True
         try:
             with forward:
                 if self._keeps and self._next_backward(only_next=True) == key:
@@ -78,6 +93,8 @@ class Pipeline:
         except BaseException:
             del self._open[key]
             raise
+        finally:
+            self._inside = False
 
     def follow(self, key: Key, output: Any) -> None:
         """Have the backward of a forward's output say when it begins."""

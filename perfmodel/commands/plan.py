@@ -31,7 +31,7 @@ from perfmodel.commands.described import (
     prediction_json,
 )
 from perfmodel.commands.sweep import run_sweep
-from perfmodel.commands.tables import ascii_line, json_text
+from perfmodel.commands.tables import ascii_line, digits, json_text
 from perfmodel.emit import (
     emit_deepspeed,
     emit_transformers,
@@ -51,6 +51,10 @@ __all__ = ["NOTHING_FITS", "add_arguments", "run"]
 _NOT_EMITTED = (
     "--rotary-base, --norm-epsilon, data, learning rate and initial values are the model's own; "
     "add them"
+)
+_NOT_MEGATRONS = (
+    "these flags move nothing; what is to leave the device is in the plan that -o writes: give it "
+    "to wrap_model and build_optimizer of offload.integrations.megatron (docs/megatron.md)"
 )
 _NOT_THE_TRAINERS = (
     "these alone do not fit: activations and states move by OffloadTrainer(..., plan=), with the "
@@ -198,11 +202,15 @@ def _require_ranks(arguments: argparse.Namespace) -> None:
 
 
 def _note(kind: str, best: Prediction) -> None:
-    """Say what a framework's own settings leave open."""
+    """Say what to expect, and what a framework's own settings leave open."""
+    said = f"{digits(best.step_s)} s a step; {best.bottleneck}"
+    print(f"perfmodel: note: predicted are {said}", file=sys.stderr)
     strategy = best.strategy
     moves = strategy.activations in ("host", "ssd") or set(strategy.shares) != {"device"}
     if kind == "megatron":
         print(f"perfmodel: note: {_NOT_EMITTED}", file=sys.stderr)
+        if moves:
+            print(f"perfmodel: note: {_NOT_MEGATRONS}", file=sys.stderr)
     elif kind == "transformers" and moves:
         print(f"perfmodel: note: {_NOT_THE_TRAINERS}", file=sys.stderr)
 

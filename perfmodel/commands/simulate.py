@@ -26,7 +26,7 @@ HEADER = (
     "TFLOP/s a GPU",
     "activations GiB",
     "at once GiB",
-    "SSD write GB/s a GPU",
+    "SSD GB/s a GPU, in half a step",
     "SSD life",
 )
 PIPELINE_HEADER = (
@@ -36,7 +36,8 @@ PIPELINE_HEADER = (
     "bubble",
     "waited s",
     "activations at once GiB",
-    "SSD write GB/s a GPU",
+    "moved GiB",
+    "SSD GB/s a GPU, in half a step",
 )
 
 
@@ -86,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             fused_attention=arguments.attention != "plain",
         )
         require_modelled(workload)
+        _require_parts(workload)
         found.append((workload, simulate_cluster(workload, machine, recompute=arguments.recompute)))
     pipelines = [_pipeline(each, machine, arguments) for each, _ in found]
     if arguments.json:
@@ -97,7 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(heading(found[0][0], machine) + "\n")
     print("\n".join(table(HEADER, [_row(each, step) for each, step in found], left=0)))
     if arguments.activations:
-        where = "kept" if arguments.activations == "keep" else "moved to SSDs"
+        moved = "moved as far as the SSDs keep up"
+        where = "kept" if arguments.activations == "keep" else moved
         print(f"\nPass by pass of all ranks, without gradients and update; activations {where}\n")
         shown = [
             _pipeline_row(each, pipeline)
@@ -106,6 +109,21 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         print("\n".join(table(PIPELINE_HEADER, shown, left=0)))
     return 0
+
+
+def _require_parts(workload: Workload) -> None:
+    """Raise ValueError for a pipeline that Megatron has no schedule for."""
+    parallel, layers = workload.parallel, workload.model.num_layers
+    if layers % (parallel.pipeline * parallel.chunks):
+        raise ValueError(
+            f"pipeline={parallel.pipeline} with chunks={parallel.chunks} do not divide "
+            f"num_layers={layers}"
+        )
+    if parallel.chunks > 1 and workload.accumulation % parallel.pipeline:
+        raise ValueError(
+            f"{workload.accumulation} micro-batches are not a multiple of "
+            f"pipeline={parallel.pipeline}, which chunks={parallel.chunks} need"
+        )
 
 
 def _pipeline(
@@ -128,6 +146,7 @@ def _pipeline_row(workload: Workload, step: PipelineStep) -> list[str]:
         f"{step.bubble_share:.1%}",
         digits(step.waited_s),
         gib(max(step.device_bytes)),
+        gib(max(step.written_bytes)),
         digits(step.write_bytes_per_s / 1e9),
     ]
 

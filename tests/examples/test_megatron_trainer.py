@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def test_losses_are_those_of_no_offload(trained: Run, spill_dir: Path) -> None:
     flags = ["--dtype=bf16", "--grad-accum=2", "--optimizer=offload"]
     kept = trained(*flags)
     assert kept["offloaded_bytes"] == 0
+    assert kept["losses"][0] == pytest.approx(math.log(256), abs=0.5)  # of all micro-batches
     ours = trained(*flags, *moved(spill_dir))
     again = trained(*flags, "--offload=recompute")
     assert kept["losses"] == ours["losses"] == again["losses"]

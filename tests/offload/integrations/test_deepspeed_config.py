@@ -171,3 +171,11 @@ def test_the_command_writes_the_new_file_and_says_what_is_done(
     assert main(["plan-from-ds", str(old)]) == 2
     assert "there is nothing to do" in capsys.readouterr().err
     assert main(["plan-from-ds", str(tmp_path / "absent.json")]) == 2
+
+
+def test_a_section_that_is_misspelt_is_asked_about(caplog: pytest.LogCaptureFixture) -> None:
+    integration = pytest.importorskip("offload.integrations.deepspeed")
+    integration._hint({"train_batch_size": 1, "zero_optimization": {}, "fp16": {}})
+    assert not caplog.records
+    integration._hint({"offlaod": {}})
+    assert "'offlaod', and no section 'offload'" in caplog.text

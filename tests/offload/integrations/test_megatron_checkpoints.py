@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,20 @@ def kinds() -> dict[str, dict[str, Any]]:
 
 
 def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, spill_dir: Path) -> None:
-    plan = plan_of(spill_dir)
-    cases: dict[str, Any] = {}
-    for (name, case), fused in itertools.product(kinds().items(), (False, True)):
-        own = {**case, "plan": plan, "fused": fused}
+    plan, cases = plan_of(spill_dir), dict[str, Any]()
+    names = [(name, False) for name in kinds()]
+    # Steps counted as with Transformer Engine, of which only the distributed optimizer knows.
+    names += [
+        (name, True) for name, case in kinds().items() if case.get("bf16") and "format" in case
+    ]
+    for name, fused in names:
+        own = {**kinds()[name], "plan": plan, "fused": fused}
         made = str(tmp_path / f"{name} {fused}")
         cases[f"{name} {fused} whole"] = {**own, "steps": 4}
         cases[f"{name} {fused} begun"] = {**own, "save": made}
         cases[f"{name} {fused} resumed"] = {**own, "load": made, "first": 2}
     for rank in started(tmp_path, 2, cases):
-        for name, fused in itertools.product(kinds(), (False, True)):
+        for name, fused in names:
             whole, begun, resumed = (
                 rank[f"{name} {fused} {part}"] for part in ("whole", "begun", "resumed")
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,24 @@ def test_megatrons_own_offloading_of_activations_is_refused(key: str, spill_dir:
 def test_passes_that_run_behind_the_forward_step_are_refused(spill_dir: Path) -> None:
     with pytest.raises(ValueError, match="overlap_moe_expert_parallel_comm=True"):
         megatron.wrap_model(model(overlap_moe_expert_parallel_comm=True), moved(spill_dir))
+
+
+def test_a_forward_step_is_wrapped_once() -> None:
+    wrapped = megatron.wrap_forward_step(lambda data, model: None)
+    with pytest.raises(ValueError, match="wrapped already"):
+        megatron.wrap_forward_step(wrapped)
+
+
+def test_a_forward_outside_of_the_wrapped_step_is_told_of_once(spill_dir: Path) -> None:
+    chunk = megatron.wrap_model(model(), moved(spill_dir))
+    with pytest.warns(RuntimeWarning, match="outside of wrap_forward_step"):
+        chunk(torch.ones(1, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chunk(torch.ones(1, 2))
+    session = megatron.session_of(chunk)
+    assert session is not None
+    session.close()
 
 
 def test_a_model_is_wrapped_once(spill_dir: Path) -> None:
