@@ -26,7 +26,7 @@ def test_pipelines_says_what_a_plan_costs_and_spares(
         assert kept["written_bytes"] == [0.0] * len(kept["device_bytes"])
         assert max(moved["written_bytes"]) > 0
         assert max(moved["device_bytes"]) < max(kept["device_bytes"])
-    assert found["facts"]["at a limit"]["ssd"]["tokens_per_s"] > 0
+    assert found["facts"]["at a limit"]["16 GiB"]["ssd"]["tokens_per_s"] > 0
 
 
 def test_a_difference_of_bits_is_a_claim_that_is_missed() -> None:
