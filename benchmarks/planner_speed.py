@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_record_arguments(parser, warm_up=1)
     parser.add_argument("--cases", type=positive, default=len(CASES), metavar="N", help="(all)")
-    parser.add_argument("--fine", type=positive, default=256, metavar="N", help="(256)")
+    parser.add_argument("--fine", type=positive, default=128, metavar="N", help="(128)")
     arguments = parser.parse_args()
     wall: dict[str, list[float]] = {}
     processor: dict[str, list[float]] = {}
