@@ -72,6 +72,7 @@ def summarize(
     *,
     device_type: str,
     command: str,
+    framework: str = "torch",
 ) -> dict[str, object]:
     """Return the summary of a run; its bytes and stalls are those of one rank."""
     step_s = measured.usual_step_s()
@@ -83,7 +84,7 @@ def summarize(
         "peak_device_bytes": measured.peak_device_bytes(device_type),
         "peak_rss_bytes": process_peak_bytes(),
         **{key: getattr(stats, key) if stats else 0 for key in COUNTED},
-        "framework": "torch",
+        "framework": framework,
         "io_engine": stats.io_engine if stats else None,
         "predicted": None
         if predicted is None

@@ -350,9 +350,8 @@ def run(args: argparse.Namespace, command: str) -> int:
         measured = train(trainer)
         stats = trainer.act.stats() if trainer.act else None
         predicted = plan.predicted if plan else None
-        kind = trainer.device.type
-        summary = summarize(measured, stats, predicted, device_type=kind, command=command)
-        summary["framework"] = args.framework
+        said = {"device_type": trainer.device.type, "framework": args.framework}
+        summary = summarize(measured, stats, predicted, command=command, **said)
         if trainer.rank == 0:
             print(*conclusion(summary, measured, stats, args.memory_bytes), sep="\n")
             if args.summary:
