@@ -8,7 +8,7 @@ backward before it does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -123,8 +123,10 @@ def pipeline_step(
     """
     graph = _Graph(costs, micro_batches, sent_s, group, leaving)
     done = simulate(graph.tasks)
-    at_once = [[replace(each, moved_bytes=0.0) for each in chunks] for chunks in costs]
-    kept = simulate(_Graph(at_once, micro_batches, sent_s, group, leaving).tasks)
+    kept = done
+    if any(each.moved_bytes for chunks in costs for each in chunks):
+        stays = [[replace(each, moved_bytes=0.0) for each in chunks] for chunks in costs]
+        kept = simulate(_Graph(stays, micro_batches, sent_s, group, leaving).tasks)
     ranks = range(len(costs))
     busiest_s = max(done.busy_s(_device(rank)) for rank in ranks)
     written = tuple(graph.written_bytes(rank) for rank in ranks)
@@ -169,7 +171,7 @@ class _Graph:
     """What each rank writes, in its order."""
 
     def __post_init__(self) -> None:
-        ranks = [[*self._passes(rank)] for rank in range(len(self.costs))]
+        ranks = [self._passes(rank) for rank in range(len(self.costs))]
         at = [0] * len(ranks)
         while any(place < len(passes) for place, passes in zip(at, ranks, strict=True)):
             before = len(self.tasks)
@@ -179,15 +181,13 @@ class _Graph:
                     at[rank] += 1
             assert len(self.tasks) > before, "a schedule in which everyone waits"
 
-    def _passes(self, rank: int) -> Iterator[Pass]:
-        return iter(
-            passes_of(
-                stages=len(self.costs),
-                rank=rank,
-                micro_batches=self.micro_batches,
-                chunks=len(self.costs[rank]),
-                group=self.group,
-            )
+    def _passes(self, rank: int) -> list[Pass]:
+        return passes_of(
+            stages=len(self.costs),
+            rank=rank,
+            micro_batches=self.micro_batches,
+            chunks=len(self.costs[rank]),
+            group=self.group,
         )
 
     def _needs(self, rank: int, each: Pass) -> tuple[bool, _Key] | None:

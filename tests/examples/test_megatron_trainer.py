@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 
 pytest.importorskip("megatron.core")
 
+from perfmodel.cli import main as perfmodel
 from tests.examples.conftest import ROOT, TINY
 from tests.examples.test_flags import the_only_line
 
@@ -114,3 +118,28 @@ def test_an_index_that_is_none_is_said_in_a_line(
     (tmp_path / "bad.idx").write_bytes(b"nothing of the kind, and long enough for a header")
     assert main(f"--data={tmp_path / 'bad.bin'}") == 2
     assert "no index of Megatron's" in the_only_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--tensor-parallel=3"], "which does not divide 1 ranks"),
+        (["--model=bert"], "--model bert is not here"),
+        (["--offload=auto"], "perfmodel plan --framework megatron"),
+        (["--offload=host"], "there is none"),
+        (["--plan=PLAN"], ", and the flags 4 sequences a step"),
+        (["--plan=PLAN", "--grad-accum=4"], "num_layers is 32 in the plan and 2 here"),
+    ],
+)
+def test_what_is_another_runs_is_refused_before_anything_is_built(
+    flags: list[str], named: str, train_gpt: ModuleType, tmp_path: Path
+) -> None:
+    trainer = importlib.import_module("megatron_trainer")
+    made = tmp_path / "plan.json"
+    command = ["plan", "--model", "llama-2-7b", "--machine", "h100-sxm", "--seq-len", "64"]
+    command += ["--micro-batch", "2", "--accumulation", "8", "--framework", "megatron"]
+    assert perfmodel([*command, "--activations", "keep", "-o", str(made)]) == 0
+    given = [each.replace("PLAN", str(made)) for each in flags]
+    args = train_gpt.parse_arguments([*TINY, "--framework=megatron", *given])
+    with pytest.raises(ValueError, match=re.escape(named)):
+        trainer.plan_of(args)
