@@ -67,11 +67,24 @@ def test_predicted_times_are_held_against_measured(
 
 
 def test_a_machine_that_changed_decides_nothing() -> None:
-    samples = {"one": (1.0, 1.0, 1.0)}
-    assert predicted_time.make_record(samples, {"matmul": 0.05, "memory": -0.05}).met
+    seen = predicted_time.Measured(as_it_was_s=1.0, steady_s=1.0, varied=0.0)
+    samples = {"one": (seen, 1.0)}
+    # What matrices do is divided out of every step.
+    assert predicted_time.make_record(samples, {"matmul": 0.2, "memory": -0.05}).met
     changed = predicted_time.make_record(samples, {"matmul": 0.0, "memory": -0.2})
     assert changed.met is None
     assert "-0.2" in changed.claims[0].reason
+
+
+def test_the_try_counts_in_which_the_machine_was_steadiest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries = [predicted_time.Measured(each, each, each) for each in (0.5, 0.3, 0.4)]
+    monkeypatch.setattr(predicted_time, "tried", lambda *_: tries.pop(0))
+    run = predicted_memory.Run("gpt", TINY, "keep")
+    assert predicted_time.measured(run, None, None, 6, 8).varied == 0.3  # type: ignore[arg-type]
+    tries = [predicted_time.Measured(1.0, 1.0, 0.05), predicted_time.Measured(1.0, 1.0, 0.01)]
+    assert predicted_time.measured(run, None, None, 6, 8).varied == 0.05  # type: ignore[arg-type]
 
 
 def test_a_choice_is_held_against_the_best_of_what_was_run(
