@@ -18,6 +18,7 @@ from offload.activations import ActivationOffload, ActivationStats
 from offload.calibrate import present_machine
 from offload.config import Limits, Plan, read_plan
 from offload.optimizer import AdamW
+from offload.tokens import ExactTokens
 from perfmodel.chosen_plan import plan_of
 from perfmodel.machine import Machine
 from perfmodel.model import Model
@@ -64,9 +65,23 @@ class Session:
         self._again = section.recompute
         self.activations: ActivationOffload | None = None
         """What moves saved activations; None where they stay."""
+        self.tokens: ExactTokens | None = None
+        """What has the loss made in segments; None where the model's is whole."""
         if section.offload is not None:
             self.activations = ActivationOffload(**_settings(section.offload))
+        if self.plan.tokens.mode == "exact":
+            self.tokens = self._exact(model)
         self._number = 0  # of the next block of this forward
+
+    def _exact(self, model: torch.nn.Module) -> ExactTokens:
+        settings = asdict(self.plan.tokens)
+        del settings["mode"]
+        again = True if self._again or self.plan.activations.mode == "recompute" else None
+        try:
+            return ExactTokens(model, again=again, **settings)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def predicted(self) -> Predicted | None:
@@ -107,7 +122,9 @@ class Session:
         return None if self.activations is None else self.activations.stats()
 
     def close(self) -> None:
-        """Give back memory and files. Idempotent."""
+        """Give back memory and files, and leave the model as it was. Idempotent."""
+        if self.tokens is not None:
+            self.tokens.close()
         if self.activations is not None:
             self.activations.close()
 

@@ -104,7 +104,15 @@ def test_mode_and_tier_follow_from_each_other(
         ({"optimizer": {"placment": "host"}}, r"optimizer\.placment.*'placement'"),
         ({"optimizer": {"update_schedule": 3}}, r"optimizer: update_schedule=3"),
         ({"optimizer": "host"}, r"optimizer is an object"),
-        ({"tokens": {"mode": "exact"}}, r"tokens: mode='exact' is not there yet; allowed: off"),
+        (
+            {"tokens": {"mode": "sparse"}},
+            r"tokens: mode='sparse' is not there yet; allowed: off, ex",
+        ),
+        (
+            {"tokens": {"mlp_tile_tokens": 8}},
+            r"tokens: mlp_tile_tokens says nothing with mode='off'",
+        ),
+        ({"tokens": {"mode": "exact", "loss_segment_tokens": 0}}, r"loss_segment_tokens=0 is not"),
         ({"tokens": {"mode": "of"}}, r"tokens: mode='of' is not known.*'off'"),
         ({"limits": {"device_byte": 1}}, r"limits\.device_byte.*'device_bytes'"),
         ({"limits": {"ssd_bytes": -1}}, r"limits: ssd_bytes=-1"),

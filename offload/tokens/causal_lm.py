@@ -1,0 +1,129 @@
+"""What of a causal language model of Hugging Face's can be cut in segments, found by its own names.
+
+Nothing of transformers is imported: what is asked of a model are the methods that all of them have.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload.tokens.tiling import is_position_wise
+
+__all__ = ["CausalLM", "causal_lm_of", "perceptrons_of"]
+
+_LOSS = "ForCausalLMLoss"
+# Methods of a model within another: PEFT's, then what DistributedDataParallel has.
+_WITHIN = ("get_base_model",)
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A model's parts, as they are in it; it owns them."""
+
+    whole: nn.Module
+    """What takes `labels` and returns a loss."""
+    decoder: nn.Module
+    """What its head sees the first output of."""
+    head: nn.Module
+    finish: Callable[[Tensor], Tensor]
+    """What it does to logits, element by element."""
+
+    def names(self) -> list[str]:
+        """Return the names of what it takes, in their order."""
+        return list(inspect.signature(self.whole.forward).parameters)
+
+
+def causal_lm_of(model: nn.Module) -> CausalLM:
+    """Return the parts of a causal language model, also within PEFT's or DDP's.
+
+    Raises ValueError for a model that is none, whose loss is another one, or whose parameters are
+    only there while its own forward runs.
+    """
+    whole: Any = model
+    while True:
+        inner = next((getattr(whole, name)() for name in _WITHIN if hasattr(whole, name)), None)
+        if inner is None and isinstance(whole, nn.parallel.DistributedDataParallel):
+            inner = whole.module
+        if inner is None or inner is whole:
+            break
+        whole = inner
+    name = type(whole).__name__
+    head = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
+    decoder = whole.get_decoder() if hasattr(whole, "get_decoder") else None
+    if head is None or decoder is None or decoder is whole:
+        raise ValueError(
+            f"{name} is no causal language model of Hugging Face's: it has no decoder with output "
+            "embeddings behind it; tokens.mode can only be off with it"
+        )
+    loss = getattr(getattr(whole, "loss_function", None), "__name__", "a function without a name")
+    if loss != _LOSS:
+        raise ValueError(
+            f"the loss of {name} is {loss}, and only {_LOSS} is computed in segments: "
+            "tokens.mode can only be off with it"
+        )
+    if "logits_to_keep" not in inspect.signature(whole.forward).parameters:
+        raise ValueError(
+            f"{name}.forward has no argument logits_to_keep, without which it makes all logits: "
+            "tokens.mode can only be off with it"
+        )
+    if any(hasattr(param, "ds_id") or hasattr(param, "placements") for param in head.parameters()):
+        raise ValueError(
+            f"the head of {name} is shared over ranks (ZeRO-3 or FSDP2), and is only whole while "
+            "its own forward runs: tokens.mode can only be off with it"
+        )
+    return CausalLM(whole, decoder, head, _finish_of(whole.config))
+
+
+def _finish_of(config: Any) -> Callable[[Tensor], Tensor]:
+    """Return what models do to logits behind their heads, by their configurations' names.
+
+    What they do else is noticed in the first forward, where one token's logits are compared.
+    """
+    multiplied = getattr(config, "logit_scale", None)
+    divided = getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def finish(logits: Tensor) -> Tensor:
+        if multiplied is not None:
+            logits = logits * multiplied
+        if divided is not None:
+            logits = logits / divided
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    return finish
+
+
+def perceptrons_of(found: CausalLM) -> Iterator[nn.Module]:
+    """Yield what in a model's layers treats every token alone and has more than one map.
+
+    Of each kind one is tried. Experts are left out: what their router sees is counted in the loss.
+    """
+    config: Any = found.whole.config
+    channels = int(config.hidden_size)
+    lists = [each for each in found.decoder.modules() if isinstance(each, nn.ModuleList)]
+    layers = max(lists, key=len, default=nn.ModuleList())
+    known: dict[tuple[str, type[nn.Module]], bool] = {}
+    for layer in layers:
+        for name, child in layer.named_children():
+            kind = (name, type(child))
+            if kind not in known:
+                known[kind] = _may_be_one(child) and is_position_wise(child, channels)
+            if known[kind]:
+                yield child
+
+
+def _may_be_one(module: nn.Module) -> bool:
+    params = list(module.parameters())
+    maps = sum(param.dim() == 2 for param in params)
+    experts = any(param.dim() > 2 for param in params) or any(
+        isinstance(each, nn.ModuleList) for each in module.modules()
+    )
+    return maps > 1 and not experts
