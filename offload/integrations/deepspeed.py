@@ -57,7 +57,7 @@ def initialize(
         "collate_fn": collate_fn,
         "mesh_param": mesh_param,
     } | ({} if distributed_port is None else {"distributed_port": distributed_port})
-    given = getattr(args, "deepspeed_config", None)
+    given = getattr(args, "deepspeed_config", None) or getattr(args, "deepscale_config", None)
     found = read_config(next((each for each in (config, config_params, given) if each), None))
     if found is None or SECTION not in found:
         _hint(found or {})
@@ -89,7 +89,7 @@ def _without_config(args: Any, given: Any, other: Any) -> Any:
     if other is not None:
         raise ValueError(f"args.deepspeed_config={given!r} and config= are two; give one")
     args = copy.copy(args)
-    args.deepspeed_config = None
+    args.deepspeed_config = args.deepscale_config = None
     return args
 
 
@@ -114,6 +114,9 @@ def _optimizer_of(
         if any(getattr(param, "allreduce", True) is False for param in model.parameters()):
             params = _expert_groups(params)
         client.append(DeferredAdamW(params, config, **settings))
+        # DeepSpeed may take a step of zeros at once (runtime/fp16/unfused_optimizer.py), in which
+        # one rank that has no room would leave the others waiting.
+        client[-1].holds_errors = True
         return client[-1]
 
     return make
@@ -133,8 +136,9 @@ def _apply(engine: Any, ours: DeepSpeedConfig, client: Sequence[DeferredAdamW]) 
     error: Exception | None = None
     try:
         for optimizer in client:
+            optimizer.raise_held()
             prepare_states(engine, optimizer, opened)
-        if ours.plan.activations.offload is not None:
+        if ours.plan.activations.offload is not None or ours.plan.tokens.mode != "off":
             session = Session(engine.module, ours.plan)
             opened += [ModuleForward(engine.module, session), session]
     except Exception as caught:  # whatever it is, the other ranks wait for an answer

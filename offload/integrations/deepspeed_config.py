@@ -24,6 +24,7 @@ __all__ = [
     "DeepSpeedConfig",
     "optimizer_settings",
     "read_config",
+    "require_compatible",
     "require_for_deepspeed",
     "split",
 ]
@@ -127,7 +128,7 @@ def require_for_deepspeed(config: dict[str, Any], plan: Plan) -> tuple[str, ...]
 
     Raises ValueError for what cannot work beside the plan, with what to remove.
     """
-    _require_compatible(config, plan)
+    require_compatible(config, plan)
     if plan.optimizer is None:
         return ()
     changes = []
@@ -171,7 +172,9 @@ def optimizer_settings(section: Any) -> dict[str, Any]:
             raise ValueError(f"optimizer.params.{key}={given[key]!r} is not offered; leave it out")
     if "lr" not in given:
         raise ValueError("optimizer.params.lr is missing; give the learning rate")
-    return {key: given[key] for key in _ADAMW if key in given}
+    # DeepSpeed's own AdamW decays nothing that it is not told to; torch's does.
+    decay = 1e-2 if given.get("torch_adam") else 0.0
+    return {"weight_decay": decay} | {key: given[key] for key in _ADAMW if key in given}
 
 
 def _device(zero: Mapping[str, Any]) -> str:
@@ -180,28 +183,21 @@ def _device(zero: Mapping[str, Any]) -> str:
     return "" if device == "none" else device
 
 
-def _require_compatible(config: Mapping[str, Any], plan: Plan) -> None:
+def require_compatible(config: Mapping[str, Any], plan: Plan) -> None:
     """Raise ValueError for what cannot work beside the plan, with what to remove."""
     zero = config.get("zero_optimization") or {}
     compiled = config.get("compile") or {}
-    checkpointing = config.get("activation_checkpointing") or {}
     problems = []
     if plan.activations.mode == "recompute" or plan.activations.recompute:
         problems.append(
             f"{SECTION}.activations runs layers again, which DeepSpeed cannot be told: switch on "
             "the model's own checkpointing, and leave mode and recompute out"
         )
-    if plan.activations.offload is not None:
-        if checkpointing.get("cpu_checkpointing"):
-            problems.append(
-                f"activation_checkpointing.cpu_checkpointing and {SECTION}.activations both move "
-                "activations: remove the first"
-            )
-        if compiled.get("deepcompile"):
-            problems.append(
-                f"compile.deepcompile rewrites the backward, and {SECTION}.activations is not "
-                "asked: remove one"
-            )
+    if plan.activations.offload is not None and compiled.get("deepcompile"):
+        problems.append(
+            f"compile.deepcompile rewrites the backward, and {SECTION}.activations is not asked: "
+            "remove one"
+        )
     if plan.optimizer is not None:
         problems += _against_optimizer(config, zero, compiled, plan)
         if plan.optimizer.early_gradients:

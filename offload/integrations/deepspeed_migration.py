@@ -116,10 +116,10 @@ class _Work:
     def activations(self) -> None:
         """Say where activations go."""
         checkpointing = self.config.get("activation_checkpointing") or {}
-        if checkpointing.pop("cpu_checkpointing", False):
+        if checkpointing.get("cpu_checkpointing"):
             self.lines.append(
-                "activation_checkpointing.cpu_checkpointing: removed; what checkpoints keep is "
-                "moved as every saved tensor is"
+                "activation_checkpointing.cpu_checkpointing: kept; what deepspeed.checkpointing "
+                "keeps is no saved tensor of autograd's, and stays DeepSpeed's to move"
             )
         if self._path:
             self.section["activations"] = {"mode": "ssd", "path": [self._path]}

@@ -45,6 +45,9 @@ class DeferredAdamW(torch.optim.Optimizer):
         self.config = config
         self.lent_device: UpdateDevice | None = None
         """Updates some of what lies in host memory; to be set before states are made."""
+        self.holds_errors = False
+        """Whether a step that finds no room for states does nothing, until `raise_held`."""
+        self._held: OSError | None = None
         self._states: AdamW | None = None
         self._groups: dict[torch.Tensor, int] = {}  # of `_states`, by tensor
         # What `_states` trains in the stead of a tensor: itself, or the same memory as a leaf.
@@ -81,6 +84,12 @@ class DeferredAdamW(torch.optim.Optimizer):
         if self._states is not None and fresh:
             self._states.plan_updates()
 
+    def raise_held(self) -> None:
+        """Raise what steps so far found no room for, and hold nothing back any more."""
+        self.holds_errors = False
+        if self._held is not None:
+            raise self._held
+
     def _made(self, groups: Sequence[Mapping[str, Any]]) -> AdamW:
         on_host = all(not param.is_cuda for group in groups for param in group["params"])
         return AdamW(
@@ -106,7 +115,13 @@ class DeferredAdamW(torch.optim.Optimizer):
         trained = [param for param in params if param.grad is not None]
         if not trained:
             return None
-        states = self._prepared()
+        try:
+            states = self._prepared()
+        except OSError as error:
+            if not self.holds_errors:
+                raise
+            self._held = error
+            return None
         for group in self.param_groups:
             require_settings(group)
             for number in {self._groups[param] for param in group["params"]}:
@@ -171,6 +186,10 @@ class DeferredAdamW(torch.optim.Optimizer):
     def memory_bytes(self) -> int:
         """Return what states and staging take in memory between steps."""
         return 0 if self._states is None else self._states.memory_bytes()
+
+    def ssd_write_bytes(self) -> int:
+        """Return what was written to the SSD so far."""
+        return 0 if self._states is None else self._states.ssd_write_bytes()
 
     def close(self) -> None:
         """Give back memory and files; states are lost. Idempotent."""

@@ -177,6 +177,11 @@ def _in_place_of(stock: Any, plan: Plan) -> MainParamsAdamW:
 
 def require_for_megatron(config: Any, plan: Plan) -> None:
     """Raise ValueError for what cannot work beside the plan, with what to remove."""
+    if plan.tokens.mode != "off":
+        raise ValueError(
+            f"tokens.mode={plan.tokens.mode!r} is for Hugging Face causal language models, and "
+            "Megatron's make their loss themselves: leave the section tokens out"
+        )
     if plan.activations.mode == "recompute" or plan.activations.recompute:
         raise ValueError(
             "the plan runs layers again, which Megatron does by --recompute-granularity full: set "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -19,10 +18,18 @@ import torch
 import transformers
 
 from offload.config import Plan, read_plan
-from offload.integrations.deepspeed_config import require_for_deepspeed
+from offload.integrations.deepspeed_config import require_compatible, require_for_deepspeed
 from offload.integrations.deferred_adamw import DeferredAdamW
 from offload.integrations.module_forward import ModuleForward
 from offload.integrations.preparation import close_all, prepare_states, require_all
+from offload.integrations.trainer_settings import (
+    STOCK_NAMES,
+    require_arguments,
+    require_no_recompute,
+    require_no_section,
+    require_one_runs_states,
+    require_own_loss,
+)
 from offload.optimizer import AdamW
 from offload.session import Session
 
@@ -64,7 +71,19 @@ class OffloadCallback(transformers.TrainerCallback):
                 "take OffloadTrainer"
             )
         self.close()
-        self._session = Session(model, self.plan)
+        require_own_loss(self.plan, args)
+        require_arguments(self.plan, args)
+        section = getattr(getattr(args, "hf_deepspeed_config", None), "config", None)
+        if section is not None:
+            require_compatible(section, self.plan)
+            require_no_section(section)
+        error: Exception | None = None
+        try:
+            self._session = Session(model, self.plan)
+        except Exception as caught:  # whatever it is, the other ranks wait for an answer
+            error = caught
+        require_all(error)
+        assert self._session is not None
         self._hooks = ModuleForward(model, self._session)
         _log.info("what is computed behind the model's forward, a loss say, is not covered")
 
@@ -72,7 +91,7 @@ class OffloadCallback(transformers.TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any
     ) -> None:
         """Add what was moved to the logs, and to the last of the Trainer's history."""
-        found = figures_of(self._session)
+        found = figures_of(self._session, more.get("optimizer"))
         if logs is not None:
             logs.update(found)
         if state.log_history:
@@ -103,9 +122,9 @@ class Offloading:
         self._session: Session | None = None
         self._lent: list[Any] = []
         super().__init__(*args, **named)
+        self._require_trainer()
         if self.plan.optimizer is not None:
             self._require_optimizer()
-            self.add_callback(_Preparing(self))  # type: ignore[attr-defined]
 
     def train(self: Any, *args: Any, **named: Any) -> Any:
         """Train as the Trainer does.
@@ -115,6 +134,7 @@ class Offloading:
         session: Session | None = None
         error: Exception | None = None
         try:
+            require_own_loss(self.plan, self.args, self.compute_loss_func)
             session = Session(self.model, self.plan)
         except Exception as caught:  # whatever it is, the other ranks wait for an answer
             error = caught
@@ -151,15 +171,47 @@ class Offloading:
             "eps": given.adam_epsilon,
         }
         groups = self._groups()
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which train other tensors
-            self.optimizer = DeferredAdamW(groups, config, **settings)
-        else:
-            self.optimizer = AdamW(groups, **settings, **asdict(config))
+        error: Exception | None = None
+        try:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which train other tensors
+                self.optimizer = DeferredAdamW(groups, config, **settings)
+            else:
+                self.optimizer = AdamW(groups, **settings, **asdict(config))
+        except Exception as caught:  # whatever it is, the other ranks wait for an answer
+            error = caught
+        require_all(error)
         return self.optimizer
+
+    def create_scheduler(self: Any, *args: Any, **named: Any) -> Any:
+        """Make the scheduler, and the states over DeepSpeed's partitions, which are there by now.
+
+        Before a checkpoint is loaded into them. Raises what one rank has no room for on all.
+        """
+        made = super().create_scheduler(*args, **named)  # type: ignore[misc]
+        engine = getattr(
+            getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None
+        )
+        if self.plan.optimizer is not None and self.is_deepspeed_enabled and engine is not None:
+            error: Exception | None = None
+            try:
+                self._prepare_states(engine)
+            except Exception as caught:  # whatever it is, the other ranks wait for an answer
+                error = caught
+            require_all(error)
+        return made
+
+    def _prepare_states(self: Any, engine: Any) -> None:
+        optimizer = _unwrapped(self.optimizer)
+        if not isinstance(optimizer, DeferredAdamW):
+            raise ValueError(
+                f"DeepSpeed trains with {type(optimizer).__name__} in the place of the plan's "
+                "optimizer: remove its config's section optimizer"
+            )
+        prepare_states(engine, optimizer, self._lent)
 
     def log(self: Any, logs: dict[str, Any], *args: Any, **named: Any) -> None:
         """Log what the Trainer does, and what was moved and waited for."""
-        super().log(logs | figures_of(self._session), *args, **named)  # type: ignore[misc]
+        super().log(logs | figures_of(self._session, self.optimizer), *args, **named)  # type: ignore[misc]
 
     # ---- checkpoints -------------------------------------------------------------------------
 
@@ -168,12 +220,17 @@ class Offloading:
         if states is None:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         elif self.args.should_save:
-            states.save(Path(output_dir) / STATES_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER_NAME)
+            folder = Path(output_dir)
+            states.save(folder / STATES_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / _SCHEDULER_NAME)
+            for name in STOCK_NAMES:  # of another run's, in the same folder
+                (folder / name).unlink(missing_ok=True)
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         states = self._own_states()
         file = None if checkpoint is None else Path(checkpoint) / STATES_NAME
+        if file is not None and file.is_file():
+            require_one_runs_states(file)
         if states is None and file is not None and file.is_file():
             raise ValueError(
                 f"{file} has the states of a plan's optimizer, and this plan has none, so that "
@@ -207,8 +264,28 @@ class Offloading:
             if params
         ]
 
+    def _require_trainer(self: Any) -> None:
+        """Raise ValueError for what cannot work beside the plan; set what DeepSpeed needs."""
+        require_arguments(self.plan, self.args)
+        if not self.is_deepspeed_enabled:
+            return
+        if isinstance(self.optimizer, AdamW):
+            raise ValueError(
+                "with DeepSpeed the Trainer makes another optimizer in the place of the one in "
+                "optimizers=: leave it out, and give the plan a section optimizer"
+            )
+        config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        require_no_section(config)
+        if self.plan.optimizer is not None and "optimizer" in config:
+            raise ValueError(
+                "the DeepSpeed config has a section optimizer, which is trained with in the "
+                "place of the plan's: remove it, the Trainer's arguments say the same"
+            )
+        for change in require_for_deepspeed(config, self.plan):
+            _log.warning("offload sets in the DeepSpeed config: %s", change)
+
     def _require_optimizer(self: Any) -> None:
-        """Raise ValueError for an optimizer beside the plan's, and set what DeepSpeed needs."""
+        """Raise ValueError for an optimizer beside the plan's."""
         if self.optimizer is not None:
             raise ValueError(
                 "the plan has a section optimizer, and optimizers= hands another one to the "
@@ -220,71 +297,38 @@ class Offloading:
                 f"optim={kind!r} is not AdamW, which the plan's section optimizer trains with: "
                 "leave optim out, and optim_args"
             )
+        if getattr(self, "optimizer_cls_and_kwargs", None) is not None:
+            raise ValueError(
+                "optimizer_cls_and_kwargs and the plan's section optimizer are two: leave one out"
+            )
         if self.plan.optimizer.early_gradients and self.args.max_grad_norm:
             raise ValueError(
                 f"early_gradients leaves nothing for max_grad_norm={self.args.max_grad_norm} to "
                 "clip: set max_grad_norm=0, or leave early_gradients out"
             )
-        if self.is_deepspeed_enabled:
-            config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
-            if "optimizer" in config:
-                raise ValueError(
-                    "the DeepSpeed config has a section optimizer, which is trained with in the "
-                    "place of the plan's: remove it, the Trainer's arguments say the same"
-                )
-            for change in require_for_deepspeed(config, self.plan):
-                _log.warning("offload sets in the DeepSpeed config: %s", change)
-
-
-class _Preparing(transformers.TrainerCallback):
-    """Makes the states over DeepSpeed's partitions before the first step, on all ranks or none."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = weakref.ref(trainer)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Make them. Raises what one rank has no room for on all of them."""
-        trainer = self._trainer()
-        if trainer is None or not trainer.is_deepspeed_enabled:
-            return
-        optimizer = _unwrapped(trainer.optimizer)
-        error: Exception | None = None
-        try:
-            if not isinstance(optimizer, DeferredAdamW):
-                raise ValueError(
-                    f"DeepSpeed trains with {type(optimizer).__name__} in the place of the plan's "
-                    "optimizer: remove its config's section optimizer"
-                )
-            prepare_states(trainer.deepspeed, optimizer, trainer._lent)
-        except Exception as caught:  # whatever it is, the other ranks wait for an answer
-            error = caught
-        require_all(error)
 
 
 class OffloadTrainer(Offloading, transformers.Trainer):  # type: ignore[misc]
     """A Trainer that trains by `plan`: activations, optimizer, checkpoints and logs."""
 
 
-def figures_of(session: Session | None) -> dict[str, float]:
-    """Return what a log has of a session so far; bytes are totals, `stall_s` too."""
+def figures_of(session: Session | None, optimizer: Any) -> dict[str, float]:
+    """Return what a log has so far: totals, of activations and states, and what states take now."""
     stats = None if session is None else session.stats()
-    if stats is None:
-        return {}
-    return {
-        "offloaded_bytes": stats.offloaded_bytes,
-        "reloaded_bytes": stats.reloaded_bytes,
-        "ssd_write_bytes": stats.ssd_write_bytes,
-        "stall_s": stats.stall_s,
-    }
-
-
-def require_no_recompute(plan: Plan) -> None:
-    """Raise ValueError where layers are to be run again: a Trainer is told that otherwise."""
-    if plan.activations.mode == "recompute" or plan.activations.recompute:
-        raise ValueError(
-            "the plan runs layers again, which a Trainer does by gradient_checkpointing=True: set "
-            "that, and leave mode and recompute out"
-        )
+    found: dict[str, float] = {}
+    if stats is not None:
+        found = {
+            "offloaded_bytes": stats.offloaded_bytes,
+            "reloaded_bytes": stats.reloaded_bytes,
+            "ssd_write_bytes": stats.ssd_write_bytes,
+            "native_peak_bytes": stats.native_peak_bytes,
+            "stall_s": stats.stall_s,
+        }
+    states = _unwrapped(optimizer)
+    if isinstance(states, (AdamW, DeferredAdamW)):
+        found["ssd_write_bytes"] = found.get("ssd_write_bytes", 0) + states.ssd_write_bytes()
+        found["optimizer_bytes"] = states.memory_bytes()
+    return found
 
 
 def _plan_of(plan: PlanLike) -> Plan:

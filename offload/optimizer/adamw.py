@@ -45,7 +45,7 @@ from offload.optimizer.interruption import Uninterrupted
 from offload.optimizer.layout import Piece, Subgroup, lay_out, needs_master, require_as_laid_out
 from offload.optimizer.lent_device import LentDevice, made_of
 from offload.optimizer.placement import Placement
-from offload.optimizer.sharded import local_part, require_unsharded, sum_over_ranks
+from offload.optimizer.sharded import require_unsharded, sum_over_ranks, written
 from offload.optimizer.states import States
 from offload.optimizer.update import Update
 
@@ -181,7 +181,8 @@ class AdamW(torch.optim.Optimizer):
     def _begun(self, params: Sequence[torch.Tensor]) -> Update | None:
         """Return what this step is to do, or None when it does nothing."""
         self._require_whole()
-        require_as_laid_out(subgroup for subgroup, _ in self._subgroups)
+        shown = [param for param in params if param.grad is not None]
+        require_as_laid_out((subgroup for subgroup, _ in self._subgroups), shown)
         # A pass over all gradients, to clip them or to skip a step.
         needed = self._skip_nonfinite or self.max_norm is not None
         gradients = self._gradients.of_step(params, squares=needed)
@@ -206,7 +207,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _is_foreign(self, param: torch.Tensor) -> bool:
         """Say whether somebody else has written the parameter since its master copy was made."""
-        return self._versions.get(param) != _written(param)
+        return self._versions.get(param) != written(param)
 
     def _finish(self, update: Update, signals: Uninterrupted, settle: bool) -> None:
         update.require_unchanged()
@@ -228,7 +229,7 @@ class AdamW(torch.optim.Optimizer):
                 self._placement.settle()
         self._gradients.take_back()
         self._versions.update(
-            (param, _written(param)) for param in update.gradients.flat if self._has_master(param)
+            (param, written(param)) for param in update.gradients.flat if self._has_master(param)
         )
 
     def _has_master(self, param: torch.Tensor) -> bool:
@@ -344,6 +345,10 @@ class AdamW(torch.optim.Optimizer):
         lent = self._host_side.lent
         return states_bytes + moving_bytes + held_bytes + (lent.memory_bytes() if lent else 0)
 
+    def ssd_write_bytes(self) -> int:
+        """Return what was written to the SSD so far."""
+        return int(self._placement.counters()["write_bytes"])
+
     # ---- the end ----------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -387,11 +392,6 @@ def _close(*opened: Gradients | LentDevice | Placement | UpdateDevice | None) ->
         for each in reversed(opened):
             if each is not None:
                 stack.callback(each.close)
-
-
-def _written(param: torch.Tensor) -> tuple[int, int]:
-    """Return what is another one once somebody has written a parameter, or given it new memory."""
-    return param._version, local_part(param).data_ptr()
 
 
 def _numbers(groups: Sequence[Mapping[str, Any]]) -> list[Any]:

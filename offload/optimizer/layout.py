@@ -163,9 +163,22 @@ def _kind_of(param: torch.Tensor) -> Kind:
     return param.shape, tuple(local_part(param).stride()), param.dtype, param.device
 
 
-def require_as_laid_out(subgroups: Iterable[Subgroup]) -> None:
-    """Raise RuntimeError where a parameter has become another since, by `.to()` or `.data` say."""
-    for piece in (piece for subgroup in subgroups for piece in subgroup.pieces):
+def require_as_laid_out(subgroups: Iterable[Subgroup], trained: Iterable[torch.Tensor]) -> None:
+    """Raise RuntimeError where a parameter has become another since, by `.to()` or `.data` say.
+
+    Also where one of `trained` is none that there are states of: put into `param_groups` by a
+    framework that trains other tensors than it was given.
+    """
+    pieces = [piece for subgroup in subgroups for piece in subgroup.pieces]
+    known = {piece.param for piece in pieces}
+    for param in trained:
+        if param not in known and local_part(param).numel():
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} has been put into param_groups since "
+                "this AdamW was made, so that it has no states: with DeepSpeed take "
+                "offload.integrations.deepspeed.initialize, and else add_param_group()"
+            )
+    for piece in pieces:
         now = _kind_of(piece.param)
         if now != piece.kind:
             raise RuntimeError(

@@ -22,6 +22,7 @@ __all__ = [
     "local_part",
     "require_unsharded",
     "sum_over_ranks",
+    "written",
 ]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -117,3 +118,8 @@ def _over_mesh(value: float, mesh: Any, placements: Any) -> float:
     kinds = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
     part = part.to(mesh.device_type)
     return float(_dtensor().from_local(part, mesh, kinds, run_check=False).full_tensor())
+
+
+def written(param: torch.Tensor) -> tuple[int, int]:
+    """Return what is another one once somebody has written a parameter, or given it new memory."""
+    return param._version, local_part(param).data_ptr()

@@ -33,6 +33,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import offload
 from offload.integrations.deepspeed import initialize
 from offload.integrations.deferred_adamw import DeferredAdamW
 
@@ -105,6 +106,8 @@ def opened(case: dict[str, Any], model: nn.Module) -> tuple[Any, Any]:
         placed = OptimizerConfig(placement="device")
         of = configure_moe_param_groups if case.get("experts") else list
         given["optimizer"] = lambda found: DeferredAdamW(of(found), placed, **case["client"])
+    if case.get("plain client"):  # of parameters that ZeRO replaces
+        given["optimizer"] = offload.AdamW(model.parameters(), lr=1e-3, placement="device")
     if case.get("scheduled"):
         given["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 1.0 / (1 + step)

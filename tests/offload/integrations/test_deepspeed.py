@@ -61,6 +61,8 @@ def test_groups_schedules_and_checkpointing_change_nothing(start: Start, spill_d
         if name.startswith("moved"):
             kept = found[name.replace("moved", "kept")]
             assert "error" not in moved, moved["trace"]
+            # What DeepSpeed's checkpoints keep is no saved tensor of autograd's.
+            assert name.endswith("deepspeed") or moved["offloaded"] > 0, name
             assert moved["losses"] == kept["losses"], name
             assert moved["parameters"] == kept["parameters"], name
 
@@ -81,16 +83,38 @@ def test_without_the_section_it_is_stock(start: Start) -> None:
     assert found["ours"] == found["stock"]
 
 
-@pytest.mark.parametrize("section", ["activations", "optimizer"])
+@pytest.mark.parametrize(
+    ("section", "stage", "dtype"),
+    [
+        ("activations", 2, "fp32"),
+        ("optimizer", 2, "fp32"),
+        ("optimizer", 0, "bf16"),  # of which DeepSpeed asks a step while it is made
+        ("optimizer", 3, "bf16"),
+    ],
+)
 def test_a_directory_that_one_rank_lacks_stops_all_with_its_message(
-    start: Start, spill_dir: Path, section: str
+    start: Start, spill_dir: Path, section: str, stage: int, dtype: str
 ) -> None:
-    config = with_offload(config_of(2), spill_dir, "ssd")
+    config = with_offload(config_of(stage, dtype), spill_dir, "ssd")
     config["offload"][section]["path"] = [str(spill_dir), str(spill_dir / "absent")]
     found = start(2, {"case": {"config": config, "fails": True, "directory_of_rank": section}})
     assert found[0]["case"]["error"].startswith("RuntimeError: rank 1 cannot apply its plan")
     assert "absent" in found[0]["case"]["error"]
     assert "absent" in found[1]["case"]["error"]
+
+
+def test_an_optimizer_of_parameters_that_zero_replaces_is_an_error(
+    start: Start, spill_dir: Path
+) -> None:
+    cases: dict[str, Any] = {}
+    for stage, dtype in ((0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")):
+        config = with_offload(config_of(stage, dtype), spill_dir, "ssd")
+        del config["offload"]["optimizer"], config["optimizer"]
+        cases[f"{stage}"] = {"config": config, "plain client": True}
+    [found] = start(1, cases)
+    for stage, case in found.items():
+        assert "RuntimeError" in case.get("error", ""), (stage, case)
+    assert "offload.integrations.deepspeed.initialize" in found["2"]["error"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -39,7 +39,18 @@ def test_deepspeed_is_told_to_take_another_optimizer_and_to_leave_the_device() -
     assert found.stock["offload"] == given["offload"]
     assert len(found.changes) == 3
     assert given == config(), "what was given is as it was"
-    assert found.optimizer == {"lr": 1e-3}
+    assert found.optimizer == {"lr": 1e-3, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "decay"),
+    [({}, 0.0), ({"torch_adam": True}, 1e-2), ({"torch_adam": True, "weight_decay": 0.3}, 0.3)],
+)
+def test_weight_decay_that_is_not_given_is_deepspeeds(given: dict[str, Any], decay: float) -> None:
+    params = {"lr": 1e-3, **given}
+    found = split(config() | {"optimizer": {"type": "AdamW", "params": params}}, has_client=False)
+    assert found.optimizer is not None
+    assert found.optimizer["weight_decay"] == decay
 
 
 def test_what_stays_on_the_device_is_left_there() -> None:
@@ -83,7 +94,6 @@ def test_without_an_optimizer_in_the_section_nothing_is_set() -> None:
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
         ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint"),
         ({"offload": {"optimizer": {"placement": "host=0.5,device=0.5"}}}, "give one of them"),
-        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "cpu_checkpointing"),
         ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
         ({"offload": {"activations": {"mode": "recompute"}}}, "the model's own checkpointing"),
         ({"offload": {"optimizer": STATES | {"early_gradients": True}}}, "early_gradients"),
@@ -179,3 +189,12 @@ def test_a_section_that_is_misspelt_is_asked_about(caplog: pytest.LogCaptureFixt
     assert not caplog.records
     integration._hint({"offlaod": {}})
     assert "'offlaod', and no section 'offload'" in caplog.text
+
+
+def test_what_deepspeeds_checkpoints_keep_stays_deepspeeds_to_move() -> None:
+    given = config() | {"activation_checkpointing": {"cpu_checkpointing": True}}
+    assert split(given, has_client=False).stock["activation_checkpointing"]["cpu_checkpointing"]
+    del given["offload"]
+    found = migrated(given, path="spill")
+    assert found.config["activation_checkpointing"] == {"cpu_checkpointing": True}
+    assert any("cpu_checkpointing: kept" in line for line in found.lines)

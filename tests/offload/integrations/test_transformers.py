@@ -22,24 +22,39 @@ MODELS = ("llama", "gpt2", "t5")
 
 Ran = dict[str, Any]
 """What the cases came to, by name."""
-Start = Callable[..., Ran]
+Start = Callable[..., Any]
+ONE_RANK = {
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29611",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "DS_ACCELERATOR": "cpu",
+    "LOCAL_RANK": "0",
+}
+EXACT = {
+    "version": 1,
+    "tokens": {"mode": "exact", "loss_segment_tokens": 10, "mlp_tile_tokens": 24},
+}
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """`start(cases)` trains all cases in a process of their own."""
+    """`start(cases)` trains all cases in a process of their own; with `ranks` in so many."""
 
-    def run(cases: dict[str, Any], **environment: str) -> Ran:
+    def run(cases: dict[str, Any], ranks: int = 0, **environment: str) -> Any:
         place = tmp_path_factory.mktemp("trainer")
         (place / "cases.json").write_text(json.dumps(cases))
-        command = [sys.executable, str(PROGRAM), str(place / "cases.json"), str(place / "out.json")]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *(torchrun if ranks else []), str(PROGRAM)]
+        command += [str(place / "cases.json"), str(place / "out.json")]
         everything = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
         done = subprocess.run(
             command, env=everything, capture_output=True, text=True, timeout=400, check=False
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        found: Ran = json.loads((place / "out.json").read_text())
-        return found
+        names = [f"out.json.{rank}" for rank in range(ranks)] or ["out.json"]
+        found = [json.loads((place / name).read_text()) for name in names]
+        return found if ranks else found[0]
 
     return run
 
@@ -98,14 +113,47 @@ def test_with_deepspeed_the_bits_are_the_same(start: Start, spill_dir: Path) -> 
         case = {"model": "llama", "deepspeed": config}
         cases[f"kept {stage}"] = {**case, "plan": kept}
         cases[f"moved {stage}"] = {**case, "plan": plan_of(spill_dir)}
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29611", "RANK": "0", "WORLD_SIZE": "1"}
-    found = start(cases, DS_ACCELERATOR="cpu", LOCAL_RANK="0", **place)
+    found = start(cases, **ONE_RANK)
     for stage in (2, 3):
         same(found, f"moved {stage}", f"kept {stage}")
         assert found[f"moved {stage}"]["logs"]["offloaded_bytes"] > 0
         assert found[f"moved {stage}"]["optimizer"] == "DeferredAdamW"
         assert found[f"kept {stage}"]["deepspeed"]
         assert found[f"moved {stage}"]["deepspeed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "words"),
+    [
+        ({}, {"offload": {"activations": {"mode": "keep"}}}, "hand it to the Trainer as plan="),
+        ({"callback": True}, {"offload": {}}, "hand it to the Trainer as plan="),
+        ({}, {"compile": {"deepcompile": True}}, "compile.deepcompile"),
+        ({"ours": True}, {}, "give the plan a section optimizer"),
+    ],
+)
+def test_what_cannot_be_done_with_deepspeed_is_refused(
+    start: Start, spill_dir: Path, change: dict[str, Any], config: dict[str, Any], words: str
+) -> None:
+    pytest.importorskip("deepspeed")
+    section = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}, **config}
+    case = {"model": "gpt2", "plan": plan_of(spill_dir, states=False), "deepspeed": section}
+    [found] = start({"case": {**case, **change}}, **ONE_RANK).values()
+    assert words in found["error"]
+
+
+def test_a_loss_in_segments_trains_alike(start: Start, spill_dir: Path) -> None:
+    moved = plan_of(spill_dir) | EXACT
+    kept = EXACT | {"optimizer": {"placement": "device"}}
+    found = start(
+        {
+            "whole": {"model": "llama", "ours": True},
+            "kept": {"model": "llama", "plan": kept},
+            "moved": {"model": "llama", "plan": moved},
+        }
+    )
+    same(found, "moved", "kept")
+    whole, kept_losses = ([loss for loss, _ in found[way]["losses"]] for way in ("whole", "kept"))
+    assert kept_losses == pytest.approx(whole, rel=1e-4)
 
 
 def test_trls_sft_trainer_has_the_bits_of_no_offload(start: Start, spill_dir: Path) -> None:
@@ -148,9 +196,73 @@ def test_a_checkpoint_is_gone_on_from_with_the_same_bits(
     assert gone_on == pytest.approx(whole, rel=1e-5)
 
 
+def test_states_of_two_runs_in_a_folder_are_refused(
+    start: Start, spill_dir: Path, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    case = {"model": "llama", "plan": plan_of(spill_dir), "arguments": saving}
+    folder = tmp_path / "both" / "checkpoint-2"
+    stock = {"model": "llama", "arguments": saving, "directory": str(tmp_path / "both")}
+    again = {"model": "llama", "plan": plan_of(spill_dir), "resume": str(folder)}
+    found = start(
+        {
+            "stock": stock,
+            "over it": {**case, "directory": str(tmp_path / "both")},
+            "of ours": again,
+            "stock over it": stock,
+            "of both": again,
+        }
+    )
+    assert "checkpoint-2/optimizer.pt" in found["stock"]["files"]
+    assert "checkpoint-2/optimizer.pt" not in found["over it"]["files"]
+    assert "error" not in found["of ours"], found["of ours"]["trace"]
+    assert "optimizer.pt beside it are states of two runs" in found["of both"]["error"]
+
+
+def test_with_deepspeed_a_checkpoint_is_gone_on_from_with_the_same_bits(
+    start: Start, spill_dir: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero}
+    case = {"model": "llama", "plan": plan_of(spill_dir), "deepspeed": config}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    found = start(
+        {
+            "whole": {**case, "arguments": saving, "directory": str(tmp_path / "out")},
+            "resumed": {**case, "resume": str(tmp_path / "out" / "checkpoint-2")},
+        },
+        **ONE_RANK,
+    )
+    assert "error" not in found["whole"], found["whole"]["trace"]
+    assert "error" not in found["resumed"], found["resumed"]["trace"]
+    assert found["resumed"]["parameters"] == found["whole"]["parameters"]
+
+
+def test_logs_count_states_that_are_written(start: Start, spill_dir: Path) -> None:
+    plan = {"version": 1, "optimizer": plan_of(spill_dir)["optimizer"]}
+    [found] = start({"case": {"model": "gpt2", "plan": plan}}).values()
+    assert found["logs"]["ssd_write_bytes"] > 0
+    assert found["logs"]["optimizer_bytes"] > 0
+
+
+def test_a_directory_that_one_rank_lacks_stops_all(start: Start, spill_dir: Path) -> None:
+    cases = {}
+    for section in ("activations", "optimizer"):
+        plan = plan_of(spill_dir)
+        plan[section]["path"] = [str(spill_dir), str(spill_dir / "absent")]
+        cases[section] = {"model": "gpt2", "plan": plan, "path of rank": section}
+    for rank, found in enumerate(start(cases, ranks=2)):
+        for section in cases:
+            assert "absent" in found[section]["error"], section
+            assert rank or "rank 1 cannot apply its plan" in found[section]["error"], section
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"arguments": {"label_smoothing_factor": 0.1}, "plan": EXACT}, "label_smoothing_factor"),
+        ({"cls": True}, "optimizer_cls_and_kwargs"),
         ({"plan": {"version": 1, "activations": {"mode": "recompute"}}}, "gradient_checkpointing"),
         ({"arguments": {"optim": "adafactor"}}, "optim='adafactor' is not AdamW"),
         ({"arguments": {"optim": "adamw_torch_4bit"}}, "optim='adamw_torch_4bit' is not AdamW"),

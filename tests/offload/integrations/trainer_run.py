@@ -140,6 +140,11 @@ def trained(case: dict[str, Any], directory: str) -> dict[str, Any]:
         "train_dataset": [{"input_ids": row, "labels": row} for row in tokens],
     }
     plan = case.get("plan")
+    if case.get("path of rank"):  # of all directories that are named, each rank its own
+        own = plan[case["path of rank"]]
+        own["path"] = [own["path"][int(os.environ["RANK"])]]
+    if case.get("cls"):
+        given["optimizer_cls_and_kwargs"] = (torch.optim.SGD, {"lr": 1.0})
     if plan is None:
         if case.get("ours"):  # the same AdamW, and nothing moves
             given["optimizers"] = (offload.AdamW(_groups(model), lr=1e-3, placement="device"), None)
@@ -149,6 +154,8 @@ def trained(case: dict[str, Any], directory: str) -> dict[str, Any]:
             given["optimizers"] = (offload.AdamW(_groups(model), lr=1e-3, placement="device"), None)
         trainer = Trainer(**given, callbacks=[OffloadCallback(plan)])
     else:
+        if case.get("ours"):
+            given["optimizers"] = (offload.AdamW(_groups(model), lr=1e-3, placement="device"), None)
         trainer = OffloadTrainer(**given, plan=plan)
     trainer.train(resume_from_checkpoint=case.get("resume"))
     return came_to(trainer, model, directory)
@@ -198,7 +205,9 @@ def main() -> None:
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
             found[name]["trace"] = traceback.format_exc()
-    arguments.out.write_text(json.dumps(found))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = f".{os.environ['RANK']}" if ranks > 1 else ""
+    Path(f"{arguments.out}{rank}").write_text(json.dumps(found))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
