@@ -97,13 +97,17 @@ def make_record(case: Case, figures: Figures, absent: dict[str, str], warm_up: i
     """Put the figures and the claims together."""
     samples = {name: steps[warm_up:] for name, steps in figures["step_s"].items()}
     peaks = {name: max(steps) for name, steps in figures["peak_bytes"].items()}
-    claims, peers = [], {}
+    updates = {name: steps[warm_up:] for name, steps in figures["update_s"].items()}
+    claims, peers, bounds = [], {}, {}
     for tier, goal in GOALS.items():
         stock, ours = f"stock, {tier}", f"ours, {tier}"
         interval = None
         if stock not in absent:
             interval = median_interval(paired_ratios(samples[stock], samples[ours]))
             peers[stock] = interval.median
+            bounds[tier] = bounds_of(
+                *(each[name] for each in (samples, updates) for name in (stock, ours))
+            )
         claims.append(
             Claim(
                 name=f"speed of a step, states on the {tier}",
@@ -128,8 +132,22 @@ def make_record(case: Case, figures: Figures, absent: dict[str, str], warm_up: i
         samples={"step_s": samples, "update_s": figures["update_s"], "loss": figures["loss"]},
         settings={key: value for key, value in asdict(case).items() if key != "directory"},
         absent=dict(absent),
-        facts={"peak_process_bytes": peaks},
+        facts={"peak_process_bytes": peaks, "of what is not the update": bounds},
     )
+
+
+def bounds_of(
+    stock: list[float], ours: list[float], stock_update: list[float], our_update: list[float]
+) -> dict[str, object]:
+    """Return how the update alone compares, and a step if ours took no time for it at all.
+
+    Forward and backward are the same code in both, so that no update makes a step faster than that.
+    """
+    rest = [step_s - update_s for step_s, update_s in zip(ours, our_update, strict=True)]
+    return {
+        "speed of the update": asdict(median_interval(paired_ratios(stock_update, our_update))),
+        "speed of a step without an update": asdict(median_interval(paired_ratios(stock, rest))),
+    }
 
 
 def main() -> None:
