@@ -1,4 +1,4 @@
-"""The models that `train_gpt.py` trains, in plain `torch.nn`; they know nothing of offloading.
+"""The models that `train_gpt.py` trains, in plain `torch.nn`; they know nothing of what moves.
 
 Each maps a window of tokens and their successors to a loss, so that all are trained alike, and
 runs every layer through `run(layer, *inputs)`, in which a caller may do more than call it.
@@ -6,7 +6,7 @@ runs every layer through `run(layer, *inputs)`, in which a caller may do more th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["BERT", "GPT", "MODELS", "T5", "Llama", "ModelConfig", "Run", "call", "recompute"]
+from offload.tokens import segmented_cross_entropy
+
+__all__ = [
+    "BERT",
+    "GPT",
+    "MODELS",
+    "T5",
+    "Llama",
+    "ModelConfig",
+    "Run",
+    "call",
+    "perceptrons",
+    "recompute",
+]
 
 Run = Callable[..., Any]
 MASKED = 0.15  # of the tokens, for BERT to guess
@@ -31,6 +44,8 @@ class ModelConfig:
     hidden_size: int
     num_heads: int
     dropout: float = 0.0
+    segment_tokens: int = 0
+    """Whose logits are there at once; 0: all."""
 
     def __post_init__(self) -> None:
         """Check that every head gets the same number of channels."""
@@ -189,6 +204,14 @@ class Layer(nn.Module):
         return x
 
 
+def perceptrons(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what treats every token alone."""
+    for layer in model.modules():
+        for part in layer.parts if isinstance(layer, Layer) else ():
+            if isinstance(part, SwiGLU | nn.Sequential):
+                yield part
+
+
 class Embedding(nn.Module):
     """Tokens and, unless attention knows them, learned positions."""
 
@@ -222,6 +245,14 @@ def head_of(config: ModelConfig, norm: type[nn.Module]) -> nn.Sequential:
     )
 
 
+def loss_of(head: nn.Module, x: Tensor, targets: Tensor, segment_tokens: int) -> Tensor:
+    """Return the mean loss of [..., channel], with all logits at once or a segment's at a time."""
+    if not segment_tokens:
+        return F.cross_entropy(head(x).flatten(0, -2), targets.flatten())
+    params = [*head.parameters()]
+    return segmented_cross_entropy(x, head, targets, params=params, segment_tokens=segment_tokens)
+
+
 # ---- The models ----------------------------------------------------------------------------------
 
 
@@ -232,7 +263,7 @@ class Decoder(nn.Module):
         self, config: ModelConfig, run: Run, norm: type[nn.Module], *, positions: bool
     ) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.segment_tokens = run, config.segment_tokens
         self.embedding = Embedding(config, positions=positions)
         self.layers = nn.ModuleList(
             Layer(config, self.parts(config), norm) for _ in range(config.num_layers)
@@ -250,7 +281,7 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         for layer in self.layers:
             x = self.run(layer, x)
-        return F.cross_entropy(self.head(x).flatten(0, 1), successors.flatten())
+        return loss_of(self.head, x, successors, self.segment_tokens)
 
 
 class GPT(Decoder):
@@ -282,7 +313,8 @@ class BERT(nn.Module):
 
     def __init__(self, config: ModelConfig, run: Run = call) -> None:
         super().__init__()
-        self.run, self.hidden_token = run, config.vocab_size
+        self.run, self.segment_tokens = run, config.segment_tokens
+        self.hidden_token = config.vocab_size
         self.embedding = Embedding(config, extra=1)
         self.layers = nn.ModuleList(
             Layer(
@@ -303,7 +335,7 @@ class BERT(nn.Module):
         x = self.embedding(tokens.masked_fill(hidden, self.hidden_token))
         for layer in self.layers:
             x = self.run(layer, x)
-        return F.cross_entropy(self.head(x[hidden]), tokens[hidden])
+        return loss_of(self.head, x[hidden], tokens[hidden], self.segment_tokens)
 
 
 class T5(nn.Module):
@@ -314,7 +346,7 @@ class T5(nn.Module):
 
     def __init__(self, config: ModelConfig, run: Run = call) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.segment_tokens = run, config.segment_tokens
         self.embedding = Embedding(config)
         self.encoder, self.decoder = (
             nn.ModuleList(
@@ -345,7 +377,7 @@ class T5(nn.Module):
         x = self.embedding(tokens[:, middle:])
         for layer in self.decoder:
             x = self.run(layer, x, encoded)
-        return F.cross_entropy(self.head(x).flatten(0, 1), successors[:, middle:].flatten())
+        return loss_of(self.head, x, successors[:, middle:], self.segment_tokens)
 
 
 MODELS: dict[str, Callable[[ModelConfig, Run], nn.Module]] = {

@@ -28,8 +28,9 @@ from data import Corpus, evenly_spaced, load_corpus
 from flags import Parser, at_least, in_flags, one_of
 from heap import keep_freed_memory
 from loaders import LOADERS, Order, missing_framework, missing_package, open_loader
+from longer import add_token_flags, run_in_tiles, segment_of
 from memory import StepMemory, resident_bytes
-from models import MODELS, ModelConfig, Run, call, recompute
+from models import MODELS, ModelConfig, Run, call, perceptrons, recompute
 from offloading import add_offload_flags, open_offload
 from optimizers import add_optimizer_flags, clip, learning_rate, make_optimizer
 from plans import add_plan_flags, follow_plan, recompute_some
@@ -80,8 +81,7 @@ def make_parser() -> Parser:
     add("--framework", "--engine", type=frameworks, default="torch", help="torch or megatron")
     add("--tensor-parallel", type=at_least(1), default=1, help="ranks to a layer, with megatron")
     add("--pipeline-parallel", type=at_least(1), default=1, help="stages, with megatron")
-    tokens = one_of("off", later=("exact", "sparse", "gradient"))
-    add("--tokens", type=tokens, default="off", help="only off for now")
+    add_token_flags(add)
     return parser
 
 
@@ -101,6 +101,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--memory-bytes is nothing to --offload {args.offload}; use it with auto")
     if args.framework == "torch" and args.tensor_parallel * args.pipeline_parallel > 1:
         parser.error("--tensor-parallel and --pipeline-parallel need --framework megatron")
+    if args.framework == "megatron" and args.tokens != "off":
+        parser.error("--tokens is nothing to --framework megatron; leave it out")
     if args.dropout >= 1:
         parser.error(f"--dropout {args.dropout} would drop everything; choose one below 1")
     if args.summary:
@@ -139,6 +141,7 @@ class Trainer:
             hidden_size=args.hidden,
             num_heads=args.heads,
             dropout=args.dropout,
+            segment_tokens=segment_of(args.tokens, corpus.vocab_size),
         )
         # How a layer is run: as it is, again in the backward, or as the schedule says.
         run: Run = {"recompute": recompute, "auto": act.block if act else call}.get(
@@ -147,6 +150,7 @@ class Trainer:
         if getattr(args, "recompute", None) is not None:  # a plan names them, or none
             run = recompute_some(args.recompute, args.layers * (2 if args.model == "t5" else 1))
         self.bare = MODELS[args.model](config, run).to(self.device)
+        run_in_tiles(args, perceptrons(self.bare))
         parameters = list(self.bare.parameters())
         # Made now and never set to None: what a step then needs on top is its activations.
         for parameter in parameters:

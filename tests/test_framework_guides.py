@@ -41,6 +41,7 @@ def example_of(guide: str) -> str:
         ("deepspeed.md", "deepspeed", ["-m", "torch.distributed.run", "--nproc_per_node=2"]),
         ("transformers.md", "transformers", []),
         ("megatron.md", "megatron.core", ["-m", "torch.distributed.run", "--nproc_per_node=2"]),
+        ("tokens.md", "transformers", []),
     ],
 )
 def test_the_example_of_the_guide_runs(

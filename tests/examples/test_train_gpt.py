@@ -266,6 +266,23 @@ def test_two_ranks_complain_once(start: Start, tmp_path: Path) -> None:
         assert 'train_gpt.py", line' not in err  # a traceback of ours, beside torchrun's report
 
 
+@pytest.mark.parametrize("model", ["gpt", "bert", "t5", "llama"])
+def test_exact_tokens_have_nearly_the_losses_of_off_and_the_same_wherever_they_lie(
+    main: Callable[..., int], tmp_path: Path, spill_dir: Path, model: str
+) -> None:
+    def losses(*flags: str) -> list[float]:
+        file = tmp_path / "summary.json"
+        assert main(f"--model={model}", f"--summary={file}", "--eval-every=0", *flags) == 0
+        found: list[float] = json.loads(file.read_text())["losses"]
+        return found
+
+    exact = losses("--tokens=exact")
+    assert exact == pytest.approx(losses(), rel=1e-5)
+    moved = ["--offload=ssd", f"--offload-path={spill_dir}"]
+    assert losses("--tokens=exact", *moved) == exact
+    assert losses("--tokens=exact", "--offload=recompute") == exact
+
+
 # --- The schedule ---------------------------------------------------------------------------------
 
 

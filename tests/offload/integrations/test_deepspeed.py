@@ -83,24 +83,25 @@ def test_without_the_section_it_is_stock(start: Start) -> None:
     assert found["ours"] == found["stock"]
 
 
-@pytest.mark.parametrize(
-    ("section", "stage", "dtype"),
-    [
+def test_a_directory_that_one_rank_lacks_stops_all_with_its_message(
+    start: Start, spill_dir: Path
+) -> None:
+    cases: dict[str, Any] = {}
+    for section, stage, dtype in (
         ("activations", 2, "fp32"),
         ("optimizer", 2, "fp32"),
         ("optimizer", 0, "bf16"),  # of which DeepSpeed asks a step while it is made
         ("optimizer", 3, "bf16"),
-    ],
-)
-def test_a_directory_that_one_rank_lacks_stops_all_with_its_message(
-    start: Start, spill_dir: Path, section: str, stage: int, dtype: str
-) -> None:
-    config = with_offload(config_of(stage, dtype), spill_dir, "ssd")
-    config["offload"][section]["path"] = [str(spill_dir), str(spill_dir / "absent")]
-    found = start(2, {"case": {"config": config, "fails": True, "directory_of_rank": section}})
-    assert found[0]["case"]["error"].startswith("RuntimeError: rank 1 cannot apply its plan")
-    assert "absent" in found[0]["case"]["error"]
-    assert "absent" in found[1]["case"]["error"]
+    ):
+        config = with_offload(config_of(stage, dtype), spill_dir, "ssd")
+        config["offload"][section]["path"] = [str(spill_dir), str(spill_dir / "absent")]
+        case = {"config": config, "fails": True, "directory_of_rank": section}
+        cases[f"{section} {stage}"] = case
+    found = start(2, cases)
+    for name in cases:
+        assert found[0][name]["error"].startswith("RuntimeError: rank 1 cannot apply"), name
+        assert "absent" in found[0][name]["error"]
+        assert "absent" in found[1][name]["error"]
 
 
 def test_an_optimizer_of_parameters_that_zero_replaces_is_an_error(
