@@ -93,6 +93,9 @@ def load(args: argparse.Namespace) -> tuple[Any, torch.Tensor]:
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     if len(tokens) < args.seq_len:
         raise ValueError(f"--data {args.data} has {len(tokens)} tokens, and --seq-len is more")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", args.seq_len)
+    if longest < args.seq_len:
+        raise ValueError(f"--seq-len {args.seq_len}: the model has {longest} positions")
     model.config.use_cache = False
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

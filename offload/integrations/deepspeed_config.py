@@ -188,6 +188,11 @@ def require_compatible(config: Mapping[str, Any], plan: Plan) -> None:
     zero = config.get("zero_optimization") or {}
     compiled = config.get("compile") or {}
     problems = []
+    if plan.tokens.mode != "off" and zero.get("stage") == 3:
+        problems.append(
+            f"zero_optimization.stage=3 shares the head over ranks, and {SECTION}.tokens needs it "
+            "whole: take stage 2, or leave the section tokens out"
+        )
     if plan.activations.mode == "recompute" or plan.activations.recompute:
         problems.append(
             f"{SECTION}.activations runs layers again, which DeepSpeed cannot be told: switch on "

@@ -32,14 +32,18 @@ def require_no_recompute(plan: Plan) -> None:
 
 
 def require_arguments(plan: Plan, args: Any) -> None:
-    """Raise ValueError for a Trainer's arguments that do not go with what the plan moves."""
-    if plan.activations.offload is None:
-        return
-    if getattr(args, "activation_offloading", False):  # TRL's
+    """Raise ValueError for a Trainer's arguments that do not go with what the plan does."""
+    moves, cuts = plan.activations.offload is not None, plan.tokens.mode != "off"
+    if moves and getattr(args, "activation_offloading", False):  # TRL's
         raise ValueError(
             "activation_offloading=True and the plan both move activations: remove the first"
         )
-    if args.n_gpu > 1:
+    if cuts and getattr(args, "fsdp", None):
+        raise ValueError(
+            f"fsdp={args.fsdp!r} shares the head over ranks, and tokens.mode={plan.tokens.mode!r} "
+            "needs it whole: leave one out"
+        )
+    if (moves or cuts) and args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs of one process run a model in threads, where no plan reaches what "
             "it saves: start a process for each, by torchrun"

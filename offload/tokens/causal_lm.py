@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offload.tokens.tiling import is_position_wise
 
-__all__ = ["CausalLM", "causal_lm_of", "perceptrons_of"]
+__all__ = ["CausalLM", "causal_lm_of", "perceptrons_of", "require_whole_head"]
 
 _LOSS = "ForCausalLMLoss"
 # Methods of a model within another: PEFT's, then what DistributedDataParallel has.
@@ -33,6 +33,23 @@ class CausalLM:
     head: nn.Module
     finish: Callable[[Tensor], Tensor]
     """What it does to logits, element by element."""
+
+    @property
+    def config(self) -> Any:
+        """What the model's text is made by; within a model of more than text, a part of its own."""
+        config: Any = self.whole.config
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    def aux_coefficient(self) -> float:
+        """Return by how much experts' own loss counts. Raises ValueError where nobody says."""
+        name = "router_aux_loss_coef"
+        for owner in (self.whole, self.config):
+            if getattr(owner, name, None) is not None:
+                return float(getattr(owner, name))
+        raise ValueError(
+            f"{type(self.whole).__name__} has a loss of its experts and no {name}: tokens.mode can "
+            "only be off with it"
+        )
 
     def names(self) -> list[str]:
         """Return the names of what it takes, in their order."""
@@ -72,18 +89,31 @@ def causal_lm_of(model: nn.Module) -> CausalLM:
             f"{name}.forward has no argument logits_to_keep, without which it makes all logits: "
             "tokens.mode can only be off with it"
         )
-    if any(hasattr(param, "ds_id") or hasattr(param, "placements") for param in head.parameters()):
-        raise ValueError(
-            f"the head of {name} is shared over ranks (ZeRO-3 or FSDP2), and is only whole while "
-            "its own forward runs: tokens.mode can only be off with it"
-        )
-    return CausalLM(whole, decoder, head, _finish_of(whole.config))
+    found = CausalLM(whole, decoder, head, lambda logits: logits)
+    require_whole_head(found)
+    return replace(found, finish=_finish_of(found.config))
+
+
+def require_whole_head(found: CausalLM) -> None:
+    """Raise ValueError for a head that is not there, or whose gradients somebody changes."""
+    name = type(found.whole).__name__
+    for param in found.head.parameters():
+        if hasattr(param, "ds_id") or hasattr(param, "placements"):
+            raise ValueError(
+                f"the head of {name} is shared over ranks (ZeRO-3 or FSDP2), and is only whole "
+                "while its own forward runs: tokens.mode can only be off with it"
+            )
+        if param._backward_hooks:
+            raise ValueError(
+                f"a hook of the head of {name} changes its gradient, and would see one of each "
+                "segment: remove it, or tokens.mode can only be off"
+            )
 
 
 def _finish_of(config: Any) -> Callable[[Tensor], Tensor]:
     """Return what models do to logits behind their heads, by their configurations' names.
 
-    What they do else is noticed in the first forward, where one token's logits are compared.
+    What they do else is noticed in the first forward, where the loss of a few tokens is compared.
     """
     multiplied = getattr(config, "logit_scale", None)
     divided = getattr(config, "logits_scaling", None)
@@ -106,8 +136,7 @@ def perceptrons_of(found: CausalLM) -> Iterator[nn.Module]:
 
     Of each kind one is tried. Experts are left out: what their router sees is counted in the loss.
     """
-    config: Any = found.whole.config
-    channels = int(config.hidden_size)
+    channels = int(found.config.hidden_size)
     lists = [each for each in found.decoder.modules() if isinstance(each, nn.ModuleList)]
     layers = max(lists, key=len, default=nn.ModuleList())
     known: dict[tuple[str, type[nn.Module]], bool] = {}

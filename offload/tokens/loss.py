@@ -80,14 +80,17 @@ class _Segmented(torch.autograd.Function):
         whole = kept.numel() if count is None else count
         wanted = [hidden.requires_grad, *(param.requires_grad for param in params)]
         of_hidden = torch.zeros_like(rows) if wanted[0] else None
-        of_params = [torch.zeros_like(param) for param in params]
+        # Hundreds of segments would swallow each other in lower precision.
+        of_params = [torch.zeros_like(param, dtype=torch.float32) for param in params]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # Nothing of a segment outlives it, so that nobody else's hooks are to see it.
         with saved_tensors_hooks(_as_it_is, _as_it_is):
             for chosen in _segments(kept, segment_tokens):
                 part = rows[chosen].requires_grad_(wanted[0])
                 with torch.enable_grad():
-                    logits = head(part).float()
+                    logits = head(part)
+                    _require_range(logits)
+                    logits = logits.float()
                     own = F.cross_entropy(logits, flat[chosen], reduction="sum") / whole
                 loss += own.detach()
                 if not any(wanted):
@@ -103,7 +106,8 @@ class _Segmented(torch.autograd.Function):
             loss = loss / 0
         ctx.shape = hidden.shape
         ctx.wanted = wanted
-        ctx.save_for_backward(*(each for each in (of_hidden, *of_params) if each is not None))
+        made = [each.to(param.dtype) for each, param in zip(of_params, params, strict=True)]
+        ctx.save_for_backward(*(each for each in (of_hidden, *made) if each is not None))
         return loss
 
     @staticmethod
@@ -116,6 +120,15 @@ class _Segmented(torch.autograd.Function):
 
 def _segments(kept: Tensor, segment_tokens: int) -> Iterator[Tensor]:
     yield from (each for each in torch.split(kept, segment_tokens) if each.numel())
+
+
+def _require_range(logits: Tensor) -> None:
+    """Raise ValueError for logits whose gradients a loss scale would have to keep from 0."""
+    if logits.dtype == torch.float16:
+        raise ValueError(
+            "logits are of float16, whose gradients are made in segments before a loss scale comes "
+            "to them: train in bfloat16, or tokens.mode can only be off"
+        )
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

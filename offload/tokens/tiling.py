@@ -6,13 +6,15 @@ leave, each tile's are gone before the next one's are made.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Tiled", "is_position_wise"]
+__all__ = ["Tiled", "in_evaluation", "is_position_wise"]
 
 _NEARLY = 1e-2
 """Of outputs: rows alone are multiplied by other kernels than rows together."""
@@ -65,6 +67,18 @@ class Tiled:
             del self._module.forward
 
 
+@contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Have a module, and each within it, be in evaluation; afterwards each is as it was."""
+    modes = {each: each.training for each in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for each, training in modes.items():
+            each.training = training
+
+
 @torch.no_grad()
 def is_position_wise(module: nn.Module, channels: int) -> bool:
     """Say whether a module gives [1, n, channels] for as much, each row from that row alone.
@@ -76,16 +90,12 @@ def is_position_wise(module: nn.Module, channels: int) -> bool:
     dtype = param.dtype if param is not None and param.is_floating_point() else torch.float32
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, 3, channels, generator=generator).to(device, dtype)
-    modes = {each: each.training for each in module.modules()}
     try:
-        module.eval()
-        together = module(rows)
-        alone = [module(rows[:, at : at + 1]) for at in range(rows.shape[1])]
+        with in_evaluation(module):
+            together = module(rows)
+            alone = [module(rows[:, at : at + 1]) for at in range(rows.shape[1])]
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False
-    finally:
-        for each, training in modes.items():
-            each.training = training
     if not isinstance(together, Tensor) or together.shape != rows.shape:
         return False
     if not all(isinstance(each, Tensor) for each in alone):

@@ -17,6 +17,7 @@ import pytest
 from tests.examples.conftest import EXAMPLES, ROOT
 
 pytest.importorskip("peft")
+load_file = pytest.importorskip("safetensors.torch").load_file
 
 LLAMA = {
     "model_type": "llama",
@@ -62,11 +63,17 @@ def test_the_guides_command_trains_as_no_savings_do(run: Run, spill_dir: Path) -
     python, script, *words = shlex.split(line)
     assert python == ".venv/bin/python"
     assert script == "examples/finetune_long_context.py"
+    words.append("--lr=1e-2")
     ours = run(*words, "--save=adapter")
-    whole = run(*words[: words.index("--offload")], "--tokens=off")
+    off = [each for each in words if each not in ("--offload", "ssd", "--offload-path", "spill")]
+    whole = run(*off, "--tokens=off", "--save=whole")
     assert loss_of(ours) == loss_of(whole)
+    one, other = (
+        load_file(spill_dir / name / "adapter_model.safetensors") for name in ("adapter", "whole")
+    )
+    assert all((one[key] - each).abs().max() < 1e-4 for key, each in other.items())
+    assert any(each.abs().max() > 1e-3 for name, each in other.items() if "lora_B" in name)
     assert "MiB were offloaded" in ours.stdout
-    assert (spill_dir / "adapter" / "adapter_model.safetensors").is_file()
     assert not list((spill_dir / "spill").iterdir())
     again = run(*words, "--checkpointing")
     assert loss_of(again) == loss_of(whole)
@@ -81,6 +88,7 @@ def test_the_guides_command_trains_as_no_savings_do(run: Run, spill_dir: Path) -
         (["--model=config.json", "--tokens=exakt"], "did you mean exact"),
         (["--model=config.json", "--offload=ssd", "--offload-path=/dev/shm"], "is in RAM"),
         (["--model=config.json", "--save=absent/adapter"], "--save absent/adapter"),
+        (["--model=config.json", "--seq-len=4096"], "the model has 2048 positions"),
     ],
 )
 def test_misuse_is_said_in_a_line(

@@ -95,6 +95,10 @@ def test_without_an_optimizer_in_the_section_nothing_is_set() -> None:
         ({"zero_optimization": {"elastic_checkpoint": True}}, "elastic_checkpoint"),
         ({"offload": {"optimizer": {"placement": "host=0.5,device=0.5"}}}, "give one of them"),
         ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
+        (
+            {"offload": {"tokens": {"mode": "exact"}}, "zero_optimization": {"stage": 3}},
+            "take stage 2",
+        ),
         ({"offload": {"activations": {"mode": "recompute"}}}, "the model's own checkpointing"),
         ({"offload": {"optimizer": STATES | {"early_gradients": True}}}, "early_gradients"),
     ],

@@ -29,6 +29,16 @@ def test_other_ways_for_activations_are_refused(
     require_arguments(Plan.from_mapping({"version": 1}), args)
 
 
+def test_a_loss_in_segments_is_refused_where_the_head_is_shared() -> None:
+    plan = Plan.from_mapping({"version": 1, "tokens": {"mode": "exact"}})
+    for settings, words in (
+        ({"fsdp": "full_shard"}, "fsdp='full_shard'"),
+        ({"n_gpu": 2}, "2 GPUs"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            require_arguments(plan, SimpleNamespace(**{"n_gpu": 1, **settings}))
+
+
 def test_states_beside_others_are_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "optimizer.safetensors"
     file.touch()

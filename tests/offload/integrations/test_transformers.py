@@ -150,9 +150,11 @@ def test_a_loss_in_segments_trains_alike(start: Start, spill_dir: Path) -> None:
             "whole": {"model": "llama", "ours": True},
             "kept": {"model": "llama", "plan": kept},
             "moved": {"model": "llama", "plan": moved},
+            "by autocast": {"model": "llama", "plan": kept, "arguments": {"bf16": True}},
         }
     )
     same(found, "moved", "kept")
+    assert "error" not in found["by autocast"], found["by autocast"]["trace"]
     whole, kept_losses = ([loss for loss, _ in found[way]["losses"]] for way in ("whole", "kept"))
     assert kept_losses == pytest.approx(whole, rel=1e-4)
 
@@ -162,8 +164,13 @@ def test_trls_sft_trainer_has_the_bits_of_no_offload(start: Start, spill_dir: Pa
     kept = plan_of(spill_dir) | {"activations": {"mode": "keep"}}
     kept["optimizer"] = {"placement": "device"}
     case = {"model": "llama", "sft": True, "arguments": {"gradient_accumulation_steps": 2}}
-    found = start({"kept": case | {"plan": kept}, "moved": case | {"plan": plan_of(spill_dir)}})
+    exact = kept | {"tokens": EXACT["tokens"]}  # beside TRL's own head, which stays
+    plans = {"kept": kept, "moved": plan_of(spill_dir), "exact": exact}
+    found = start({name: case | {"plan": plan} for name, plan in plans.items()})
     same(found, "moved", "kept")
+    assert "error" not in found["exact"], found["exact"]["trace"]
+    losses = [[loss for loss, _ in found[name]["losses"]] for name in ("kept", "exact")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert found["moved"]["logs"]["offloaded_bytes"] > 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offload import Session
-from offload.tokens import ExactTokens
+from offload.tokens import ExactTokens, Tiled
 
 transformers = pytest.importorskip("transformers")
 
@@ -87,7 +88,10 @@ def test_loss_and_gradients_are_the_untouched_models(kind: str, more: dict[str, 
     ours, found = trained(model, **more)
     assert float(ours) == pytest.approx(float(loss), rel=1e-6)
     require_near(found, expected)
-    assert model(**batch()).logits is None
+    out = model(**batch())
+    assert out.logits is None
+    assert "logits" not in out
+    assert out[0] is out.loss
     tokens.close()
     tokens.close()
     again, bits = trained(model, **more)
@@ -115,9 +119,9 @@ def test_arguments_by_place_and_tuples_are_understood() -> None:
     expected = model(**inputs).loss
     tokens = ExactTokens(model)
     ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-    loss, logits = model(ids, mask, None, None, None, labels, return_dict=False)[:2]
+    loss, *rest = model(ids, mask, None, None, None, labels, return_dict=False)
+    assert not any(isinstance(each, Tensor) for each in rest)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-    assert logits is None
     shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     given = model(ids, mask, labels=labels, shift_labels=shifted).loss
     assert torch.equal(given, loss)
@@ -156,6 +160,7 @@ def test_adapters_of_peft_train_alike() -> None:
     loss, expected = trained(model)
     tokens = ExactTokens(model, loss_segment_tokens=7, mlp_tile_tokens=16)
     assert tokens.tiled_perceptrons == 2
+    assert "logits" not in model(**batch())
     ours, found = trained(model)
     assert float(ours) == pytest.approx(float(loss), rel=1e-6)
     assert found
@@ -165,14 +170,100 @@ def test_adapters_of_peft_train_alike() -> None:
     assert set(model.state_dict()) == names
 
 
-def test_a_head_that_does_more_is_noticed_in_the_first_forward() -> None:
+def test_a_model_whose_loss_is_more_is_refused_in_its_first_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = made("gemma2")
     tokens = ExactTokens(model)
-    tokens.model.finish.__closure__  # noqa: B018 - what is known of it
-    object.__setattr__(tokens.model, "finish", lambda logits: logits)
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM makes other logits"):
+    monkeypatch.setattr(model.config, "final_logit_softcapping", 2.0)  # not as was seen
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM has a loss of .* by other logits"):
         model(**batch())
     tokens.close()
+
+    class Regularised(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        def forward(self, *inputs: Any, labels: Any = None, logits_to_keep: int = 0, **more: Any):  # type: ignore[no-untyped-def]
+            out = super().forward(*inputs, labels=labels, logits_to_keep=logits_to_keep, **more)
+            if labels is not None:
+                out.loss = out.loss + 1e-2
+            return out
+
+    added = Regularised(transformers.LlamaConfig(**LLAMA)).train()
+    tokens = ExactTokens(added)
+    with pytest.raises(ValueError, match=r"Regularised has a loss of .* by the same logits"):
+        added(**batch())
+    tokens.close()
+
+
+def test_autocast_is_as_it_is_within_the_models_forward() -> None:
+    """As accelerate has it: around the model's own forward, and not around its hooks."""
+    model = made("llama")
+
+    def autocast(forward: Any) -> Any:
+        def run(*inputs: Any, **named: Any) -> Any:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return forward(*inputs, **named)
+
+        return functools.wraps(forward)(run)
+
+    model.forward = autocast(model.forward)
+    loss, expected = trained(model)
+    tokens = ExactTokens(model, loss_segment_tokens=16, mlp_tile_tokens=0)
+    ours, found = trained(model)
+    assert float(ours) == pytest.approx(float(loss), rel=1e-5)
+    for name, each in expected.items():
+        assert (found[name] - each).abs().max() <= 0.02 * each.abs().max(), name
+    tokens.close()
+
+
+def test_gradients_of_a_bf16_head_are_added_up_in_fp32() -> None:
+    model = made("llama").bfloat16()
+    loss, expected = trained(model)
+    tokens = ExactTokens(model, loss_segment_tokens=2, mlp_tile_tokens=0)
+    ours, found = trained(model)
+    assert float(ours) == pytest.approx(float(loss), rel=1e-3)
+    head = expected["lm_head.weight"].float()
+    apart = (found["lm_head.weight"].float() - head).abs()
+    assert bool((apart <= 2**-7 * head.abs() + 1e-4).all())  # two roundings
+    tokens.close()
+
+
+def test_what_would_be_lost_in_silence_is_refused() -> None:
+    model = made("llama").half()
+    tokens = ExactTokens(model)
+    with pytest.raises(ValueError, match="train in bfloat16"):
+        model(**batch())
+    tokens.close()
+    hooked = made("llama")
+    hooked.lm_head.weight.register_hook(lambda gradient: 0.1 * gradient)
+    with pytest.raises(ValueError, match="a hook of the head of LlamaForCausalLM"):
+        ExactTokens(hooked)
+    around = made("llama")
+    tokens = ExactTokens(around)
+    with pytest.warns(UserWarning, match="ran outside of a call of LlamaForCausalLM"):
+        around.forward(**batch())
+    tokens.close()
+
+
+def test_a_forward_with_a_head_of_its_own_keeps_it() -> None:
+    model = made("llama")
+    tokens = ExactTokens(model)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _module, _inputs, named: seen.append(named["labels"]), with_kwargs=True
+    )
+    model(**batch(), fused_lm_head=True)
+    assert seen[0] is not None
+    tokens.close()
+
+
+def test_one_that_cannot_be_made_leaves_the_model_as_it_was() -> None:
+    model = made("llama")
+    own = Tiled(model.model.layers[1].mlp, 8)
+    with pytest.raises(ValueError, match="already has a forward of its own"):
+        ExactTokens(model)
+    assert "forward" not in vars(model.model.layers[0].mlp)
+    own.close()
+    ExactTokens(model).close()
 
 
 def test_models_that_cannot_be_cut_are_refused_by_name() -> None:
