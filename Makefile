@@ -11,7 +11,7 @@ NATIVE := $(wildcard csrc/core/* csrc/bindings/* csrc/cuda/*)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/csrc/*.h tests/csrc/*.cpp)
 BENCHMARKS := io hooks activations bandwidth rok planning adam states interleaved published_sweeps \
 	predicted_memory predicted_time regret published_iterations planner_speed deepspeed \
-	deepspeed_subgroups cpu_adam trainer
+	deepspeed_subgroups cpu_adam trainer megatron pipelines megatron_ranks long_context
 
 .PHONY: install train test lint format bench sanitize soak gpu clean
 
