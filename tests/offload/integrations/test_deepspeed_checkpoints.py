@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,7 @@ def test_a_universal_checkpoint_is_gone_on_from_at_another_number_of_ranks(
     }
     for name, rank in ((name, rank) for rank in start(saving, begun) for name in begun):
         assert "error" not in rank[name], rank[name]["trace"]
-    for name in begun:
-        converted(tmp_path / name)
+    convert([tmp_path / name for name in begun])
     cases = {}
     for first, then, stage in itertools.product(ways, ways, stages):
         config = config_of(stage) | {"checkpoint": {"load_universal": True}}
@@ -91,14 +91,22 @@ def test_a_universal_checkpoint_is_gone_on_from_at_another_number_of_ranks(
             assert one["parameters"] == other["parameters"], (goes, stage)
 
 
-def converted(directory: Path) -> None:
-    """Write the universal checkpoint beside an ordinary one, by DeepSpeed's own program."""
-    tag = (directory / "latest").read_text()
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", str(directory / tag)]
-    command += ["--output_folder", str(directory / f"{tag}_universal")]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+CONVERSION = """
+import sys
+from deepspeed.checkpoint import ds_to_universal
+for directory in sys.argv[1:]:
+    tag = open(f"{directory}/latest").read()
+    sys.argv[1:] = ["--input_folder", f"{directory}/{tag}"]
+    sys.argv += ["--output_folder", f"{directory}/{tag}_universal"]
+    sys.argv += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    ds_to_universal.main(ds_to_universal.parse_arguments())
+"""
+
+
+def convert(directories: Sequence[Path]) -> None:
+    """Write universal checkpoints beside ordinary ones, by DeepSpeed's own program."""
+    command = [sys.executable, "-c", CONVERSION, *map(str, directories)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

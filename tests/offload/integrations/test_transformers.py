@@ -93,11 +93,14 @@ def test_losses_and_parameters_have_the_bits_of_no_offload(start: Start, spill_d
             "callback": True,
             "plan": activations,
         }
-    found = start(cases)
+    states = {"version": 1, "optimizer": plan_of(spill_dir)["optimizer"]}
+    found = start(cases | {"states": {"model": "gpt2", "plan": states}})
     for model, lora in itertools.product(MODELS, (False, True)):
         for way in ("moved", "callback"):
             same(found, f"{way} {model} {lora}", f"kept {model} {lora}")
             assert found[f"{way} {model} {lora}"]["logs"]["offloaded_bytes"] > 0
+    assert found["states"]["logs"]["ssd_write_bytes"] > 0
+    assert found["states"]["logs"]["optimizer_bytes"] > 0
 
 
 def test_with_deepspeed_the_bits_are_the_same(start: Start, spill_dir: Path) -> None:
@@ -191,8 +194,17 @@ def test_a_checkpoint_is_gone_on_from_with_the_same_bits(
                 "plan": plan_of(spill_dir, states=False),
                 "resume": str(tmp_path / "ours" / "checkpoint-2"),
             },
+            # Ours over what a stock run has left in a folder, and a stock run over that.
+            "over stock": {**case, "arguments": saving, "directory": str(tmp_path / "stock")},
+            "of ours": {**case, "resume": str(tmp_path / "stock" / "checkpoint-2")},
+            "stock over it": stock,
+            "of both": {**case, "resume": str(tmp_path / "stock" / "checkpoint-2")},
         }
     )
+    assert "checkpoint-2/optimizer.pt" in found["stock"]["files"]
+    assert "checkpoint-2/optimizer.pt" not in found["over stock"]["files"]
+    assert "error" not in found["of ours"], found["of ours"]["trace"]
+    assert "optimizer.pt beside it are states of two runs" in found["of both"]["error"]
     assert "this plan has none, so that they would be lost" in found["without"]["error"]
     assert "checkpoint-2/optimizer.safetensors" in found["whole"]["files"]
     assert "error" not in found["resumed"], found["resumed"]["trace"]
@@ -202,29 +214,6 @@ def test_a_checkpoint_is_gone_on_from_with_the_same_bits(
         [loss for loss, _ in found[name]["losses"]][-2:] for name in ("from stock", "stock")
     )
     assert gone_on == pytest.approx(whole, rel=1e-5)
-
-
-def test_states_of_two_runs_in_a_folder_are_refused(
-    start: Start, spill_dir: Path, tmp_path: Path
-) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    case = {"model": "llama", "plan": plan_of(spill_dir), "arguments": saving}
-    folder = tmp_path / "both" / "checkpoint-2"
-    stock = {"model": "llama", "arguments": saving, "directory": str(tmp_path / "both")}
-    again = {"model": "llama", "plan": plan_of(spill_dir), "resume": str(folder)}
-    found = start(
-        {
-            "stock": stock,
-            "over it": {**case, "directory": str(tmp_path / "both")},
-            "of ours": again,
-            "stock over it": stock,
-            "of both": again,
-        }
-    )
-    assert "checkpoint-2/optimizer.pt" in found["stock"]["files"]
-    assert "checkpoint-2/optimizer.pt" not in found["over it"]["files"]
-    assert "error" not in found["of ours"], found["of ours"]["trace"]
-    assert "optimizer.pt beside it are states of two runs" in found["of both"]["error"]
 
 
 def test_with_deepspeed_a_checkpoint_is_gone_on_from_with_the_same_bits(
@@ -245,13 +234,6 @@ def test_with_deepspeed_a_checkpoint_is_gone_on_from_with_the_same_bits(
     assert "error" not in found["whole"], found["whole"]["trace"]
     assert "error" not in found["resumed"], found["resumed"]["trace"]
     assert found["resumed"]["parameters"] == found["whole"]["parameters"]
-
-
-def test_logs_count_states_that_are_written(start: Start, spill_dir: Path) -> None:
-    plan = {"version": 1, "optimizer": plan_of(spill_dir)["optimizer"]}
-    [found] = start({"case": {"model": "gpt2", "plan": plan}}).values()
-    assert found["logs"]["ssd_write_bytes"] > 0
-    assert found["logs"]["optimizer_bytes"] > 0
 
 
 def test_a_directory_that_one_rank_lacks_stops_all(start: Start, spill_dir: Path) -> None:
