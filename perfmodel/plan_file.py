@@ -122,7 +122,7 @@ class TokensSection:
     with the same loss and gradients but for the order of sums. For causal language models of
     Hugging Face's."""
     loss_segment_tokens: int | None = None
-    """With `exact`, of a segment; null: as many as have 64 MiB of logits in fp32."""
+    """With `exact`, of a segment; null: as many as have 16 MiB of logits in fp32."""
     mlp_tile_tokens: int | None = None
     """With `exact`, of a tile; 0: perceptrons run whole; null: as many as the model has
     channels."""

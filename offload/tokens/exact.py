@@ -26,7 +26,7 @@ class ExactTokens:
     """Has a causal language model of Hugging Face's train without ever holding its logits.
 
     Until it is `close()`d, a forward in training with `labels` makes the loss in segments of
-    `loss_segment_tokens` (by default as many as have 64 MiB of logits in fp32), and perceptrons run
+    `loss_segment_tokens` (by default as many as have 16 MiB of logits in fp32), and perceptrons run
     over `mlp_tile_tokens` at a time (by default as many as the model has channels: then what a tile
     makes is as large as the weights that make it; 0: whole). Its output has no `logits` then. Other
     forwards are as they were. With `again` tiles are run again in the backward; None: where the

@@ -18,12 +18,12 @@ __all__ = ["IGNORED", "segment_tokens_for", "segmented_cross_entropy"]
 
 IGNORED = -100
 """The label of a token that has no part in the loss, as PyTorch's `cross_entropy` has it."""
-_LOGITS_BYTES = 64 << 20
+_LOGITS_BYTES = 16 << 20
 _LEAST, _MOST = 64, 8192
 
 
 def segment_tokens_for(vocab_size: int) -> int:
-    """Return how many tokens' logits take 64 MiB in fp32: a power of two from 64 to 8,192."""
+    """Return how many tokens' logits take 16 MiB in fp32: a power of two from 64 to 8,192."""
     tokens = max(1, _LOGITS_BYTES // (4 * vocab_size))
     return min(_MOST, max(_LEAST, 1 << (tokens.bit_length() - 1)))
 

@@ -124,8 +124,8 @@ def test_targets_of_another_shape_are_refused() -> None:
         segmented_cross_entropy(hidden, head, torch.zeros(5, dtype=torch.long), segment_tokens=0)
 
 
-def test_a_segment_has_64_mib_of_logits() -> None:
-    assert segment_tokens_for(32_000) == 512
-    assert segment_tokens_for(128_256) == 128
+def test_a_segment_has_16_mib_of_logits() -> None:
+    assert segment_tokens_for(32_000) == 128
+    assert segment_tokens_for(128_256) == 64
     assert segment_tokens_for(10**9) == 64
     assert segment_tokens_for(16) == 8192
