@@ -36,8 +36,8 @@ from perfmodel.workload import Strategy, Workload
 
 MEDIAN_GOAL, WORST_GOAL = 0.06, 0.15
 MOST_DRIFT = 0.1
-"""Where memory is by more than that slower or faster after the runs than before, the calibration
-says nothing about them; what products of matrices are is divided out."""
+"""Where the machine is by more than that another one after the runs than before, its calibration
+says nothing about them."""
 STEADY, MOST_TRIES = 0.1, 3
 """A run during which the machine's speed varies by more is measured again, so many times in all;
 what counts is the try in which it varied least."""
@@ -137,7 +137,7 @@ def make_record(
         claim_of("median error", errors, MEDIAN_GOAL, worst=False),
         claim_of("worst error", errors, WORST_GOAL, worst=True),
     ]
-    if abs(drifted["memory"]) > MOST_DRIFT:
+    if any(abs(change) > MOST_DRIFT for change in drifted.values()):
         why = f"the machine changed while it was measured: {drifted}"
         claims = [replace(claim, interval=None, reason=why) for claim in claims]
     return Record(

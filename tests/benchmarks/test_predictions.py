@@ -69,8 +69,8 @@ def test_predicted_times_are_held_against_measured(
 def test_a_machine_that_changed_decides_nothing() -> None:
     seen = predicted_time.Measured(as_it_was_s=1.0, steady_s=1.0, varied=0.0)
     samples = {"one": (seen, 1.0)}
-    # What matrices do is divided out of every step.
-    assert predicted_time.make_record(samples, {"matmul": 0.2, "memory": -0.05}).met
+    assert predicted_time.make_record(samples, {"matmul": 0.05, "memory": -0.05}).met
+    assert predicted_time.make_record(samples, {"matmul": 0.2, "memory": -0.05}).met is None
     changed = predicted_time.make_record(samples, {"matmul": 0.0, "memory": -0.2})
     assert changed.met is None
     assert "-0.2" in changed.claims[0].reason
