@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.long_context_worker import WAYS, Case, open_worker
 from benchmarks.record import (
     Claim,
-    Interval,
     Record,
     add_record_arguments,
+    exactly,
     median_interval,
     paired_ratios,
     positive,
@@ -92,11 +92,6 @@ def measure(cases: dict[str, Case], *, rounds: int, warm_up: int) -> dict[str, M
         for way, worker in workers.items():
             found[way].peak_bytes = number(worker.ask("peak"), "peak_bytes")
     return found
-
-
-def exactly(value: float) -> Interval:
-    """Return what was counted, not timed."""
-    return Interval(median=value, low=value, high=value, coverage=1.0, count=1)
 
 
 def claims_of(length: int, found: dict[str, Measured]) -> list[Claim]:

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.megatron_worker import MODELS, MODES, Case, open_worker
 from benchmarks.record import (
     Claim,
-    Interval,
     Record,
     add_record_arguments,
+    exactly,
     median_interval,
     paired_ratios,
     positive,
@@ -79,11 +79,6 @@ def measure(cases: dict[str, Case], *, rounds: int, warm_up: int) -> dict[str, M
         peaks = {name: number(each.ask("peak"), "peak_bytes") for name, each in workers.items()}
         bits = {name: str(each.ask("bits")["bits"]) for name, each in workers.items()}
     return {name: Measured(steps[name], peaks[name], bits[name]) for name in cases}
-
-
-def exactly(value: float) -> Interval:
-    """Return what was counted, not timed."""
-    return Interval(median=value, low=value, high=value, coverage=1.0, count=1)
 
 
 def claims_of(found: dict[str, dict[str, Measured]]) -> list[Claim]:

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.record import (
     ROOT,
     Claim,
-    Interval,
     Record,
     add_record_arguments,
+    exactly,
     positive,
     table,
     write_record,
@@ -91,8 +91,7 @@ def trained(mode: str, parts: tuple[int, int], sizes: list[str], directory: str)
 
 def counted(name: str, value: float, goal: float) -> Claim:
     """Return a claim on what is the same at every run."""
-    interval = Interval(median=value, low=value, high=value, coverage=1.0, count=1)
-    return Claim(name=name, sense="at most", goal=goal, interval=interval, exact=True)
+    return Claim(name=name, sense="at most", goal=goal, interval=exactly(value), exact=True)
 
 
 def make_record(found: Summaries, settings: dict[str, object]) -> Record:

@@ -33,6 +33,7 @@ __all__ = [
     "Interval",
     "Record",
     "add_record_arguments",
+    "exactly",
     "hidden_by_layers",
     "median_interval",
     "paired_ratios",
@@ -56,6 +57,11 @@ class Interval:
     high: float
     coverage: float
     count: int
+
+
+def exactly(value: float) -> Interval:
+    """Return what was counted, not timed."""
+    return Interval(median=value, low=value, high=value, coverage=1.0, count=1)
 
 
 def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
