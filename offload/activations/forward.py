@@ -203,11 +203,12 @@ class ForwardPass(HookScope):
                     self._register(region)
                 region.last_save = self._saves = self._saves + 1
                 dtype, size, stride = tensor.dtype, tensor.shape, tensor.stride()
-                # A signal's handler may raise after any call: these counts and the view that gives
+                nbytes = region.nbytes
+                # A signal's handler may raise in any call: these counts and the view that gives
                 # them back belong together.
                 if not region.handles:
                     self.live += 1
-                    self.left_bytes += region.nbytes
+                    self.left_bytes += nbytes
                 region.handles += 1
                 region.unread += 1
                 return SavedView(self._dropped, region, dtype, size, stride, begin, conj, neg)

@@ -380,8 +380,9 @@ class ActivationOffload:
         forward: ForwardPass = region.forward
         if forward.recording is not None and self.process == os.getpid():
             forward.recording.released[region.number] = forward.recording.mark()
+        nbytes = region.nbytes
         if forward.live == 1:
             forward.all_freed()
-        forward.live -= 1
-        forward.left_bytes -= region.nbytes
+        forward.live -= 1  # from here on nothing calls: an interruption would have it counted twice
+        forward.left_bytes -= nbytes
         del self._ending[-1]

@@ -22,6 +22,10 @@ from offload import native
 SIZE = 64
 
 
+class InterruptionError(Exception):
+    """What a signal's handler raises."""
+
+
 def leaves(count: int) -> list[torch.Tensor]:
     return [torch.randn(SIZE, SIZE, requires_grad=True) for _ in range(count)]
 
@@ -192,9 +196,6 @@ def test_a_forked_child_is_refused_though_another_thread_held_the_lock(
 
 
 def test_a_signal_ends_the_wait_for_a_drive_that_hangs(spill_dir: Path, on_signal: Any) -> None:
-    class InterruptionError(Exception):
-        pass
-
     def interrupt() -> None:
         raise InterruptionError
 
@@ -251,9 +252,6 @@ def test_a_pass_whose_graph_went_first_keeps_nothing(make: Any, fails: bool) -> 
 
 
 def test_no_signal_is_lost_in_a_step_and_the_next_step_works(make: Any, on_signal: Any) -> None:
-    class InterruptionError(Exception):
-        pass
-
     def interrupt() -> None:
         raise InterruptionError
 
@@ -289,6 +287,50 @@ def test_no_signal_is_lost_in_a_step_and_the_next_step_works(make: Any, on_signa
     assert act.stats().spill_bytes == 0
     assert act._stores.counters()["used_bytes"] == 0
     assert act.forwards == set()
+
+
+def test_an_interruption_of_any_call_in_a_step_leaves_nothing(make: Any) -> None:
+    """A signal's handler raises where a function of ours begins: each such place, one by one."""
+
+    def interrupting(at: int) -> Any:
+        left = [at]
+
+        def trace(frame: Any, event: str, _argument: object) -> None:
+            if event == "call" and "offload/activations" in frame.f_code.co_filename:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise InterruptionError(frame.f_code.co_qualname)
+
+        return trace, left
+
+    act = make()
+    weights = leaves(3)
+    chain(act, weights).backward()
+    gc.collect()
+    gc.freeze()  # so that each collection below looks at little
+    at, ended = 0, False
+    try:
+        while not ended:
+            trace, left = interrupting(at)
+            where = ""
+            sys.settrace(trace)
+            try:
+                chain(act, weights).backward()
+                ended = left[0] >= 0
+            except InterruptionError as error:
+                where = str(error)
+            finally:
+                sys.settrace(None)
+            gc.collect()
+            act.settle()
+            assert act.forwards == set(), f"call {at}, of {where}"
+            at += 1
+    finally:
+        gc.unfreeze()
+    assert at > 100
+    act.transfers.drain()
+    assert act._stores.counters()["used_bytes"] == 0
+    chain(act, weights).backward()
 
 
 def test_graphs_dropped_in_several_threads_at_once_leave_nothing(make: Any) -> None:
