@@ -16,10 +16,12 @@ from benchmarks.worker import Answer, Subject, Worker, serve
 from examples.memory import StepMemory
 from offload import Session
 
-__all__ = ["WAYS", "Case", "open_worker"]
+__all__ = ["SPARSE_WAYS", "WAYS", "Case", "open_worker"]
 
 WAYS = ("plain", "checkpointing", "exact")
 """Untouched; layers run again, their inputs on the SSD and the loss in segments; exact mode."""
+SPARSE_WAYS = ("plain", "checkpointing", "sparse")
+"""The same, and layers run again with blocks of tokens left out of attention."""
 MIB = 1 << 20
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -36,6 +38,7 @@ class Case:
     threads: int
     staging_bytes: int
     directory: str
+    ratio: float = 0.4
 
     def make_model(self) -> Any:
         """Return the model with its first weights, the same each way."""
@@ -58,8 +61,10 @@ class Case:
         if self.way == "plain":
             return {"version": 1}
         tokens: dict[str, Any] = {"mode": "exact"}
-        if self.way == "checkpointing":
+        if self.way != "exact":
             tokens["mlp_tile_tokens"] = 0
+        if self.way == "sparse":
+            tokens |= {"mode": "sparse", "sparse": {"ratio": self.ratio}}
         moved = {"mode": "ssd", "path": [self.directory], "staging_bytes": self.staging_bytes}
         return {"version": 1, "activations": moved, "tokens": tokens}
 
@@ -70,7 +75,7 @@ class Trainee:
     def __init__(self, case: Case) -> None:
         torch.set_num_threads(case.threads)
         self._model = case.make_model()
-        if case.way == "checkpointing":
+        if case.way in ("checkpointing", "sparse"):
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
             self._model.enable_input_require_grads()
         trained = [each for each in self._model.parameters() if each.requires_grad]

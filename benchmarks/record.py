@@ -32,6 +32,7 @@ __all__ = [
     "Claim",
     "Interval",
     "Record",
+    "add_json_argument",
     "add_record_arguments",
     "exactly",
     "hidden_by_layers",
@@ -366,9 +367,14 @@ def _new_file(text: str) -> Path:
     return path
 
 
-def add_record_arguments(parser: argparse.ArgumentParser, *, warm_up: int) -> None:
-    """Add the flags every benchmark has: --json, --pairs and --warm-up (its default given)."""
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag every benchmark has."""
     parser.add_argument("--json", type=_new_file, metavar="FILE", help="write the record here")
+
+
+def add_record_arguments(parser: argparse.ArgumentParser, *, warm_up: int) -> None:
+    """Add the flags of one that takes turns: --json, --pairs and --warm-up (its default given)."""
+    add_json_argument(parser)
     parser.add_argument(
         "--pairs", type=positive, default=24, metavar="N", help="timed rounds (24; 6 at least)"
     )

@@ -2,8 +2,10 @@
 
     python examples/finetune_long_context.py --model Qwen/Qwen2.5-0.5B --seq-len 32768 --offload ssd
     python examples/finetune_long_context.py --model config.json --seq-len 2048 --tokens off
+    python examples/finetune_long_context.py --model config.json --tokens sparse --meter-steps 10
 
-The loss is made in segments and perceptrons run in tiles (`--tokens exact`); what is saved for the
+The loss is made in segments and perceptrons run in tiles (`--tokens exact`); attention is over the
+blocks of tokens that matter to it, which is another loss (`--tokens sparse`); what is saved for the
 backward goes to an SSD (`--offload ssd`). What is trained is an ordinary adapter of PEFT's.
 """
 
@@ -51,7 +53,11 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Par
     add("--lr", type=at_least(0, float), default=1e-4, help="learning rate")
     add("--rank", type=at_least(1), default=8, help="of the adapters, beside attention's maps")
     add("--dtype", type=one_of("fp32", "bf16"), default="fp32", help="of the model's weights")
-    add("--tokens", type=one_of("off", "exact", later=("sparse", "gradient")), default="exact")
+    modes = one_of("off", "exact", "sparse", later=("gradient",))
+    add("--tokens", type=modes, default="exact", help="sparse: attention to those that matter")
+    add("--keep", type=share, default=0.4, help="of a sequence, in later layers, with sparse")
+    add("--warm-up", type=at_least(0), default=0, help="first steps with all tokens, with sparse")
+    add("--meter-steps", type=at_least(0), default=0, help="between looks at quality; 0: none")
     add("--offload", type=one_of("none", "ssd"), default="none", help="where saved tensors go")
     add("--offload-path", default="/var/tmp", metavar="DIR", help="on an SSD")
     add("--staging-bytes", type=byte_size, default="64MiB", help="memory on the way to the SSD")
@@ -61,9 +67,19 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Par
     return parser.parse_known_flags(argv), parser
 
 
+def share(text: str) -> float:
+    """Return a share of something, over 0 and at most 1."""
+    found = at_least(0, float)(text)
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not over 0 and at most 1")
+    return float(found)
+
+
 def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the run does by a plan."""
     plan: dict[str, Any] = {"version": 1, "tokens": {"mode": args.tokens}}
+    if args.tokens == "sparse":
+        plan["tokens"]["sparse"] = {"ratio": args.keep, "warm_up_steps": args.warm_up}
     if args.offload == "ssd":
         moved = {"mode": "ssd", "path": [args.offload_path], "staging_bytes": args.staging_bytes}
         plan["activations"] = moved
@@ -127,18 +143,23 @@ def train(args: argparse.Namespace, model: Any, tokens: torch.Tensor) -> None:
     optimizer = torch.optim.AdamW(trained, lr=args.lr)
     rows = sequences(tokens, args.seq_len, device)
     peak_bytes = 0
+    probe: torch.Tensor | None = None  # the first sequence, which the meter asks about
     with Session(model, plan_of(args)) as session, tqdm(total=args.steps, unit="step") as bar:
         for step in range(args.steps):
             memory = StepMemory(device)
             watched = step == min(WATCHED, args.steps - 1)
             with memory if watched else nullcontext():
                 row = next(rows)
+                probe = row if probe is None else probe
                 with session.forward():
                     loss = model(input_ids=row, labels=row).loss
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
             stats = session.stats()
+            if args.meter_steps and (step + 1) % args.meter_steps == 0:
+                found = session.measure_quality({"input_ids": probe, "labels": probe})
+                bar.write(f"step {step + 1}: {found.text()}")
             if watched:
                 native = 0 if stats is None else stats.native_peak_bytes + stats.page_cache_bytes
                 peak_bytes = memory.peak_bytes + (native if device.type == "cpu" else 0)
@@ -161,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as `argv` says (None: the command line); returns the exit status."""
     args, parser = parse_arguments(argv)
     try:
+        if args.meter_steps and args.tokens != "sparse":
+            raise ValueError("--meter-steps looks at what --tokens sparse leaves out; give both")
         if args.offload == "ssd" and inspect_directory(args.offload_path).backing != "disk":
             raise ValueError(f"--offload-path {args.offload_path} is in RAM; name one on an SSD")
         if args.save and not os.access(Path(args.save).resolve().parent, os.W_OK):

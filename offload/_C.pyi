@@ -232,3 +232,60 @@ def plain_sum(
 def squared_norm(
     pool: ThreadPool, values: int, dtype: str, count: int, version: str | None = ...
 ) -> float: ...
+
+class AttentionShape(metaclass=_NativeType):
+    def __init__(
+        self,
+        *,
+        batch: int,
+        heads: int,
+        key_heads: int,
+        length: int,
+        channels: int,
+        block_tokens: int,
+        scale: float,
+        documents: int = ...,
+        window: int = ...,
+    ) -> None: ...
+
+def block_attention(
+    pool: ThreadPool,
+    shape: AttentionShape,
+    rows: int,
+    row_count: int,
+    columns: int,
+    column_count: int,
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    out: Sequence[int],
+    lse: int,
+    /,
+) -> None: ...
+def block_attention_backward(
+    pool: ThreadPool,
+    shape: AttentionShape,
+    rows: int,
+    row_count: int,
+    columns: int,
+    column_count: int,
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    out: Sequence[int],
+    lse: int,
+    grad_out: Sequence[int],
+    grad_query: Sequence[int],
+    grad_key: Sequence[int],
+    grad_value: Sequence[int],
+    /,
+) -> None: ...
+def block_pair_scores(
+    pool: ThreadPool,
+    shape: AttentionShape,
+    ahead: bool,
+    query: Sequence[int],
+    key: Sequence[int],
+    scores: int,
+    /,
+) -> None: ...

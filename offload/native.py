@@ -16,6 +16,7 @@ from offload._C import (
     NORM_BLOCK,
     AdamSettings,
     Arena,
+    AttentionShape,
     Buffer,
     DropBox,
     Extent,
@@ -36,6 +37,9 @@ from offload._C import (
     sum_of_blocks,
 )
 from offload._C import adam_update as _adam_update
+from offload._C import block_attention as _block_attention
+from offload._C import block_attention_backward as _block_attention_backward
+from offload._C import block_pair_scores as _block_pair_scores
 from offload._C import inspect_directory as _inspect_directory
 from offload._C import plain_sum as _plain_sum
 from offload._C import probe_engines as _probe_engines
@@ -45,6 +49,7 @@ __all__ = [
     "NORM_BLOCK",
     "AdamSettings",
     "Arena",
+    "AttentionBlocks",
     "Buffer",
     "DirectoryFacts",
     "DropBox",
@@ -60,6 +65,9 @@ __all__ = [
     "adam_constants",
     "adam_path",
     "adam_update",
+    "block_attention",
+    "block_attention_backward",
+    "block_pair_scores",
     "close_in_children",
     "crc32c",
     "crc32c_path",
@@ -266,3 +274,115 @@ def squared_norm(pool: ThreadPool, values: torch.Tensor, version: str | None = N
     """
     address = _array("values", values, _ARITHMETIC_DTYPES)
     return _squared_norm(pool, address, _dtype_name(values.dtype), values.numel(), version)
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """Which blocks of a sequence attend to which; on the host, owned by the caller."""
+
+    rows: torch.Tensor
+    """[batch, count] int32, ascending numbers of blocks."""
+    columns: torch.Tensor
+    """[batch, count] int32, ascending numbers of blocks."""
+    block_tokens: int
+    scale: float
+    documents: torch.Tensor | None = None
+    """[batch, sequence] int32: tokens attend within their own; None: all are of one."""
+    window: int = 0
+    """How many tokens each attends to at most, itself included; 0: all before it."""
+
+    def lists(self) -> tuple[int, int, int, int]:
+        """Return addresses and counts, as the native functions take them."""
+        address = {
+            name: _array(name, getattr(self, name), (torch.int32,)) for name in ("rows", "columns")
+        }
+        return address["rows"], self.rows.shape[1], address["columns"], self.columns.shape[1]
+
+    def shape(self, query: torch.Tensor, key: torch.Tensor) -> AttentionShape:
+        """Return the sizes of an attention of these two."""
+        documents = self.documents
+        return AttentionShape(
+            batch=query.shape[0],
+            heads=query.shape[1],
+            key_heads=key.shape[1],
+            length=key.shape[2],
+            channels=query.shape[3],
+            block_tokens=self.block_tokens,
+            scale=self.scale,
+            documents=0 if documents is None else _array("documents", documents, (torch.int32,)),
+            window=self.window,
+        )
+
+
+def _heads(name: str, tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """Return address and strides of [batch, heads, rows, channels] in fp32 on the host."""
+    if tensor.dtype != torch.float32 or tensor.device != _HOST or tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} is {_dtype_name(tensor.dtype)} on {tensor.device} with strides "
+            f"{tuple(tensor.stride())}; it has to be float32 on the host, channels side by side"
+        )
+    batch, head, row, _ = tensor.stride()
+    return tensor.data_ptr(), batch, head, row
+
+
+def block_attention(
+    pool: ThreadPool,
+    blocks: AttentionBlocks,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Write attention of the rows' blocks over the columns', read where they lie.
+
+    `query`, `key` and `value` are [batch, heads, sequence, channels], whole; `out` has the rows'
+    blocks side by side, and `lse` [batch, heads, as many] each row's logarithm of its sum. Whoever
+    calls has checked that numbers of blocks are the sequence's. Releases the GIL.
+    """
+    given = (_heads("query", query), _heads("key", key), _heads("value", value))
+    sums = _array("lse", lse, (torch.float32,))
+    shape = blocks.shape(query, key)
+    _block_attention(pool, shape, *blocks.lists(), *given, _heads("out", out), sums)
+
+
+def block_attention_backward(
+    pool: ThreadPool,
+    blocks: AttentionBlocks,
+    forward: tuple[torch.Tensor, ...],
+    grad_out: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Write gradients of query, and add those of key and value, with their blocks side by side.
+
+    `forward` is query, key, value, out and lse, as `block_attention` had them. Releases the GIL.
+    """
+    query, key, value, out, lse = forward
+    named = {"query": query, "key": key, "value": value, "out": out}
+    q, k, v, o = (_heads(name, each) for name, each in named.items())
+    sums = _array("lse", lse, (torch.float32,))
+    names = ("grad_query", "grad_key", "grad_value")
+    from_above = _heads("grad_out", grad_out)
+    to_q, to_k, to_v = (_heads(*each) for each in zip(names, grads, strict=True))
+    shape = blocks.shape(query, key)
+    _block_attention_backward(
+        pool, shape, *blocks.lists(), q, k, v, o, sums, from_above, to_q, to_k, to_v
+    )
+
+
+def block_pair_scores(
+    pool: ThreadPool,
+    blocks: AttentionBlocks,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    ahead: bool,
+) -> None:
+    """Write the scores of all pairs of blocks, [batch, blocks, blocks], -1 where no pair counts.
+
+    `ahead`: of queries with later keys. Releases the GIL.
+    """
+    address = _array("scores", scores, (torch.float32,))
+    given = (_heads("query", query), _heads("key", key))
+    _block_pair_scores(pool, blocks.shape(query, key), ahead, *given, address)

@@ -18,7 +18,7 @@ from offload.activations import ActivationOffload, ActivationStats
 from offload.calibrate import present_machine
 from offload.config import Limits, Plan, read_plan
 from offload.optimizer import AdamW
-from offload.tokens import ExactTokens
+from offload.tokens import ExactTokens, Quality, SparseTokens, measure_quality
 from perfmodel.chosen_plan import plan_of
 from perfmodel.machine import Machine
 from perfmodel.model import Model
@@ -69,19 +69,31 @@ class Session:
         """What has the loss made in segments; None where the model's is whole."""
         if section.offload is not None:
             self.activations = ActivationOffload(**_settings(section.offload))
-        if self.plan.tokens.mode == "exact":
-            self.tokens = self._exact(model)
-        self._number = 0  # of the next block of this forward
-
-    def _exact(self, model: torch.nn.Module) -> ExactTokens:
-        settings = asdict(self.plan.tokens)
-        del settings["mode"]
-        again = True if self._again or self.plan.activations.mode == "recompute" else None
+        self.sparsity: SparseTokens | None = None
+        """What leaves tokens out; None where all take part."""
+        self._model = model
+        self._probe: Mapping[str, Any] | None = None
+        self._looked = -1
         try:
-            return ExactTokens(model, again=again, **settings)
+            self._cut_tokens()
         except BaseException:
             self.close()
             raise
+        self._number = 0  # of the next block of this forward
+
+    def _cut_tokens(self) -> None:
+        section = self.plan.tokens
+        again = True if self._again or self.plan.activations.mode == "recompute" else None
+        settings: dict[str, Any] = {
+            "loss_segment_tokens": section.loss_segment_tokens,
+            "mlp_tile_tokens": section.mlp_tile_tokens,
+            "again": again,
+        }
+        if section.mode == "exact":
+            self.tokens = ExactTokens(self._model, **settings)
+        elif section.mode == "sparse":
+            self.sparsity = SparseTokens(self._model, section.sparse, **settings)
+            self.tokens = self.sparsity.exact
 
     @property
     def predicted(self) -> Predicted | None:
@@ -121,8 +133,35 @@ class Session:
         """Return what was moved so far; None where nothing is."""
         return None if self.activations is None else self.activations.stats()
 
+    def measure_quality(self, batch: Mapping[str, Any]) -> Quality:
+        """Return how far a sparse step on `batch` is from a dense one; past its limit, fall back.
+
+        `batch` is what the model takes, with labels. See `offload.tokens.measure_quality`. Raises
+        ValueError where no token is left out.
+        """
+        if self.sparsity is None:
+            raise ValueError("no token is left out: tokens.mode is not sparse")
+        return measure_quality(self._model, self.sparsity, batch, around=self.forward)
+
+    def quality_when_due(self, batch: Mapping[str, Any]) -> Quality | None:
+        """Measure where `meter_steps` have gone by, on the first batch that was ever handed over.
+
+        Call it before each forward of a step; it looks once a step. None where nothing is due.
+        """
+        if self.sparsity is None or not self.sparsity.rule.meter_steps:
+            return None
+        if self._probe is None:
+            self._probe = dict(batch)
+        step = self.sparsity.step
+        if step == self._looked or step % self.sparsity.rule.meter_steps or self.sparsity.is_dense:
+            return None
+        self._looked = step
+        return self.measure_quality(self._probe)
+
     def close(self) -> None:
         """Give back memory and files, and leave the model as it was. Idempotent."""
+        if self.sparsity is not None:
+            self.sparsity.close()
         if self.tokens is not None:
             self.tokens.close()
         if self.activations is not None:

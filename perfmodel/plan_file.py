@@ -24,6 +24,7 @@ from perfmodel.plan import (
     require_number,
     require_whole,
 )
+from perfmodel.token_plan import TokensSection
 from perfmodel.workload import Strategy, Workload
 
 __all__ = [
@@ -33,15 +34,11 @@ __all__ = [
     "Limits",
     "Plan",
     "Predicted",
-    "TokensSection",
     "read_plan",
 ]
 
 VERSION = 1
 MODES = ("keep", "recompute", "host", "ssd", "auto")
-TOKEN_MODES = ("off", "exact")
-LATER_TOKEN_MODES = ("sparse", "gradient")
-_MOST_TOKENS = 1 << 24
 _MOST = 1 << 60
 _SECONDS_OF_A_YEAR = 3.2e7
 
@@ -111,33 +108,6 @@ def _block_numbers(value: object) -> tuple[int, ...]:
     if len(set(value)) < len(value):
         raise ValueError(f"recompute={value!r} names a block twice")
     return tuple(sorted(value))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokensSection:
-    """What becomes of tokens that a long context has too many of."""
-
-    mode: str = "off"
-    """`off`: nothing is done; `exact`: the loss in segments, perceptrons in tiles of the sequence,
-    with the same loss and gradients but for the order of sums. For causal language models of
-    Hugging Face's."""
-    loss_segment_tokens: int | None = None
-    """With `exact`, of a segment; null: as many as have 16 MiB of logits in fp32."""
-    mlp_tile_tokens: int | None = None
-    """With `exact`, of a tile; 0: perceptrons run whole; null: as many as the model has
-    channels."""
-
-    def __post_init__(self) -> None:
-        """Check the mode; those to come are refused as such."""
-        if self.mode in LATER_TOKEN_MODES:
-            allowed = ", ".join(TOKEN_MODES)
-            raise ValueError(f"mode={self.mode!r} is not there yet; allowed: {allowed}")
-        require_choice("mode", self.mode, TOKEN_MODES)
-        for key, least in (("loss_segment_tokens", 1), ("mlp_tile_tokens", 0)):
-            if getattr(self, key) is not None:
-                if self.mode == "off":
-                    raise ValueError(f"{key} says nothing with mode='off': set mode='exact'")
-                require_whole(key, getattr(self, key), least, _MOST_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)

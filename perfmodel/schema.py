@@ -28,12 +28,11 @@ from perfmodel.plan import (
 from perfmodel.plan_file import (
     MODES,
     SECTIONS,
-    TOKEN_MODES,
     VERSION,
     ActivationsSection,
     Plan,
-    TokensSection,
 )
+from perfmodel.token_plan import TOKEN_MODES, TokensSection
 
 __all__ = ["markdown", "schema"]
 

@@ -30,9 +30,10 @@ BEFORE = {
 
 
 def example_of(guide: str) -> str:
-    """Return the guide's program."""
-    [found] = re.findall(r"^```python\n(.*?)^```", (DOCS / guide).read_text(), flags=re.M | re.S)
-    return str(found)
+    """Return the guide's programs, one behind the other."""
+    found = re.findall(r"^```python\n(.*?)^```", (DOCS / guide).read_text(), flags=re.M | re.S)
+    assert found
+    return "\n".join(found)
 
 
 @pytest.mark.parametrize(

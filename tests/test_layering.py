@@ -24,6 +24,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "perfmodel": (
         ("units",),
         ("plan",),
+        ("token_plan",),
         ("machine", "model", "endurance", "tape", "published"),
         ("shape",),
         ("maps",),

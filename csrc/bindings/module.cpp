@@ -13,6 +13,7 @@
 #include "../core/fork_guard.h"
 #include "../core/spill.h"
 #include "arithmetic.h"
+#include "attention.h"
 #include "extent_type.h"
 #include "signal_safe.h"
 #include "view_type.h"
@@ -274,6 +275,7 @@ PYBIND11_MODULE(_C, module) {
   bind_faults(module);
   bind_spill(module);
   bind_arithmetic(module);
+  bind_attention(module);
   module.def("probe_engines", &probe_engines);
   module.def("inspect_directory", [](const std::string& path) {
     const DirectoryFacts facts = inspect_directory(path);

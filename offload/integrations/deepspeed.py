@@ -140,6 +140,7 @@ def _apply(engine: Any, ours: DeepSpeedConfig, client: Sequence[DeferredAdamW]) 
             prepare_states(engine, optimizer, opened)
         if ours.plan.activations.offload is not None or ours.plan.tokens.mode != "off":
             session = Session(engine.module, ours.plan)
+            _follow_steps(engine, session)
             opened += [ModuleForward(engine.module, session), session]
     except Exception as caught:  # whatever it is, the other ranks wait for an answer
         error = caught
@@ -150,6 +151,13 @@ def _apply(engine: Any, ours: DeepSpeedConfig, client: Sequence[DeferredAdamW]) 
     except Exception:
         engine.destroy()
         raise
+
+
+def _follow_steps(engine: Any, session: Session) -> None:
+    """Have a session count steps as the engine does, which trains copies of its parameters."""
+    if session.sparsity is not None:
+        found = weakref.ref(engine)
+        session.sparsity.follow(lambda: int(getattr(found(), "global_steps", 0)))
 
 
 def _close_with(engine: Any, opened: Sequence[Any]) -> None:

@@ -84,6 +84,8 @@ class OffloadCallback(transformers.TrainerCallback):
             error = caught
         require_all(error)
         assert self._session is not None
+        if self._session.sparsity is not None:
+            self._session.sparsity.follow(lambda: int(state.global_step))
         self._hooks = ModuleForward(model, self._session)
         _log.info("what is computed behind the model's forward, a loss say, is not covered")
 
@@ -144,6 +146,8 @@ class Offloading:
             require_all(error)
             self._session = session
             stack.callback(setattr, self, "_session", None)
+            if session is not None and session.sparsity is not None:
+                session.sparsity.follow(lambda: int(self.state.global_step))
             return super().train(*args, **named)  # type: ignore[misc]
 
     def close(self: Any) -> None:
@@ -151,6 +155,15 @@ class Offloading:
         optimizer = _unwrapped(self.optimizer)
         close_all([each for each in (optimizer, *self._lent) if hasattr(each, "close")])
         self._lent = []
+
+    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **named: Any) -> Any:
+        """Take a micro-batch's step; where the plan says so, ask the first batch of it first."""
+        session = self._session
+        due = None if session is None else session.quality_when_due(self._prepare_inputs(inputs))
+        if due is not None:
+            names = ("dense_loss", "sparse_loss", "gradient_cosine")
+            self.log({name: getattr(due, name) for name in names})
+        return super().training_step(model, inputs, *args, **named)  # type: ignore[misc]
 
     def compute_loss(self: Any, model: Any, *args: Any, **named: Any) -> Any:
         """Compute the loss; all that it saves goes where the plan says."""
@@ -324,6 +337,8 @@ def figures_of(session: Session | None, optimizer: Any) -> dict[str, float]:
             "native_peak_bytes": stats.native_peak_bytes,
             "stall_s": stats.stall_s,
         }
+    if session is not None and session.sparsity is not None:
+        found["kept_share"] = session.sparsity.kept_share
     states = _unwrapped(optimizer)
     if isinstance(states, (AdamW, DeferredAdamW)):
         found["ssd_write_bytes"] = found.get("ssd_write_bytes", 0) + states.ssd_write_bytes()

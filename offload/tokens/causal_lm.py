@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offload.tokens.tiling import is_position_wise
 
-__all__ = ["CausalLM", "causal_lm_of", "perceptrons_of", "require_whole_head"]
+__all__ = ["CausalLM", "causal_lm_of", "layers_of", "perceptrons_of", "require_whole_head"]
 
 _LOSS = "ForCausalLMLoss"
 # Methods of a model within another: PEFT's, then what DistributedDataParallel has.
@@ -131,16 +131,20 @@ def _finish_of(config: Any) -> Callable[[Tensor], Tensor]:
     return finish
 
 
+def layers_of(found: CausalLM) -> nn.ModuleList:
+    """Return a model's layers: the longest list that its decoder has."""
+    lists = [each for each in found.decoder.modules() if isinstance(each, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
+
+
 def perceptrons_of(found: CausalLM) -> Iterator[nn.Module]:
     """Yield what in a model's layers treats every token alone and has more than one map.
 
     Of each kind one is tried. Experts are left out: what their router sees is counted in the loss.
     """
     channels = int(found.config.hidden_size)
-    lists = [each for each in found.decoder.modules() if isinstance(each, nn.ModuleList)]
-    layers = max(lists, key=len, default=nn.ModuleList())
     known: dict[tuple[str, type[nn.Module]], bool] = {}
-    for layer in layers:
+    for layer in layers_of(found):
         for name, child in layer.named_children():
             kind = (name, type(child))
             if kind not in known:

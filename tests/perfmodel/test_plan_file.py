@@ -105,8 +105,8 @@ def test_mode_and_tier_follow_from_each_other(
         ({"optimizer": {"update_schedule": 3}}, r"optimizer: update_schedule=3"),
         ({"optimizer": "host"}, r"optimizer is an object"),
         (
-            {"tokens": {"mode": "sparse"}},
-            r"tokens: mode='sparse' is not there yet; allowed: off, ex",
+            {"tokens": {"mode": "gradient"}},
+            r"tokens: mode='gradient' is not there yet; allowed: off, ex",
         ),
         (
             {"tokens": {"mlp_tile_tokens": 8}},

@@ -290,8 +290,7 @@ def test_no_signal_is_lost_in_a_step_and_the_next_step_works(make: Any, on_signa
 
 
 def test_an_interruption_of_any_call_in_a_step_leaves_nothing(make: Any) -> None:
-    """A signal's handler raises where a function of ours begins: each such place, one by one."""
-
+    # As a signal's handler may where a function of ours begins: at each such place, one by one.
     def interrupting(at: int) -> Any:
         left = [at]
 
@@ -330,7 +329,6 @@ def test_an_interruption_of_any_call_in_a_step_leaves_nothing(make: Any) -> None
     assert at > 100
     act.transfers.drain()
     assert act._stores.counters()["used_bytes"] == 0
-    chain(act, weights).backward()
 
 
 def test_graphs_dropped_in_several_threads_at_once_leave_nothing(make: Any) -> None:
