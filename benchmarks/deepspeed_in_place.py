@@ -17,16 +17,43 @@ REFUSED = "refused: "
 def put_in_place(section: Mapping[str, Any] | None) -> None:
     """Have `deepspeed.initialize` be ours, with `section` in each config; None: leave it stock.
 
-    The section's optimizer goes only where the config has an AdamW and no optimizer is handed over,
-    since it takes that one's place. A test is skipped whose config is refused.
+    With `{"host": true}` it is stock too, on the host as ours needs it. The section's optimizer
+    goes only where the config has an AdamW and no optimizer is handed over, since it takes that
+    one's place. A test is skipped whose config is refused.
     """
     import deepspeed  # noqa: PLC0415 - optional, and only where its tests run
     import deepspeed.ops  # noqa: PLC0415
 
     # Would be compiled for minutes at once, to add up among ranks of one machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if section is not None:
+    if section is not None and section.get("host"):
+        deepspeed.initialize = _on_host(deepspeed.initialize)
+    elif section is not None:
         deepspeed.initialize = _with_section(deepspeed.initialize, section)
+
+
+def _on_host(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Return stock's `initialize`, whose config has torch's AdamW over partitions on the host."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def on_host(*args: Any, **named: Any) -> Any:
+        given = signature.bind(*args, **named).arguments
+        config = given.get("config") or given.get("config_params")
+        if not isinstance(config, dict):
+            return stock(*args, **named)
+        zero = config.get("zero_optimization") or {}
+        kind = (config.get("optimizer") or {}).get("type", "")
+        if zero.get("stage") and kind.lower() in ("adam", "adamw"):
+            for key in ("cpu_offload", "cpu_offload_use_pin_memory"):
+                zero.pop(key, None)
+            zero.setdefault("offload_optimizer", {"device": "cpu"})
+            config["zero_allow_untested_optimizer"] = True
+            config["zero_force_ds_cpu_optimizer"] = False
+            config["optimizer"].setdefault("params", {})["torch_adam"] = True
+        return stock(*args, **named)
+
+    return on_host
 
 
 def _with_section(stock: Callable[..., Any], section: Mapping[str, Any]) -> Callable[..., Any]:

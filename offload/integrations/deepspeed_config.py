@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 SECTION = "offload"
+_DEPRECATED = {"cpu_offload", "cpu_offload_use_pin_memory"}
 _ADAMW = ("lr", "betas", "eps", "weight_decay")
 # Of DeepSpeed's own AdamW: how it is built, and what ours always does.
 _HOW = {
@@ -143,6 +144,9 @@ def require_for_deepspeed(config: dict[str, Any], plan: Plan) -> tuple[str, ...]
     # DeepSpeed's fp32 parameters leave its device only so.
     leaves = set(plan.optimizer.shares) != {"device"}
     if zero.get("stage") and leaves and not _device(zero):
+        for key in sorted(_DEPRECATED & zero.keys()):  # which do not go with the one in their place
+            changes.append(f"zero_optimization.{key} is left out")
+            del zero[key]
         zero["offload_optimizer"] = {**(zero.get("offload_optimizer") or {}), "device": "cpu"}
         changes.append('zero_optimization.offload_optimizer.device = "cpu"')
     return tuple(changes)

@@ -148,7 +148,7 @@ class DeferredAdamW(torch.optim.Optimizer):
         Raises RuntimeError while a step is half done.
         """
         self._take_over()
-        counts = {param: dict(states) for param, states in self.state.items()}
+        counts = dict(self.state)
         try:
             self.state.update(self._all_states())
             return super().state_dict()
@@ -255,6 +255,8 @@ class DeferredAdamW(torch.optim.Optimizer):
 
     def _counted(self, param: torch.Tensor, step: torch.Tensor) -> None:
         """Note how many steps a tensor has taken."""
+        if not isinstance(self.state[param], _Count):
+            self.state[param] = _Count(self.state[param])
         self.state[param]["step"] = step
 
     def _with(self, groups: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Any, Mapping[str, Any]]]:
@@ -263,6 +265,19 @@ class DeferredAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> Any:
         """Refuse to be copied or pickled, with the memory and the files that are its own."""
         raise TypeError("this AdamW cannot be copied or pickled; use state_dict()")
+
+
+class _Count(dict[str, Any]):
+    """A tensor's count of steps, and a word to whoever asks for the rest of its states.
+
+    A copy of them would take changes and lose them.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(
+            f"{key} is where the plan's optimizer has it, and not at hand: state_dict() has all of "
+            "them, and load_state_dict() takes changes"
+        )
 
 
 def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:

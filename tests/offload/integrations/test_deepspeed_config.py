@@ -53,6 +53,15 @@ def test_weight_decay_that_is_not_given_is_deepspeeds(given: dict[str, Any], dec
     assert found.optimizer["weight_decay"] == decay
 
 
+@pytest.mark.parametrize("old", [True, False])
+def test_the_old_name_of_what_is_set_is_left_out_and_said(old: bool) -> None:
+    given = config()
+    given["zero_optimization"] |= {"cpu_offload": old, "cpu_offload_use_pin_memory": False}
+    found = split(given, has_client=False)
+    assert found.stock["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert "zero_optimization.cpu_offload is left out" in found.changes
+
+
 def test_what_stays_on_the_device_is_left_there() -> None:
     given = config()
     given["offload"]["optimizer"] = {"placement": "device"}

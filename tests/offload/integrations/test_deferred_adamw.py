@@ -195,3 +195,17 @@ def test_steps_that_only_a_groups_last_parameter_counts_are_those_of_all() -> No
     assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
     one.close()
     other.close()
+
+
+def test_who_reaches_into_states_is_told_where_they_are(deferred: DeferredAdamW) -> None:
+    params = tensors()
+    deferred.param_groups[0]["params"] = params
+    for again in (False, True):
+        give_gradients(params, 0)
+        deferred.step()
+        if again:
+            deferred.load_state_dict(deferred.state_dict())
+        for param in params:
+            assert set(deferred.state[param]) == {"step"}
+            with pytest.raises(KeyError, match=r"exp_avg is where the plan's optimizer has it.*"):
+                deferred.state[param]["exp_avg"]
