@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import importlib.util
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from offload.calibrate import calibrate
 from offload.calibrate.summary import machine_lines
@@ -70,7 +71,50 @@ def _parser() -> argparse.ArgumentParser:
     rewritten.add_argument("config", help="the ds_config.json")
     rewritten.add_argument("--path", default="", help="a directory on an SSD for activations")
     rewritten.add_argument("-o", "--output", metavar="FILE", help="write the new config there")
+    _add_tokens(commands)
     return parser
+
+
+def _add_tokens(commands: Any) -> None:
+    """List the commands about tokens."""
+    about = commands.add_parser("tokens", help="train what foretells which tokens matter")
+    named = about.add_subparsers(dest="tokens_command", required=True, metavar="COMMAND")
+    trained = named.add_parser(
+        "train-predictor",
+        help="train predictors beside a frozen model",
+        description="Train, beside a frozen causal model of Hugging Face's, two small nets a layer "
+        "that foretell which blocks of tokens its attention looks at, say how many of the true "
+        "ones they find, and write them for `tokens.sparse.predictor` of a plan.",
+    )
+    add = trained.add_argument
+    add("model", help="a name or folder of a model, or a config.json: then bytes")
+    add("--data", required=True, metavar="FILE", help="a text like that to be trained on")
+    add("-o", "--output", required=True, metavar="FILE", help="the predictors (safetensors)")
+    for flag, default, said in (
+        ("--seq-len", 4096, "tokens in a sequence"),
+        ("--steps", 400, "a sequence each"),
+        ("--block-tokens", 64, "in a block"),
+        ("--judged", 20, "sequences for recall, at most"),
+    ):
+        add(flag, type=_positive, default=default, metavar="N", help=f"{said} ({default})")
+    add("--ratio", type=float, default=0.4, help="of blocks that stay, for recall (0.4)")
+    add("--lr", type=float, default=1e-3, help="learning rate (1e-3)")
+    add("--sees-all", action="store_true", help="for a choice that sees later tokens")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return int(text)
+
+
+def _train_predictor(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("transformers") is None:
+        print("offload tokens: needs transformers: pip install transformers", file=sys.stderr)
+        return 2
+    command = importlib.import_module("offload.integrations.predictor_command")
+    status: int = command.train_predictor(arguments)
+    return status
 
 
 def _schema(in_markdown: bool) -> int:
@@ -177,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _schema(arguments.markdown)
         elif arguments.command == "calibrate":
             status = _calibrate(arguments.path, arguments.output, arguments.name)
+        elif arguments.command == "tokens":
+            status = _train_predictor(arguments)
         elif arguments.command == "plan-from-ds":
             status = _plan_from_ds(arguments.config, arguments.path, arguments.output)
         else:

@@ -143,19 +143,19 @@ class Session:
             raise ValueError("no token is left out: tokens.mode is not sparse")
         return measure_quality(self._model, self.sparsity, batch, around=self.forward)
 
-    def quality_when_due(self, batch: Mapping[str, Any]) -> Quality | None:
-        """Measure where `meter_steps` have gone by, on the first batch that was ever handed over.
+    def quality_is_due(self) -> bool:
+        """Say whether `meter_steps` have gone by, and this step has not been looked at."""
+        if self.sparsity is None or not self.sparsity.rule.meter_steps or self.sparsity.is_dense:
+            return False
+        step = self.sparsity.step
+        return step != self._looked and not step % self.sparsity.rule.meter_steps
 
-        Call it before each forward of a step; it looks once a step. None where nothing is due.
-        """
-        if self.sparsity is None or not self.sparsity.rule.meter_steps:
-            return None
+    def quality_of_probe(self, batch: Mapping[str, Any]) -> Quality:
+        """Measure on the first batch that was ever handed over, `batch` if this is the first."""
+        assert self.sparsity is not None
+        self._looked = self.sparsity.step
         if self._probe is None:
             self._probe = dict(batch)
-        step = self.sparsity.step
-        if step == self._looked or step % self.sparsity.rule.meter_steps or self.sparsity.is_dense:
-            return None
-        self._looked = step
         return self.measure_quality(self._probe)
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ _MOST_STEPS = 1 << 40
 
 
 def published_ratios(layers: int, ratio: float) -> tuple[float, ...]:
-    """Return the schedule of LeMo's published runs: first half and last layer dense, else `ratio`.
+    """Return the schedule of LeMo's published runs: first half less one and the last dense.
 
     Its code has it so, and not the paper: github.com/Pairshoe/Jenga-AE, models/modeling_llama.py.
     """
@@ -33,7 +33,7 @@ class SparsityRule:
     block_tokens: int = 64
     """In a block, a power of two. Where they do not divide a sequence its last block is shorter."""
     ratio: float = 0.4
-    """How much of a sequence stays, in the layers of the second half but the last."""
+    """How much of a sequence stays, in the layers from the middle on but the last."""
     ratios: tuple[float, ...] | None = None
     """How much of it stays in each layer, by itself; 1: all."""
     thresholds: tuple[float, ...] | None = None
@@ -42,6 +42,9 @@ class SparsityRule:
     """Whether blocks are chosen without a look at later ones."""
     pool_tokens: int = 16
     """Whose mean stands for them where scores are made; 1: each token by itself."""
+    predictor: str | None = None
+    """A file of predictors (`offload tokens train-predictor`) that foretell scores in place of
+    means; null: means, which need no training."""
     first_blocks: int = 1
     """That always stay, of each document."""
     last_blocks: int = 1
@@ -73,6 +76,8 @@ class SparsityRule:
                 object.__setattr__(self, key, tuple(value))
             elif value is not None and not isinstance(value, tuple):
                 raise ValueError(f"{key}={value!r} is not a list")
+        if self.predictor is not None and not (isinstance(self.predictor, str) and self.predictor):
+            raise ValueError(f"predictor={self.predictor!r} is not a file's name")
         self._check_sizes()
         self._check_shares()
         for key in ("warm_up_steps", "meter_steps"):

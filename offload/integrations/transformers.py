@@ -158,11 +158,10 @@ class Offloading:
 
     def training_step(self: Any, model: Any, inputs: Any, *args: Any, **named: Any) -> Any:
         """Take a micro-batch's step; where the plan says so, ask the first batch of it first."""
-        session = self._session
-        due = None if session is None else session.quality_when_due(self._prepare_inputs(inputs))
-        if due is not None:
+        if self._session is not None and self._session.quality_is_due():
+            found = self._session.quality_of_probe(self._prepare_inputs(inputs))
             names = ("dense_loss", "sparse_loss", "gradient_cosine")
-            self.log({name: getattr(due, name) for name in names})
+            self.log({name: getattr(found, name) for name in names})
         return super().training_step(model, inputs, *args, **named)  # type: ignore[misc]
 
     def compute_loss(self: Any, model: Any, *args: Any, **named: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,13 +55,14 @@ class BlockAttention:
         One that sees none gets zeros. Raises ValueError for other shapes and numbers.
         """
         columns = rows if columns is None else columns
-        self._check(query, key, value, rows, columns)
+        _check_heads(query, key, value, scale, documents)
+        self._check_blocks(query, rows, columns)
         blocks = AttentionBlocks(
             rows=rows.to("cpu", torch.int32).contiguous(),
             columns=columns.to("cpu", torch.int32).contiguous(),
             block_tokens=self.block_tokens,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            documents=None if documents is None else documents.to(torch.int32).contiguous(),
+            documents=None if documents is None else documents.to("cpu", torch.int32).contiguous(),
             window=window,
         )
         if query.device.type == "cpu" and query.dtype == torch.float32:
@@ -83,6 +85,7 @@ class BlockAttention:
         Eq. 2), and -1 where no pair counts: pairs of a query with an earlier key do; `ahead`: with
         a later one, or one of its own block. In fp32 on the host.
         """
+        _check_heads(query, key, key, scale, documents)
         blocks = -(-query.shape[2] // self.block_tokens)
         nothing = torch.empty(query.shape[0], 0, dtype=torch.int32)
         given = AttentionBlocks(
@@ -90,24 +93,15 @@ class BlockAttention:
             columns=nothing,
             block_tokens=self.block_tokens,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            documents=None if documents is None else documents.to(torch.int32).contiguous(),
+            documents=None if documents is None else documents.to("cpu", torch.int32).contiguous(),
         )
         scores = torch.empty(query.shape[0], blocks, blocks)
         q, k = (_plain(each.detach().float().cpu()) for each in (query, key))
         block_pair_scores(self._pool, given, q, k, scores, ahead=ahead)
         return scores
 
-    def _check(
-        self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor
-    ) -> None:
-        sizes = {
-            name: tuple(each.shape) for name, each in zip("qkv", (query, key, value), strict=True)
-        }
-        batch, heads, length, channels = query.shape
-        if key.shape != value.shape or key.shape[0] != batch or heads % key.shape[1]:
-            raise ValueError(f"{sizes} are no query, key and value of one attention")
-        if key.shape[2:] != (length, channels):
-            raise ValueError(f"{sizes}: keys have to be of the same tokens and channels as queries")
+    def _check_blocks(self, query: Tensor, rows: Tensor, columns: Tensor) -> None:
+        batch, length = query.shape[0], query.shape[2]
         last = -(-length // self.block_tokens) - 1
         for name, each in (("rows", rows), ("columns", columns)):
             if each.dim() != 2 or len(each) != batch or each.is_floating_point():
@@ -121,6 +115,29 @@ class BlockAttention:
                 raise ValueError(
                     f"{name} have the last block, which is shorter, in some of a batch"
                 )
+
+
+def _check_heads(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, documents: Tensor | None
+) -> None:
+    """Raise ValueError for what no kernel is to see."""
+    named = {"query": query, "key": key, "value": value}
+    sizes = {name: tuple(each.shape) for name, each in named.items()}
+    if any(each.dim() != 4 for each in named.values()):
+        raise ValueError(f"{sizes} are not [batch, heads, sequence, channels] each")
+    batch, heads, length, channels = query.shape
+    shared = key.shape[1] and heads % key.shape[1] == 0
+    if key.shape != value.shape or key.shape[0] != batch or not shared:
+        raise ValueError(f"{sizes} are no query, key and value of one attention")
+    if key.shape[2:] != (length, channels):
+        raise ValueError(f"{sizes}: keys have to be of the same tokens and channels as queries")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale} is not over 0")
+    if documents is not None and documents.shape != (batch, length):
+        raise ValueError(
+            f"documents of shape {tuple(documents.shape)} are not one number for each of "
+            f"{batch} x {length} tokens"
+        )
 
 
 class _Blocks(torch.autograd.Function):

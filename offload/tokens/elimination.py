@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from offload.tokens.tiling import in_evaluation
 
 __all__ = ["Choose", "Eliminating", "Following", "Look", "score_of"]
 
-_SAMPLED_TOKENS, _SAMPLED_CHANNELS = 16, 8
 # Of what an attention takes besides hidden states: what there is one of for every token.
 _BY_TOKEN = {"position_ids": 1, "cache_position": 0, "position_embeddings": 1}
 _MASK = "attention_mask"
+_OF_THE_LOSS = ("labels", "shift_labels")  # which go along with everything else, and to no end
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 
 
@@ -48,8 +47,8 @@ class Eliminating:
     """Has an attention module see only what `choose` keeps of each sequence, until `close()`d.
 
     Kept tokens attend to kept tokens alone, at their own positions; the others' residual passes by
-    unchanged. What was kept in a forward is kept again where it is run again in the backward: it
-    stays for as long as the graph, and is found by a sample of the input.
+    unchanged. Each sequence of a batch runs by itself, so that none depends on another. `choose` is
+    asked in every forward, those that run again too, while `active` says so.
 
     The module keeps its place and name: only its attribute `forward` is another one meanwhile.
     Raises ValueError where it already has one of its own, and in a forward for what it is given by
@@ -57,7 +56,13 @@ class Eliminating:
     """
 
     def __init__(
-        self, module: nn.Module, layer: int, choose: Choose, *, group_tokens: int | None = None
+        self,
+        module: nn.Module,
+        layer: int,
+        choose: Choose,
+        *,
+        active: Callable[[], bool] = lambda: True,
+        group_tokens: int | None = None,
     ) -> None:
         if "forward" in vars(module):
             raise ValueError(
@@ -65,11 +70,10 @@ class Eliminating:
                 "hook say: remove that, or leave tokens.mode at exact"
             )
         self._module, self._layer, self._choose = module, layer, choose
-        self._group_tokens = group_tokens
+        self._active, self._group_tokens = active, group_tokens
         self.kept: Kept | None = None
         """Of the forward that ran last, or runs again; None: all."""
         self._whole = module.forward
-        self._kept: weakref.WeakKeyDictionary[Kept, Tensor] = weakref.WeakKeyDictionary()
         module.forward = self._forward
 
     def close(self) -> None:
@@ -79,33 +83,21 @@ class Eliminating:
 
     def _forward(self, *inputs: Any, **named: Any) -> Any:
         self.kept = None
-        if not self._module.training:
+        if not self._active():
             return self._whole(*inputs, **named)
         hidden, rest, named = _hidden_of(inputs, named)
-        kept = self._stored(hidden) if _in_backward() else None
-        if kept is None:
-            with torch.no_grad():
-                kept = self._choose(self._look(hidden.detach(), named))
-            if kept is not None:
-                self._kept[kept] = _sample(hidden)
-        if kept is None or (kept.count == kept.tokens and self._group_tokens is None):
+        with torch.no_grad():
+            kept = self._choose(self._look(hidden.detach(), named))
+        if kept is None or (kept.share == 1 and self._group_tokens is None):
             return self._whole(hidden, *rest, **named)
         self.kept = kept
         near = nullcontext() if self._group_tokens is None else Shifted(self._group_tokens)
         with near:
-            found = self._whole(take_rows(hidden, kept), *rest, **_cut(named, kept))
-        return _passing_by(found, kept)
-
-    def _stored(self, hidden: Tensor) -> Kept | None:
-        """Return what was kept of the same input, where its graph is still there."""
-        sample = _sample(hidden)
-        tokens, best, nearest = hidden.shape[1], None, float("inf")
-        for kept, other in list(self._kept.items()):
-            if kept.tokens == tokens and other.shape == sample.shape:
-                apart = float((other - sample).abs().sum())
-                if apart < nearest:
-                    best, nearest = kept, apart
-        return best
+            found = [
+                self._whole(take_rows(hidden[n : n + 1], rows), *rest, **_cut(named, kept, n))
+                for n, rows in enumerate(kept.rows)
+            ]
+        return _passing_by(self._module, found, kept)
 
     def _look(self, hidden: Tensor, named: dict[str, Any]) -> Look:
         mask = named.get(_MASK)
@@ -123,10 +115,11 @@ class Eliminating:
         """Return queries and keys of means of `tokens` tokens, each at its middle's position."""
         length = hidden.shape[1]
         middles = torch.arange(0, length, tokens, device=hidden.device) + tokens // 2
-        at = middles.clamp(max=length - 1)[None].expand(hidden.shape[0], -1)
-        part = _cut({**named, _MASK: None}, Kept(at, length, ()))
+        at = middles.clamp(max=length - 1)
+        given = {**named, _MASK: None}
+        means = pooled(hidden, tokens) if tokens > 1 else hidden
         with Watch(skip=True) as watch, in_evaluation(self._module), torch.no_grad():
-            self._whole(pooled(hidden, tokens) if tokens > 1 else hidden, **part)
+            self._whole(means, **_cut(given, Kept((at,), length, ()), None))
         if len(watch.seen) != 1:
             raise _without_attention(self._module, len(watch.seen))
         found: AttentionInputs = watch.seen[0]
@@ -161,14 +154,20 @@ class Following:
             or x.shape[:2] != (len(kept.rows), kept.tokens)
         ):
             return self._whole(*inputs, **named)
-        return _passing_by(self._whole(take_rows(x, kept), *inputs[1:], **named), kept)
+        found = [
+            self._whole(take_rows(x[n : n + 1], rows), *inputs[1:], **named)
+            for n, rows in enumerate(kept.rows)
+        ]
+        return _passing_by(self._module, found, kept)
 
 
-def _passing_by(found: Any, kept: Kept) -> Any:
+def _passing_by(module: nn.Module, found: list[Any], kept: Kept) -> Any:
     """Return what a module gave for kept tokens, so that a residual takes it in row by row."""
-    if isinstance(found, Tensor):
-        return KeptRows(found, kept)
-    return (KeptRows(found[0], kept), *found[1:])
+    first = [each if isinstance(each, Tensor) else each[0] for each in found]
+    rows: Any = KeptRows(first, kept)
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        rows = rows.padded()  # for whoever looks at a module's output
+    return rows if isinstance(found[0], Tensor) else (rows, *found[0][1:])
 
 
 def _without_attention(module: nn.Module, calls: int) -> ValueError:
@@ -216,9 +215,13 @@ def _hidden_of(
     return hidden, tuple(others), named
 
 
-def _cut(named: dict[str, Any], kept: Kept) -> dict[str, Any]:
-    """Return what attention is given besides hidden states, of the kept tokens."""
+def _cut(named: dict[str, Any], kept: Kept, number: int | None) -> dict[str, Any]:
+    """Return what attention is given besides hidden states, of the kept tokens of one sequence.
+
+    `number` None: of all sequences, which keep the same.
+    """
     found = dict(named)
+    rows = kept.rows[number or 0]
     for key, value in named.items():
         if key in _CACHES and value is not None:
             raise ValueError(
@@ -226,12 +229,13 @@ def _cut(named: dict[str, Any], kept: Kept) -> dict[str, Any]:
                 "set use_cache=False while training"
             )
         if key == _MASK:
-            found[key] = _cut_mask(value, kept)
+            found[key] = _cut_mask(value, kept.tokens, rows, number)
         elif key in _BY_TOKEN:
             parts = value if isinstance(value, (tuple, list)) else (value,)
-            cut = tuple(_cut_part(each, kept, _BY_TOKEN[key]) for each in parts)
+            dim = _BY_TOKEN[key]
+            cut = tuple(_cut_part(each, kept.tokens, rows, dim, number) for each in parts)
             found[key] = type(value)(cut) if isinstance(value, (tuple, list)) else cut[0]
-        elif isinstance(value, Tensor) and kept.tokens in value.shape:
+        elif isinstance(value, Tensor) and kept.tokens in value.shape and key not in _OF_THE_LOSS:
             raise ValueError(
                 f"attention was given {key}, {list(value.shape)}, which seems to be by token, and "
                 "nobody knows how to cut it: leave tokens.mode at exact with this model"
@@ -239,41 +243,27 @@ def _cut(named: dict[str, Any], kept: Kept) -> dict[str, Any]:
     return found
 
 
-def _cut_part(value: Any, kept: Kept, dim: int) -> Any:
+def _cut_part(value: Any, tokens: int, rows: Tensor, dim: int, number: int | None) -> Any:
     if value is None:
         return None
-    if value.dim() <= dim or value.shape[dim] != kept.tokens:
+    if value.dim() <= dim or value.shape[dim] != tokens:
         raise ValueError(
             f"attention was given positions of shape {list(value.shape)}, and not one for each of "
-            f"{kept.tokens} tokens"
+            f"{tokens} tokens"
         )
-    if dim == 0 or (value.shape[0] == 1 and len(kept.rows) == 1):
-        return value.index_select(dim, kept.rows[0])
-    rows = kept.rows
-    whole = value.expand(len(rows), *value.shape[1:])
-    return torch.stack([one.index_select(0, at) for one, at in zip(whole, rows, strict=True)])
+    if dim and number is not None and value.shape[0] > 1:
+        value = value[number : number + 1]
+    return value.index_select(dim, rows)
 
 
-def _cut_mask(mask: Any, kept: Kept) -> Any:
+def _cut_mask(mask: Any, tokens: int, rows: Tensor, number: int | None) -> Any:
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != kept.tokens:
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != tokens:
         raise ValueError(
             "attention was given a mask that is not [batch, heads, sequence, sequence]: load the "
             "model with attn_implementation='sdpa', or leave tokens.mode at exact"
         )
-    whole = mask.expand(len(kept.rows), -1, -1, -1)
-    parts = [
-        one.index_select(-2, at).index_select(-1, at)
-        for one, at in zip(whole, kept.rows, strict=True)
-    ]
-    return torch.stack(parts)
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _sample(hidden: Tensor) -> Tensor:
-    step = max(1, hidden.shape[1] // _SAMPLED_TOKENS)
-    return hidden.detach()[:, ::step, :_SAMPLED_CHANNELS].float().clone()
+    if number is not None and mask.shape[0] > 1:
+        mask = mask[number : number + 1]
+    return mask.index_select(-2, rows).index_select(-1, rows)

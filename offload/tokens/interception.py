@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AttentionInputs", "Watch"]
+from offload.tokens.causal_lm import CausalLM
+from offload.tokens.tiling import in_evaluation
+
+__all__ = ["AttentionInputs", "Watch", "attentions_of"]
+
+_TRIED = 8
+"""Tokens of the forward in which attention is looked for."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,43 @@ class Watch(TorchFunctionMode):
         if not self._skip:
             return function(*args, **named)
         return query.new_zeros(*query.shape[:-1], value.shape[-1])
+
+
+@torch.no_grad()
+def attentions_of(model: CausalLM, layers: nn.ModuleList) -> Iterator[nn.Module | None]:
+    """Yield each layer's attention module, None where a layer has another kind of it.
+
+    Found by which child calls PyTorch's attention in a forward of a few tokens. Raises ValueError
+    where none does.
+    """
+    found: dict[nn.Module, int] = {}
+    watch = Watch(skip=False)
+    hooks: list[Any] = []
+    before: list[int] = []
+
+    def enter(_module: nn.Module, _inputs: Any) -> None:
+        before.append(len(watch.seen))
+
+    def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        found[module] = len(watch.seen) - before.pop()
+
+    children = [child for layer in layers for child in layer.children()]
+    for child in children:
+        hooks += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
+    params = next(model.whole.parameters())
+    ids = torch.zeros(1, _TRIED, dtype=torch.long, device=params.device)
+    try:
+        with in_evaluation(model.whole), watch:
+            model.whole(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not any(found.values()):
+        raise ValueError(
+            f"no layer of {type(model.whole).__name__} has a module that calls PyTorch's "
+            "scaled_dot_product_attention: load the model with attn_implementation='sdpa', or set "
+            "tokens.mode to exact"
+        )
+    for layer in layers:
+        calling = [child for child in layer.children() if found.get(child) == 1]
+        yield calling[0] if len(calling) == 1 else None

@@ -17,78 +17,83 @@ _ADDS = {"add", "__add__", "__radd__"}
 _SCALES = {"mul", "__mul__", "__rmul__"}
 
 
-def take_rows(x: Tensor, kept: Kept) -> Tensor:
-    """Return [batch, kept, channels] of `x` [batch, sequence, channels], what is kept of it.
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Return [1, kept, channels] of one sequence `x` [1, sequence, channels].
 
     That copy is what maps save of it for their backward: nothing of the other tokens.
     """
-    taken: Tensor = _Take.apply(x, kept)  # type: ignore[no-untyped-call]
+    taken: Tensor = _Take.apply(x, rows)  # type: ignore[no-untyped-call]
     return taken
 
 
-def add_rows(residual: Tensor, rows: Tensor, kept: Kept) -> Tensor:
-    """Return `residual` with `rows` added where they stand; all else is as it was, bit for bit."""
-    added: Tensor = _Add.apply(residual, rows, kept)  # type: ignore[no-untyped-call]
+def add_rows(residual: Tensor, parts: Sequence[Tensor], kept: Kept) -> Tensor:
+    """Return `residual` [batch, sequence, channels] with the rows added where they stand.
+
+    All else is as it was, bit for bit.
+    """
+    added: Tensor = _Add.apply(residual, kept, *parts)  # type: ignore[no-untyped-call]
     return added
 
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Kept) -> Tensor:
-        ctx.kept, ctx.shape = kept, x.shape
-        return _rows(x, kept)
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows, ctx.shape = rows, x.shape
+        return x.index_select(1, rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         of_all = grads[0].new_zeros(ctx.shape)
-        for whole, part, rows in zip(of_all, grads[0], ctx.kept.rows, strict=True):
-            whole[rows] = part
-        return of_all, None
+        return of_all.index_copy_(1, ctx.rows, grads[0]), None
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, rows: Tensor, kept: Kept) -> Tensor:
+    def forward(ctx: Any, residual: Tensor, kept: Kept, *parts: Tensor) -> Tensor:
         ctx.kept = kept
         out = residual.clone()
-        for whole, part, at in zip(out, rows, kept.rows, strict=True):
-            whole.index_add_(0, at, part)
+        for whole, part, at in zip(out, parts, kept.rows, strict=True):
+            whole.index_add_(0, at, part[0])
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        of_rows = _rows(grads[0], ctx.kept) if ctx.needs_input_grad[1] else None
-        return grads[0], of_rows, None
-
-
-def _rows(x: Tensor, kept: Kept) -> Tensor:
-    if x.shape[0] == 1:
-        return x[0].index_select(0, kept.rows[0])[None]
-    return torch.stack([one.index_select(0, at) for one, at in zip(x, kept.rows, strict=True)])
+        needed = ctx.needs_input_grad[2:]
+        of_parts = [
+            grads[0][n : n + 1].index_select(1, at) if wanted else None
+            for n, (at, wanted) in enumerate(zip(ctx.kept.rows, needed, strict=True))
+        ]
+        return (grads[0], None, *of_parts)
 
 
 class KeptRows:
     """Stands for [batch, sequence, channels] that is zero but for some rows, until it is added.
 
     A layer adds what its attention returns to the residual: that is done row by row. Scaling and
-    dropout leave zeros as they are. Whatever else is asked of it is asked of the whole tensor.
+    dropout leave zeros as they are. Whatever else is asked of it is asked of the whole tensor, but
+    for a change in place, which is refused: it would be a change of a copy.
     """
 
-    def __init__(self, rows: Tensor, kept: Kept) -> None:
-        self.rows, self.kept = rows, kept
+    def __init__(self, parts: Sequence[Tensor], kept: Kept) -> None:
+        self.parts, self.kept = tuple(parts), kept
 
     def padded(self) -> Tensor:
         """Return the whole tensor."""
-        shape = (self.rows.shape[0], self.kept.tokens, *self.rows.shape[2:])
-        return add_rows(self.rows.new_zeros(shape), self.rows, self.kept)
+        shape = (len(self.parts), self.kept.tokens, *self.parts[0].shape[2:])
+        return add_rows(self.parts[0].new_zeros(shape), self.parts, self.kept)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("rows", "kept"):  # not there yet
+        if name in ("parts", "kept"):  # not there yet
             raise AttributeError(name)
         if name in ("dtype", "device", "requires_grad"):
-            return getattr(self.rows, name)
+            return getattr(self.parts[0], name)
+        if name.endswith("_") and not name.endswith("__"):
+            raise TypeError(
+                f"{name}() would change what attention gives for some tokens in place: write it "
+                "as an expression, or set tokens.mode to exact"
+            )
         return getattr(self.padded(), name)
 
     def __add__(self, other: Any) -> Any:
@@ -100,6 +105,20 @@ class KeptRows:
         return _scaled(self, other)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return (
+            _scaled(self, 1 / other) if isinstance(other, (int, float)) else self.padded() / other
+        )
+
+    def __neg__(self) -> Any:
+        return _scaled(self, -1)
+
+    def __sub__(self, other: Any) -> Any:
+        return self.padded() - _whole(other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return _sum(_scaled(self, -1), other)
 
     @classmethod
     def __torch_function__(
@@ -117,7 +136,7 @@ class KeptRows:
         if len(args) == 2 and not named and name in _SCALES:
             return _scaled(*args)
         if name == "dropout" and isinstance(args[0], cls):
-            return cls(function(args[0].rows, *args[1:], **named), args[0].kept)
+            return cls([function(part, *args[1:], **named) for part in args[0].parts], args[0].kept)
         return function(*map(_whole, args), **{key: _whole(each) for key, each in named.items()})
 
 
@@ -132,16 +151,17 @@ def _whole(value: Any) -> Any:
 def _sum(one: Any, other: Any) -> Any:
     part, whole = (one, other) if isinstance(one, KeptRows) else (other, one)
     if isinstance(whole, KeptRows) and whole.kept is part.kept:
-        return KeptRows(part.rows + whole.rows, part.kept)
+        pairs = zip(part.parts, whole.parts, strict=True)
+        return KeptRows([mine + its for mine, its in pairs], part.kept)
     whole = _whole(whole)
-    shape = (part.rows.shape[0], part.kept.tokens, *part.rows.shape[2:])
-    if isinstance(whole, Tensor) and whole.shape == shape and whole.dtype == part.rows.dtype:
-        return add_rows(whole, part.rows, part.kept)
+    shape = (len(part.parts), part.kept.tokens, *part.parts[0].shape[2:])
+    if isinstance(whole, Tensor) and whole.shape == shape and whole.dtype == part.dtype:
+        return add_rows(whole, part.parts, part.kept)
     return part.padded() + whole
 
 
 def _scaled(one: Any, other: Any) -> Any:
     part, factor = (one, other) if isinstance(one, KeptRows) else (other, one)
     if isinstance(factor, (int, float)) or (isinstance(factor, Tensor) and factor.dim() == 0):
-        return KeptRows(part.rows * factor, part.kept)
+        return KeptRows([each * factor for each in part.parts], part.kept)
     return part.padded() * _whole(factor)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,12 @@ class Quality:
     dense_loss: float
     sparse_loss: float
     gradient_cosine: float
-    """Between both gradients of what is trained, as one vector each; 1: the same direction."""
+    """Between both gradients of what is trained, as one vector each; 1: the same direction, NaN:
+    one has none."""
     kept_shares: tuple[float | None, ...]
     """Of the tokens, in each layer; None where all are always kept."""
+    recalls: tuple[float | None, ...]
+    """Of the blocks that scores of all tokens would keep, how many were, in each layer."""
 
     @property
     def loss_gap(self) -> float:
@@ -37,6 +41,9 @@ class Quality:
         """Say it in one line."""
         shares = [share for share in self.kept_shares if share is not None]
         kept = f", {sum(shares) / len(shares):.0%} of tokens kept" if shares else ""
+        recalls = [recall for recall in self.recalls if recall is not None]
+        if recalls:
+            kept += f", recall {sum(recalls) / len(recalls):.0%}"
         return (
             f"loss {self.sparse_loss:.4f} and dense {self.dense_loss:.4f} ({self.loss_gap:+.2%}), "
             f"gradient cosine {self.gradient_cosine:.3f}{kept}"
@@ -59,24 +66,31 @@ def measure_quality(
     what is trained are there at once.
     """
     params = [param for param in model.parameters() if param.requires_grad]
-    was_dense, was_training = tokens.dense, model.training
-    losses, found = [], []
-    model.train()
-    devices = sorted({param.device.index for param in params if param.is_cuda})
-    try:
+    if any(_is_reentrant(module) for module in model.modules()):
+        raise ValueError(
+            "checkpointing with use_reentrant=True gives no gradients but to .grad: set "
+            'gradient_checkpointing_kwargs={"use_reentrant": False} to have quality measured'
+        )
+    with _as_it_was(model, tokens):
+        losses, found = [], []
         for dense in (True, False):
             tokens.dense = dense
-            with torch.random.fork_rng(devices):
+            tokens.recalls = [None] * len(tokens.kept_shares)
+            with torch.random.fork_rng(_devices(params)):
                 with around():
                     loss: Tensor = model(**batch).loss
                 found.append(torch.autograd.grad(loss, params, allow_unused=True))
             losses.append(float(loss.detach()))
-    finally:
-        tokens.dense = was_dense
-        model.train(was_training)
+        recalls, shares = tuple(tokens.recalls or ()), tuple(tokens.kept_shares)
     dense_loss, sparse_loss = _means_over_ranks(losses, params[0].device)
-    quality = Quality(dense_loss, sparse_loss, _cosine(*found), tuple(tokens.kept_shares))
-    if quality.loss_gap > tokens.rule.most_loss_gap and not tokens.fallen_back:
+    if not (math.isfinite(dense_loss) and dense_loss > 0):
+        raise ValueError(
+            f"the dense loss of the probe batch is {dense_loss}, to which nothing compares: give "
+            "one with labels"
+        )
+    quality = Quality(dense_loss, sparse_loss, _cosine(*found), shares, recalls)
+    # Also where it is no number.
+    if not quality.loss_gap <= tokens.rule.most_loss_gap and not tokens.fallen_back:
         tokens.fallen_back = True
         warnings.warn(
             f"all tokens take part from step {tokens.step} on: {quality.text()}, and most_loss_gap="
@@ -85,6 +99,32 @@ def measure_quality(
             stacklevel=2,
         )
     return quality
+
+
+@contextmanager
+def _as_it_was(model: torch.nn.Module, tokens: SparseTokens) -> Iterator[None]:
+    """Have a model in training, and its modules and what is asked of it as they were afterwards."""
+    was_dense, modes = tokens.dense, {each: each.training for each in model.modules()}
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        tokens.dense, tokens.recalls = was_dense, None
+        for module, training in modes.items():
+            module.training = training
+
+
+def _devices(params: Sequence[Tensor]) -> list[int]:
+    return sorted({param.device.index for param in params if param.is_cuda})
+
+
+def _is_reentrant(module: torch.nn.Module) -> bool:
+    function = vars(module).get("_gradient_checkpointing_func")
+    named = getattr(function, "keywords", None) or {}
+    return bool(getattr(module, "gradient_checkpointing", False)) and bool(
+        named.get("use_reentrant", False)
+    )
 
 
 def _means_over_ranks(values: list[float], device: torch.device) -> list[float]:
@@ -106,4 +146,4 @@ def _cosine(ones: Any, others: Any) -> float:
         one_square += float(one.double().square().sum())
         other_square += float(other.double().square().sum())
     length = (one_square * other_square) ** 0.5
-    return product / length if length else 1.0
+    return product / length if length else math.nan

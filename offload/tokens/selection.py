@@ -16,49 +16,44 @@ from torch import Tensor
 
 __all__ = ["Kept", "choose_by_share", "choose_by_threshold", "kept_of"]
 
-_SLACK = 0.1
-"""How far the share of a sequence's beginning may be off, of the whole."""
+_SLACK, _SLACK_BLOCKS = 0.1, 2
+"""How far the share of a sequence's beginning may be off: of what is due, and blocks beside it."""
 
 
 @dataclass(eq=False, frozen=True)
 class Kept:
-    """The tokens of one sequence, or a batch of them, that take part in one layer's attention."""
+    """The tokens of each sequence of a batch that take part in one layer's attention."""
 
-    rows: Tensor
-    """[batch, kept], ascending, int64: where they stand in the sequence."""
+    rows: tuple[Tensor, ...]
+    """Of each sequence: [kept], ascending, int64: where they stand in it."""
     tokens: int
     """In a whole sequence."""
     blocks: tuple[tuple[int, ...], ...]
-    """Of each of the batch, ascending; as many in each."""
-
-    @property
-    def count(self) -> int:
-        """How many tokens of each sequence are kept."""
-        return int(self.rows.shape[1])
+    """Of each sequence, ascending."""
 
     @property
     def share(self) -> float:
-        """How much of a sequence is kept."""
-        return self.count / self.tokens
+        """How much of the sequences is kept."""
+        return sum(map(len, self.rows)) / (self.tokens * len(self.rows))
 
 
 def choose_by_share(scores: Sequence[float], share: float, *, causal: bool) -> list[bool]:
     """Say of each block whether it is among the best, `share` of all.
 
     `causal`: from the scores up to its own alone. Then of every beginning of a sequence the share
-    is kept, but for a tenth of all that is, and in between the better ones.
+    is kept, but for a tenth and two blocks, and in between the better ones.
     """
     count = len(scores)
     if not causal:
         best = sorted(range(count), key=lambda n: (-scores[n], n))[: math.ceil(share * count)]
         chosen = set(best)
         return [n in chosen for n in range(count)]
-    slack = max(1.0, _SLACK * share * count)
     seen: list[float] = []
     kept: list[bool] = []
     ahead = 0.0  # by how many more were kept than are due
     for score in scores:
         bisect.insort(seen, score)
+        slack = _SLACK_BLOCKS + _SLACK * share * len(seen)
         ahead -= share
         better = (len(seen) - bisect.bisect_right(seen, score)) / len(seen)
         # The more are ahead, the better has the next one to be.
@@ -85,21 +80,17 @@ def kept_of(
 ) -> Kept:
     """Return the tokens of the blocks that are chosen or always kept, and never of the others.
 
-    All arguments are [batch, blocks]; the last block may be shorter, and is kept. Where one of a
-    batch keeps fewer blocks than another it keeps its next best beside them, padding at last.
+    All arguments are [batch, blocks], of which the last may be shorter. Each sequence is for
+    itself: what another one keeps changes nothing. One that would keep none keeps its best.
     """
-    picked = []
-    for each, must, out in zip(chosen, always, never, strict=True):
-        last = len(each) - 1
+    blocks = []
+    for each, own, must, out in zip(chosen, scores, always, never, strict=True):
         wanted = zip(each, must, out, strict=True)
-        picked.append({n for n, (c, m, o) in enumerate(wanted) if m or (c and not o)} | {last})
-    most = max(map(len, picked))
-    for found, order, out in zip(picked, scores, never, strict=True):
-        rest = sorted(set(range(len(order))) - found, key=lambda n: (out[n], -order[n], n))
-        found.update(rest[: most - len(found)])
-    blocks = tuple(tuple(sorted(found)) for found in picked)
+        picked = [n for n, (c, m, o) in enumerate(wanted) if m or (c and not o)]
+        blocks.append(tuple(picked or [max(range(len(own)), key=own.__getitem__)]))
     inside = torch.arange(block_tokens)
-    rows = (torch.tensor(blocks)[:, :, None] * block_tokens + inside).flatten(1)
-    over = math.ceil(tokens / block_tokens) * block_tokens - tokens
-    rows = rows[:, : rows.shape[1] - over]
-    return Kept(rows.to(device), tokens, blocks)
+    rows = []
+    for each_blocks in blocks:
+        at = (torch.tensor(each_blocks)[:, None] * block_tokens + inside).flatten()
+        rows.append(at[at < tokens].to(device))
+    return Kept(tuple(rows), tokens, tuple(blocks))

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from offload.tokens.bounds import bounds_of
 from offload.tokens.causal_lm import causal_lm_of, layers_of, perceptrons_of
 from offload.tokens.elimination import Eliminating, Following, Look, score_of
 from offload.tokens.exact import ExactTokens
-from offload.tokens.interception import Watch
-from offload.tokens.loss import IGNORED
-from offload.tokens.selection import (
-    Kept,
-    choose_by_share,
-    choose_by_threshold,
-    kept_of,
-)
-from offload.tokens.tiling import in_evaluation
+from offload.tokens.interception import attentions_of
+from offload.tokens.passes import Pass, Passes, in_backward
+from offload.tokens.predictor import BlockPredictor, block_means
+from offload.tokens.predictor_file import load_predictors
+from offload.tokens.selection import Kept, choose_by_share, choose_by_threshold, kept_of
 from perfmodel.token_plan import SparsityRule
 
 __all__ = ["SparseTokens"]
 
-_TRIED = 8
+_ASKED = ("input_ids", "labels", "shift_labels", "ignore_index", "attention_mask", "position_ids")
 
 
 class SparseTokens:
@@ -44,7 +42,8 @@ class SparseTokens:
     def __init__(self, model: nn.Module, rule: SparsityRule | None = None, **exact: Any) -> None:
         self.model = causal_lm_of(model)
         layers = layers_of(self.model)
-        self.rule = (rule or SparsityRule()).of_layers(len(layers))
+        self._asked = rule or SparsityRule()
+        self.rule = self._asked.of_layers(len(layers))
         self.dense: bool | None = None
         """Set to have all tokens take part, or not, whatever the step."""
         self.fallen_back = False
@@ -53,17 +52,28 @@ class SparseTokens:
         self._count: Callable[[], int] | None = None
         self.kept_shares: list[float | None] = [None] * len(layers)
         """Of the tokens, in each layer's last forward; None: all, always."""
-        self._given: dict[str, Any] = {}
-        self._always: list[list[bool]] | None = None
-        self._never: list[list[bool]] = []
+        self.recalls: list[float | None] | None = None
+        """Set to a list to have each layer's next forward say how many of the blocks it keeps that
+        scores of all tokens would keep, of those; as costly as its attention."""
         self._names = self.model.names()
         self._eliminating: list[Eliminating] = []
         self._following: list[Following] = []
         attentions = list(attentions_of(self.model, layers))
+        self._predictors = self._read_predictors(attentions)
         self._params = {id(param) for param in self.model.whole.parameters()}
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._passes = Passes(self.model.whole)
         # Before exact mode's, which takes labels away.
         begin = self.model.whole.register_forward_pre_hook(self._begin, with_kwargs=True)
-        self._hooks = [begin, register_optimizer_step_post_hook(self._stepped)]
+        end = self.model.whole.register_forward_hook(self._end, always_call=True)
+        stepped = weakref.WeakMethod(self._stepped)  # all optimizers' hook outlives a model
+
+        def step(*given: Any) -> None:
+            own = stepped()
+            if own is not None:
+                own(*given)
+
+        self._hooks = [begin, end, register_optimizer_step_post_hook(step)]
         self.exact: ExactTokens | None = None
         try:
             self.exact = ExactTokens(model, **exact)
@@ -72,17 +82,62 @@ class SparseTokens:
             self.close()
             raise
 
+    def _read_predictors(self, attentions: Sequence[nn.Module | None]) -> dict[int, BlockPredictor]:
+        """Return what foretells scores, by layer, where each attention is. Raises ValueError."""
+        rule = self.rule
+        if rule.predictor is None:
+            return {}
+        config = self.model.config
+        sizes = {"channels": config.hidden_size, "heads": config.num_attention_heads}
+        found, made = load_predictors(rule.predictor, block_tokens=rule.block_tokens, **sizes)
+        if made.causal != rule.causal:
+            raise ValueError(
+                f"{rule.predictor}: was trained with causal={made.causal}, and here it is "
+                f"{rule.causal}: scores differ"
+            )
+        sparse = {n for n in range(len(attentions)) if not rule.is_dense(n)}
+        if missing := sorted(sparse - found.keys()):
+            raise ValueError(f"{rule.predictor}: has no predictors of layers {missing}")
+        for number, attention in enumerate(attentions):
+            if number in found and attention is not None:
+                found[number] = found[number].to(next(attention.parameters()).device).eval()
+        return found
+
     def _put_in(self, layers: nn.ModuleList, attentions: Sequence[nn.Module | None]) -> None:
         """Put attention modules, and perceptrons where asked, to what is kept alone."""
         perceptrons = set(perceptrons_of(self.model)) if self.rule.sparse_mlp else set()
         for number, attention in enumerate(attentions):
-            if self.rule.is_dense(number) or attention is None:
+            if self.rule.is_dense(number):
                 continue
-            near = {"group_tokens": self.rule.group_tokens}
-            found = Eliminating(attention, number, self._choose, **near)
+            if attention is None:
+                self._require_schedule(number)
+                continue
+            near = self.rule.group_tokens
+            found = Eliminating(
+                attention, number, self._choose, active=self._is_active, group_tokens=near
+            )
             self._eliminating.append(found)
             own = [each for each in layers[number].children() if each in perceptrons]
             self._following += [Following(each, found) for each in own]
+        if not self._eliminating:
+            warnings.warn(
+                f"no layer of {len(layers)} leaves tokens out by this rule: give ratios for each",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        elif self.rule.sparse_mlp and not self._following:
+            raise ValueError(
+                f"sparse_mlp=True, and no perceptron of {type(self.model.whole).__name__} stands "
+                "by itself in its layer: leave it out"
+            )
+
+    def _require_schedule(self, number: int) -> None:
+        """Raise ValueError where a layer was named whose attention is of another kind."""
+        if self._asked.ratios is not None or self._asked.thresholds is not None:
+            raise ValueError(
+                f"layer {number} has no attention of PyTorch's to take tokens out of: give it a "
+                "ratio of 1, or a threshold below 0"
+            )
 
     @property
     def sparse_layers(self) -> int:
@@ -119,61 +174,98 @@ class SparseTokens:
             other.close()
         for hook in self._hooks:
             hook.remove()
+        self._passes.close()
         if self.exact is not None:
             self.exact.close()
 
     def _stepped(self, optimizer: torch.optim.Optimizer, _args: Any, _named: Any) -> None:
         first = next((param for group in optimizer.param_groups for param in group["params"]), None)
-        if id(first) in self._params:
+        if id(first) not in self._params:
+            return
+        if self._optimizer is None or self._optimizer() is None:
+            self._optimizer = weakref.ref(optimizer)
+        if self._optimizer() is optimizer:  # of several that train a model one is counted
             self._counted += 1
 
-    # ---- what is always kept -----------------------------------------------------------------
+    # ---- forwards ----------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, inputs: Any, named: Any) -> Any:
-        given = dict(zip(self._names, inputs, strict=False)) | named
-        self._always = None
-        if not module.training:
+        if not module.training or not torch.is_grad_enabled():
+            self._passes.begin(None)
             return None
-        keys = ("input_ids", "labels", "attention_mask", "position_ids")
-        self._given = {key: given.get(key) for key in keys}
+        given = dict(zip(self._names, inputs, strict=False)) | named
+        own = Pass(self.is_dense, {key: given.get(key) for key in _ASKED})
+        self._passes.begin(own)
+        if own.dense:
+            self.kept_shares = [None if share is None else 1.0 for share in self.kept_shares]
         # Of the kept tokens alone a cache would hold keys; in training there is none to be read.
         return (), given | ({"use_cache": False} if "use_cache" in self._names else {})
 
-    def _must(self, batch: int, tokens: int) -> tuple[list[list[bool]], list[list[bool]]]:
-        """Return which blocks are always kept, and which never, [batch, blocks] each."""
-        if self._always is None or len(self._always) != batch:
-            always, never = bounds_of(self._given, self.rule, batch, tokens)
-            self._always, self._never = always.tolist(), never.tolist()
-        return self._always, self._never
+    def _end(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self._passes.end()
 
-    # ---- what is kept --------------------------------------------------------------------------
+    def _is_active(self) -> bool:
+        own = self._passes.current()
+        return own is not None and not own.dense
 
     def _choose(self, look: Look) -> Kept | None:
-        if self.is_dense:
+        own = self._passes.current()
+        if own is None or own.dense:
             return None
+        if in_backward():  # what was kept then; nothing is not stored
+            return own.kept.get(look.layer)
+        kept = self._fresh(look, own)
+        self.kept_shares[look.layer] = 1.0 if kept is None else kept.share
+        if kept is not None:
+            own.kept[look.layer] = kept
+            if self.recalls is not None:
+                self.recalls[look.layer] = self._recall(look, kept)
+        return kept
+
+    def _fresh(self, look: Look, own: Pass) -> Kept | None:
+        """Choose what is kept of a layer; None: all of a sequence that is too short."""
         batch, tokens = look.hidden.shape[:2]
         rule = self.rule
-        if tokens <= rule.block_tokens * (rule.first_blocks + rule.last_blocks):
+        if tokens <= rule.block_tokens * max(1, rule.first_blocks + rule.last_blocks):
             return None
-        scores = score_of(
-            look,
-            pool_tokens=rule.pool_tokens,
-            block_tokens=rule.block_tokens,
-            causal=rule.causal,
-        ).tolist()
-        chosen = [self._chosen(each, look.layer) for each in scores]
-        always, never = self._must(batch, tokens)
-        kept = kept_of(
-            chosen,
+        if own.bounds is None:
+            own.bounds = bounds_of(own.given, rule, batch, tokens)
+        always, never = own.bounds
+        scores = self._foretold(look)
+        return kept_of(
+            [self._chosen(each, look.layer) for each in scores],
             scores,
-            always=always,
-            never=never,
+            always=always.tolist(),
+            never=never.tolist(),
             tokens=tokens,
             block_tokens=rule.block_tokens,
             device=look.hidden.device,
         )
-        self.kept_shares[look.layer] = kept.share
-        return kept
+
+    def _foretold(self, look: Look) -> list[list[float]]:
+        """Return scores by what is cheap: a predictor's, or of means."""
+        predictor = self._predictors.get(look.layer)
+        if predictor is None:
+            return self._scores(look, self.rule.pool_tokens)
+        scores = block_means(predictor(look.hidden), causal=self.rule.causal)
+        short = look.hidden.shape[1] % self.rule.block_tokens > 0  # the last, which has none
+        found: list[list[float]] = torch.nn.functional.pad(scores, (0, int(short))).tolist()
+        return found
+
+    def _recall(self, look: Look, kept: Kept) -> float:
+        scores = self._scores(look, pool_tokens=1)
+        found = wanted = 0
+        for each, blocks in zip(scores, kept.blocks, strict=True):
+            true = {n for n, one in enumerate(self._chosen(each, look.layer)) if one}
+            wanted += len(true)
+            found += len(true & set(blocks))
+        return found / wanted if wanted else 1.0
+
+    def _scores(self, look: Look, pool_tokens: int) -> list[list[float]]:
+        rule = self.rule
+        given: dict[str, Any] = {"block_tokens": rule.block_tokens, "causal": rule.causal}
+        found: list[list[float]] = score_of(look, pool_tokens=pool_tokens, **given).tolist()
+        return found
 
     def _chosen(self, scores: Sequence[float], layer: int) -> list[bool]:
         rule = self.rule
@@ -181,82 +273,3 @@ class SparseTokens:
             return choose_by_threshold(scores, rule.thresholds[layer])
         assert rule.ratios is not None
         return choose_by_share(scores, rule.ratios[layer], causal=rule.causal)
-
-
-def bounds_of(
-    given: dict[str, Any], rule: SparsityRule, batch: int, tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Return which blocks are always kept, and which hold padding alone: bool, [batch, blocks]."""
-    blocks = math.ceil(tokens / rule.block_tokens)
-    mask = given.get("attention_mask")
-    there = torch.ones(batch, tokens, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.shape == (batch, tokens):
-        there = mask.cpu().bool()
-    always = torch.zeros(batch, blocks, dtype=torch.bool)
-    filled = _by_block(there, rule.block_tokens)
-    for index in range(batch):
-        own = filled[index].nonzero().flatten().tolist()
-        always[index, own[: rule.first_blocks]] = True
-        always[index, own[len(own) - rule.last_blocks :] if rule.last_blocks else []] = True
-    positions = given.get("position_ids")
-    if isinstance(positions, Tensor) and positions.shape == (batch, tokens) and rule.first_blocks:
-        begins = _by_block((positions.cpu() == 0) & there, rule.block_tokens)
-        for after in range(rule.first_blocks):
-            always[:, after:] |= begins[:, : blocks - after]
-    labels = given.get("labels")
-    if rule.keep_labels and isinstance(labels, Tensor):
-        counts = labels.cpu() != IGNORED
-        if bool((~counts & there).any()):
-            always |= _by_block(counts, rule.block_tokens)
-    ids = given.get("input_ids")
-    if rule.keep_token_ids and isinstance(ids, Tensor):
-        wanted = torch.tensor(rule.keep_token_ids)
-        always |= _by_block(torch.isin(ids.cpu(), wanted), rule.block_tokens)
-    return always & filled, ~filled
-
-
-def _by_block(tokens: Tensor, block_tokens: int) -> Tensor:
-    """Say of each block whether it holds one of the tokens that are so."""
-    over = -tokens.shape[1] % block_tokens
-    padded = torch.nn.functional.pad(tokens, (0, over))
-    return padded.view(len(tokens), -1, block_tokens).any(-1)
-
-
-@torch.no_grad()
-def attentions_of(model: Any, layers: nn.ModuleList) -> Iterator[nn.Module | None]:
-    """Yield each layer's attention module, None where a layer has another kind of it.
-
-    Found by which child calls PyTorch's attention in a forward of a few tokens. Raises ValueError
-    where none does.
-    """
-    found: dict[nn.Module, int] = {}
-    watch = Watch(skip=False)
-    hooks: list[Any] = []
-    before: list[int] = []
-
-    def enter(_module: nn.Module, _inputs: Any) -> None:
-        before.append(len(watch.seen))
-
-    def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        found[module] = len(watch.seen) - before.pop()
-
-    children = [child for layer in layers for child in layer.children()]
-    for child in children:
-        hooks += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
-    params = next(model.whole.parameters())
-    ids = torch.zeros(1, _TRIED, dtype=torch.long, device=params.device)
-    try:
-        with in_evaluation(model.whole), watch:
-            model.whole(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not any(found.values()):
-        raise ValueError(
-            f"no layer of {type(model.whole).__name__} has a module that calls PyTorch's "
-            "scaled_dot_product_attention: load the model with attn_implementation='sdpa', or set "
-            "tokens.mode to exact"
-        )
-    for layer in layers:
-        calling = [child for child in layer.children() if found.get(child) == 1]
-        yield calling[0] if len(calling) == 1 else None

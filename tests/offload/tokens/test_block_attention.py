@@ -193,6 +193,23 @@ def test_wrong_shapes_are_refused() -> None:
         BlockAttention(16)(*some(2, 1, 1, 40, 8), torch.tensor([[0], [2]]))
 
 
+def test_what_a_kernel_must_not_see_is_refused() -> None:
+    attention = BlockAttention(16)
+    query, key, value = some(2, 2, 1, 64, 8)
+    rows = torch.tensor([[0], [0]])
+    for documents in (torch.zeros(1, 64), torch.zeros(2, 32), torch.zeros(2, 1)):
+        with pytest.raises(ValueError, match="documents of shape"):
+            attention(query, key, value, rows, documents=documents)
+        with pytest.raises(ValueError, match="documents of shape"):
+            attention.pair_scores(query, key, ahead=False, documents=documents)
+    for other in (key[:, :, :16], key[:1], key[..., :4], key[:, :0]):
+        with pytest.raises(ValueError, match=r"keys have to be|no query, key and value"):
+            attention.pair_scores(query, other, ahead=False)
+    for scale in (0.0, -0.3, float("nan")):
+        with pytest.raises(ValueError, match="is not over 0"):
+            attention(query, key, value, rows, scale=scale)
+
+
 def test_other_types_go_pytorchs_way() -> None:
     given_ = [each.detach().bfloat16() for each in some(1, 2, 1, 64, 8)]
     rows = torch.tensor([[0, 3]])

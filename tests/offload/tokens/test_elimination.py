@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from offload.tokens.causal_lm import causal_lm_of, layers_of, perceptrons_of
-from offload.tokens.elimination import Eliminating, Following, Look
+from offload.tokens.elimination import Eliminating, Following
+from offload.tokens.interception import attentions_of
 from offload.tokens.selection import Kept, kept_of
-from offload.tokens.sparse import attentions_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -94,7 +93,8 @@ def masked(model: Any, *, perceptrons: bool = False) -> Iterator[None]:
     following = list(perceptrons_of(causal_lm_of(model))) if perceptrons else []
     for layer, module in enumerate(list(changed)):
         rows = torch.zeros(2, TOKENS, dtype=torch.bool)
-        rows.scatter_(1, some_kept(layer).rows, True)
+        for one, at in zip(rows, some_kept(layer).rows, strict=True):
+            one[at] = True
         module.forward = _masked_forward(module.forward, rows)
         if perceptrons:
             own = following[layer]
@@ -185,41 +185,10 @@ def test_perceptrons_that_follow_run_for_the_kept_tokens_alone(kind: str) -> Non
     assert not any("forward" in vars(each) for each in model.modules())
 
 
-def forgetful(look: Look) -> Kept:
-    """Choose other blocks each time."""
-    forgetful.turn += 1  # type: ignore[attr-defined]
-    return some_kept(forgetful.turn)  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("forwards", [1, 2])
-def test_layers_that_run_again_keep_the_same_tokens(forwards: int) -> None:
-    model = made("llama")
-    each = [Eliminating(one, layer, forgetful) for layer, one in enumerate(attentions(model))]
-    found = []
-    for again in (False, True):
-        forgetful.turn = 0  # type: ignore[attr-defined]
-        if again:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        given = [batch(False) for _ in range(forwards)]
-        for number, one in enumerate(given):
-            one["input_ids"] = (one["input_ids"] + number) % VOCAB
-        # All forwards before all backwards, as a pipeline may have them.
-        losses = [model(**one, use_cache=False).loss for one in given]
-        sum(losses).backward()
-        del losses
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad()
-        assert forgetful.turn == 3 * forwards  # type: ignore[attr-defined]
-    for name, expected in found[0].items():
-        assert torch.equal(found[1][name], expected), name
-    gc.collect()
-    assert all(len(one._kept) <= 1 for one in each), "choices outlive their graphs"
-
-
 def test_everything_kept_is_the_model_itself() -> None:
     model, given = made("llama"), batch(False)
     loss, expected = trained(model, given)
-    rows = torch.arange(TOKENS).expand(2, -1)
+    rows = (torch.arange(TOKENS),) * 2
     for layer, one in enumerate(attentions(model)):
         Eliminating(one, layer, lambda _look: Kept(rows, TOKENS, ()))
     ours, found = trained(model, given)
@@ -236,6 +205,15 @@ def test_a_cache_and_unknown_tensors_by_token_are_refused() -> None:
         model(**given, use_cache=True)
     with pytest.raises(ValueError, match="nobody knows how to cut it"):
         model(**given, use_cache=False, weights=torch.ones(2, TOKENS))
+
+
+def test_who_looks_at_a_modules_output_sees_a_whole_tensor() -> None:
+    model, seen = made("llama"), []
+    for layer, one in enumerate(attentions(model)):
+        Eliminating(one, layer, lambda look: some_kept(look.layer))
+        one.register_full_backward_hook(lambda _module, _inputs, grads: seen.append(grads[0].shape))
+    trained(model, batch(False))
+    assert seen == [(2, TOKENS, HIDDEN)] * 3
 
 
 def test_a_module_with_a_forward_of_its_own_is_refused() -> None:

@@ -37,9 +37,9 @@ def test_every_beginning_of_a_causal_choice_has_about_the_share(
     scores: list[float], share: float
 ) -> None:
     kept = choose_by_share(scores, share, causal=True)
-    slack = max(1.0, 0.1 * share * len(scores)) + 1
+
     for n in range(1, len(kept) + 1):
-        assert abs(sum(kept[:n]) - share * n) <= slack
+        assert abs(sum(kept[:n]) - share * n) <= 3 + 0.1 * share * n
 
 
 def test_a_causal_choice_takes_those_that_stand_out() -> None:
@@ -79,12 +79,11 @@ def test_kept_tokens_are_the_blocks_own_and_never_padding(data: st.DataObject) -
         block_tokens=block,
         device=torch.device("cpu"),
     )
-    assert kept.rows.shape == (batch, kept.count)
-    assert 0 < kept.count <= tokens
-    for rows, blocks, asked, out in zip(kept.rows, kept.blocks, always, never, strict=True):
-        expected = [at for at in range(tokens) if at // block in blocks]
-        assert rows.tolist() == expected
-        assert count - 1 in blocks
-        assert all(n in blocks for n in range(count) if asked[n])
-        if len(kept.blocks) == 1:
-            assert not any(out[n] for n in blocks if n != count - 1)
+    for rows, blocks, wanted, asked, out in zip(
+        kept.rows, kept.blocks, chosen, always, never, strict=True
+    ):
+        assert rows.tolist() == [at for at in range(tokens) if at // block in blocks]
+        assert len(blocks) > 0
+        expected = {n for n in range(count) if asked[n] or (wanted[n] and not out[n])}
+        assert set(blocks) == expected or (not expected and len(blocks) == 1)
+    assert 0 < kept.share <= 1

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+import warnings
+import weakref
 
 import pytest
 import torch
-from torch import Tensor
+import torch.utils.checkpoint
 
-from offload.tokens.meter import measure_quality
-from offload.tokens.sparse import SparseTokens, bounds_of
+from offload.tokens.bounds import bounds_of
+from offload.tokens.selection import Kept
+from offload.tokens.sparse import SparseTokens
 from perfmodel.token_plan import SparsityRule
+from tests.offload.tokens.sparse_llama import BLOCK, RULE, TOKENS, VOCAB, batch, made
 
 transformers = pytest.importorskip("transformers")
-
-VOCAB, TOKENS, BLOCK = 101, 96, 8
-LLAMA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-RULE: dict[str, Any] = {"block_tokens": BLOCK, "pool_tokens": 2}
-
-
-def made(**settings: Any) -> Any:
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, **settings)).train()
-
-
-def batch(rows: int = 1) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(3, VOCAB, (rows, TOKENS))
-    return {"input_ids": ids, "labels": ids.clone()}
 
 
 def test_later_layers_keep_about_their_share_and_the_others_all() -> None:
@@ -73,14 +55,18 @@ def test_evaluation_and_dense_steps_are_exact_modes() -> None:
 
 def test_a_layer_whose_blocks_are_all_below_its_threshold_keeps_those_that_must_be() -> None:
     model = made()
-    never_met = (1e9,) * 4
-    tokens = SparseTokens(model, SparsityRule(**RULE, thresholds=never_met))
-    chosen = []
-    choose = tokens._choose
-    for each in tokens._eliminating:
-        each._choose = lambda look: chosen.append(choose(look)) or chosen[-1]
+    tokens = SparseTokens(model, SparsityRule(**RULE, thresholds=(1e9,) * 4))
+    chosen: list[Kept] = []
+    fresh = tokens._fresh
+    tokens._fresh = lambda *given: chosen.append(fresh(*given)) or chosen[-1]
     model(**batch()).loss.backward()
     assert [one.blocks for one in chosen] == [((0, TOKENS // BLOCK - 1),)] * 4
+    tokens.close()
+    chosen.clear()
+    rule = SparsityRule(**RULE, thresholds=(1e9,) * 4, first_blocks=0, last_blocks=0)
+    tokens = SparseTokens(model, rule)
+    model(**batch()).loss.backward()  # of the best one alone
+    assert tokens.kept_shares == [BLOCK / TOKENS] * 4
 
 
 def test_thresholds_below_all_scores_keep_everything() -> None:
@@ -94,21 +80,24 @@ def test_thresholds_below_all_scores_keep_everything() -> None:
     assert tokens.kept_shares == [1.0] * 4
 
 
-def test_what_comes_later_changes_nothing_of_what_was_kept_before() -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_comes_later_or_stands_beside_changes_nothing_of_what_was_kept_before(
+    rows: int,
+) -> None:
     kept = []
-    for tail in (0, 1):
+    for tail in range(3):
         model = made()
         tokens = SparseTokens(model, SparsityRule(**RULE, ratio=0.5))
-        found: list[Any] = []
-        choose = tokens._choose
-        for each in tokens._eliminating:
-            each._choose = lambda look, ask=choose, to=found: to.append(ask(look)) or to[-1]
-        given = batch()
-        given["input_ids"][:, TOKENS // 2 :] = (given["input_ids"][:, TOKENS // 2 :] + tail) % VOCAB
+        found: list[Kept] = []
+        fresh = tokens._fresh
+        tokens._fresh = lambda *given, ask=fresh, to=found: to.append(ask(*given)) or to[-1]
+        given = batch(rows)
+        given["input_ids"][0, TOKENS // 2 :] = (given["input_ids"][0, TOKENS // 2 :] + tail) % VOCAB
+        given["input_ids"][1:] = (given["input_ids"][1:] + 7 * tail) % VOCAB
         model(**given)
+        assert len(found) == 2
         kept.append([{n for n in one.blocks[0] if n < TOKENS // BLOCK // 2} for one in found])
-    assert kept[0] == kept[1]
-    assert len(kept[0]) == 2
+    assert kept[0] == kept[1] == kept[2]
 
 
 def test_labels_sinks_documents_and_named_tokens_are_always_kept() -> None:
@@ -129,26 +118,52 @@ def test_labels_sinks_documents_and_named_tokens_are_always_kept() -> None:
     }
     always, never = bounds_of(given, rule, 2, 40)
     assert always.tolist() == [
-        [True, False, True, True, True],  # sink, a label, a document's beginning, the last
+        [True, False, True, True, True],  # sink, a label (and whose it is), a beginning, the last
         [True, False, False, True, False],  # sink, the token 7 and the last one of its own
     ]
     assert never.tolist() == [[False] * 5, [False] * 4 + [True]]
 
 
-def test_training_by_checkpointing_is_the_same_to_the_bit() -> None:
-    found = []
-    for again in (None, False, True):
-        model = made()
-        tokens = SparseTokens(model, SparsityRule(**RULE), mlp_tile_tokens=0)
-        if again is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": again})
-            model.enable_input_require_grads()
-        loss = model(**batch(2)).loss
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-        tokens.close()
-    for other in found[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+def test_a_dense_step_says_that_all_was_kept() -> None:
+    model, given = made(), batch()
+    tokens = SparseTokens(model, SparsityRule(**RULE))
+    model(**given)
+    assert tokens.kept_share < 1
+    tokens.fallen_back = True
+    model(**given)
+    assert tokens.kept_share == 1
+
+
+def test_labels_that_are_shifted_already_go_with_it() -> None:
+    model, given = made(), batch()
+    SparseTokens(model, SparsityRule(**RULE))
+    expected = model(**given).loss
+    shifted = torch.nn.functional.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+    found = model(input_ids=given["input_ids"], shift_labels=shifted).loss
+    assert torch.equal(found, expected)
+
+
+def test_the_token_that_foretells_the_first_label_is_kept() -> None:
+    labels = torch.full((1, 96), -100)
+    labels[0, 40:48] = 5
+    always, _ = bounds_of({"labels": labels}, SparsityRule(**RULE), 1, 96)
+    assert always[0].nonzero().flatten().tolist() == [0, 4, 5, 11]
+
+
+def test_positions_of_one_are_every_sequences() -> None:
+    positions = torch.arange(96)[None] % 32
+    given = {"position_ids": positions}
+    always, _ = bounds_of(given, SparsityRule(**RULE), 2, 96)
+    assert [each.nonzero().flatten().tolist() for each in always] == [[0, 4, 8, 11]] * 2
+
+
+def test_a_model_that_is_let_go_of_goes() -> None:
+    model = made()
+    tokens = SparseTokens(model, SparsityRule(**RULE))
+    gone = weakref.ref(model)
+    del model, tokens
+    gc.collect()
+    assert gone() is None
 
 
 def test_perceptrons_and_groups_go_with_checkpointing_and_tiles() -> None:
@@ -173,11 +188,13 @@ def test_steps_are_counted_by_the_models_optimizer_and_ends_are_dense() -> None:
     model, other = made(), torch.nn.Linear(1, 1)
     tokens = SparseTokens(model, SparsityRule(**RULE, warm_up_steps=1, dense_from_step=2))
     optimizer, another = (torch.optim.SGD(each.parameters()) for each in (model, other))
+    second = torch.optim.SGD(model.parameters())
     seen = []
     for _ in range(3):
         another.step()
         seen.append(tokens.is_dense)
         optimizer.step()
+        second.step()
     assert seen == [True, False, True]
     tokens.follow(lambda: 1)
     assert not tokens.is_dense
@@ -186,40 +203,38 @@ def test_steps_are_counted_by_the_models_optimizer_and_ends_are_dense() -> None:
     assert tokens._counted == 3
 
 
-def test_past_its_limit_the_meter_has_all_tokens_take_part() -> None:
-    model, given = made(), batch()
-    tokens = SparseTokens(model, SparsityRule(**RULE, ratio=0.1, most_loss_gap=0.0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    tokens.dense = True
-    for _ in range(10):  # so that what is left out is missed
-        model(**given).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    tokens.dense = None
-    with pytest.warns(RuntimeWarning, match="all tokens take part from step 10 on"):
-        dense = measure_quality(model, tokens, given).dense_loss
-    assert float(model(**given).loss) == dense
-    assert measure_quality(model, tokens, given).sparse_loss > dense
-
-
-def test_adapters_with_dropout_train_by_the_same_random_numbers_as_without_scores() -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_choosing_draws_no_random_numbers(again: bool) -> None:
     peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.3)
+    model = peft.get_peft_model(made(), lora).train()
+    if again:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     states = []
-    for ratios in ((1.0,) * 4, (1.0, 0.99, 0.99, 1.0)):
-        model = peft.get_peft_model(
-            made(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
-        ).train()
-        tokens = SparseTokens(model, SparsityRule(**RULE, ratios=ratios))
+    # All tokens stay both times: by a rule without layers to choose for, and by choosing.
+    for thresholds in ((-1.0,) * 4, (-1.0, 0.0, 0.0, -1.0)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokens = SparseTokens(model, SparsityRule(**RULE, thresholds=thresholds))
         torch.manual_seed(3)
-        tokens.model.decoder.layers[1].self_attn(
-            torch.randn(1, TOKENS, 32),
-            position_embeddings=(torch.ones(1, TOKENS, 8), torch.zeros(1, TOKENS, 8)),
-            attention_mask=None,
-        )
-        states.append(tokens.kept_shares[1])
+        loss = model(**batch()).loss
+        loss.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        states.append([torch.random.get_rng_state(), loss.detach(), *grads])
+        model.zero_grad()
         tokens.close()
-    assert states[0] is None
-    assert states[1] is not None
+    assert all(torch.equal(one, two) for one, two in zip(*states, strict=True))
+
+
+def test_rules_that_would_do_nothing_are_said_or_refused() -> None:
+    with pytest.warns(RuntimeWarning, match="no layer of 4 leaves tokens out"):
+        SparseTokens(made(), SparsityRule(**RULE, ratios=(1.0,) * 4)).close()
+    opt = {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 4}
+    config = transformers.OPTConfig(**opt, num_attention_heads=4, word_embed_proj_dim=32)
+    model = transformers.OPTForCausalLM(config).train()
+    with pytest.raises(ValueError, match="no perceptron of OPTForCausalLM"):
+        SparseTokens(model, SparsityRule(**RULE, sparse_mlp=True))
 
 
 def test_a_rule_of_other_layers_is_refused() -> None:
@@ -230,23 +245,3 @@ def test_a_rule_of_other_layers_is_refused() -> None:
 def test_attention_that_is_not_pytorchs_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         SparseTokens(made(attn_implementation="eager"))
-
-
-def test_the_meter_tells_sparse_from_dense_and_leaves_gradients_alone() -> None:
-    model, given = made(), batch()
-    tokens = SparseTokens(model, SparsityRule(**RULE, ratio=0.3))
-    model(**given).loss.backward()
-    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    random_state = torch.random.get_rng_state()
-    found = measure_quality(model, tokens, given)
-    assert torch.equal(random_state, torch.random.get_rng_state())
-    after = [p.grad for p in model.parameters() if p.grad is not None]
-    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
-    assert found.dense_loss != found.sparse_loss
-    assert 0.1 < found.gradient_cosine < 0.9999
-    assert not tokens.dense
-    tokens.close()
-    tokens = SparseTokens(model, SparsityRule(**RULE, ratios=(1.0,) * 4))
-    same = measure_quality(model, tokens, given)
-    assert same.loss_gap == 0.0
-    assert same.gradient_cosine == pytest.approx(1.0)

@@ -1,0 +1,117 @@
+"""`offload tokens train-predictor`: nets that foretell what a model's attention looks at."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from offload.device import has_gpu
+from offload.tokens.predictor_file import Provenance, save_predictors
+from offload.tokens.predictor_training import PredictorTraining
+from perfmodel.token_plan import SparsityRule
+
+__all__ = ["train_predictor"]
+
+_BYTES = 256
+_HELD_OUT = 10
+"""One in so many sequences is not trained on: recall is of those."""
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Return a model of a name, a folder or a config.json (then of its first weights), and what
+    makes tokens of a text.
+    """
+    if not name.endswith(".json"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        models: Any = transformers.AutoModelForCausalLM
+        return models.from_pretrained(name), lambda text: tokenizer(text, verbose=False)[
+            "input_ids"
+        ]
+    if not Path(name).is_file():
+        raise FileNotFoundError(2, "No such file", name)
+    config = transformers.AutoConfig.from_pretrained(name)
+    if config.vocab_size < _BYTES:
+        raise ValueError(f"{name} has fewer than {_BYTES} tokens, one a byte")
+    made: Any = transformers.AutoModelForCausalLM
+    return made.from_config(config), lambda text: list(text.encode())
+
+
+def train_predictor(args: argparse.Namespace) -> int:
+    """Train, say how well they recall, and write them; returns the exit status."""
+    try:
+        folder = Path(args.output).resolve().parent
+        if not os.access(folder, os.W_OK):
+            raise OSError(13, "cannot be written to", str(folder))
+        torch.manual_seed(0)
+        model, tokens_of = load(args.model)
+        tokens = torch.tensor(tokens_of(Path(args.data).read_text(encoding="utf-8")))
+        rows = [
+            each[None] for each in torch.split(tokens, args.seq_len) if len(each) == args.seq_len
+        ]
+        if len(rows) < 2:
+            raise ValueError(f"{args.data} has {len(tokens)} tokens: two sequences are needed")
+        rule = SparsityRule(
+            block_tokens=args.block_tokens,
+            ratio=args.ratio,
+            pool_tokens=1,
+            causal=not args.sees_all,
+        )
+        _train(args, model, rows, rule)
+    except (OSError, ValueError) as error:
+        said = str(error)
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.filename}: {error.strerror}"
+        print(f"offload tokens: {' '.join(said.split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(
+    args: argparse.Namespace, model: Any, rows: list[torch.Tensor], rule: SparsityRule
+) -> None:
+    device = torch.device("cuda" if has_gpu() else "cpu")
+    judged = max(1, len(rows) // _HELD_OUT)
+    learnt, held_out = rows[:-judged], rows[-judged:]
+    training = PredictorTraining(model.to(device), rule, lr=args.lr)
+
+    def batches(of: list[torch.Tensor], count: int) -> Iterator[dict[str, torch.Tensor]]:
+        for step in range(count):
+            yield {"input_ids": of[step % len(of)].to(device)}
+
+    step = 0
+
+    def tell(loss: float) -> None:
+        nonlocal step
+        step += 1
+        if sys.stderr.isatty() or step in (1, args.steps):
+            end = "\n" if step == args.steps or not sys.stderr.isatty() else ""
+            said = f"step {step} of {args.steps}: loss {loss:.4f}"
+            print(f"\r{said}", end=end, file=sys.stderr, flush=True)
+
+    try:
+        training.train(batches(learnt, args.steps), tell)
+        recalls = training.recalls(batches(held_out, min(judged, args.judged)))
+    finally:
+        training.close()
+    made = Provenance(
+        **training.sizes,
+        causal=rule.causal,
+        model=args.model,
+        data=args.data,
+        steps=args.steps,
+        seq_len=args.seq_len,
+        recalls={str(number): recall for number, recall in recalls.items()},
+    )
+    save_predictors(args.output, training.predictors, made)
+    print("layer  recall  widths")
+    for number, predictor in training.predictors.items():
+        widths = [each.shape[0] for name, each in predictor.weights().items() if name[-1] != "2"]
+        print(f"{number:<5}  {recalls[number]:6.1%}  {' '.join(map(str, widths))}")
+    print(f"the predictors are in {args.output}: tokens.sparse.predictor of a plan")

@@ -1,0 +1,86 @@
+"""Predictors in a file: safetensors, with what they were made for and from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from offload.tokens.predictor import BlockPredictor
+
+__all__ = ["Provenance", "load_predictors", "save_predictors"]
+
+_VERSION = 1
+_KEY = "offload.predictors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What predictors were made for, and from what."""
+
+    channels: int
+    heads: int
+    block_tokens: int
+    causal: bool
+    """Whether they were chosen for a choice without a look at later tokens."""
+    model: str
+    data: str
+    steps: int
+    seq_len: int
+    recalls: dict[str, float]
+    """Of what scores of all tokens keep, how much they keep, by layer, on data not trained on."""
+
+
+def save_predictors(
+    path: str | os.PathLike[str], predictors: Mapping[int, BlockPredictor], made: Provenance
+) -> None:
+    """Write them. Raises ImportError without safetensors, OSError where it cannot be written."""
+    named = {
+        f"{layer}.{name}": each.contiguous()
+        for layer, predictor in predictors.items()
+        for name, each in predictor.weights().items()
+    }
+    told = json.dumps({"version": _VERSION, **asdict(made)})
+    from safetensors.torch import save_file  # noqa: PLC0415 - optional
+
+    save_file(named, os.fspath(path), metadata={_KEY: told})
+
+
+def load_predictors(
+    path: str | os.PathLike[str], *, channels: int, heads: int, block_tokens: int
+) -> tuple[dict[int, BlockPredictor], Provenance]:
+    """Return them by layer, with where they come from.
+
+    Raises ValueError for a file of something else or of predictors of other shapes, OSError for one
+    that is not there, ImportError without safetensors.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - optional
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(2, "No such file of predictors", os.fspath(path))
+    try:
+        with safe_open(os.fspath(path), framework="pt") as opened:
+            told = json.loads((opened.metadata() or {})[_KEY])
+            named = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        version = told.pop("version")
+    except (KeyError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: holds no predictors: {type(error).__name__}: {error}") from None
+    if version != _VERSION:
+        raise ValueError(f"{path}: has version {version}; this release reads version {_VERSION}")
+    made = Provenance(**told)
+    expected = {"channels": channels, "heads": heads, "block_tokens": block_tokens}
+    for key, value in expected.items():
+        if getattr(made, key) != value:
+            raise ValueError(
+                f"{path}: was made with {key}={getattr(made, key)}, and here it is {value}: train "
+                "one (offload tokens train-predictor), or leave tokens.sparse.predictor out"
+            )
+    found: dict[int, BlockPredictor] = {}
+    for layer in sorted({int(key.split(".")[0]) for key in named}):
+        own = {
+            key.split(".", 1)[1]: each for key, each in named.items() if key.startswith(f"{layer}.")
+        }
+        found[layer] = BlockPredictor(**expected)
+        found[layer].take(own)
+    return found, made

@@ -1,0 +1,168 @@
+"""Predictors learn what attention looks at, lose what they do not use, and go through a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload.tokens.predictor import BlockPredictor, block_means
+from offload.tokens.predictor_file import Provenance, load_predictors, save_predictors
+from offload.tokens.predictor_training import PredictorTraining
+from offload.tokens.sparse import SparseTokens
+from perfmodel.token_plan import SparsityRule
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+VOCAB, BLOCK, TOKENS = 64, 8, 96
+SIZES = {"channels": 32, "heads": 4, "block_tokens": BLOCK}
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+
+
+def made() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).train()
+
+
+def batches(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Return sequences of blocks out of four, so that there is little to be learnt."""
+    blocks = torch.randint(VOCAB, (4, BLOCK), generator=torch.Generator().manual_seed(9))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(4, (count, TOKENS // BLOCK), generator=generator)
+    return [{"input_ids": blocks[each].reshape(1, -1)} for each in chosen]
+
+
+def provenance(**more: Any) -> Provenance:
+    given = {
+        **SIZES,
+        "causal": True,
+        "model": "a model",
+        "data": "some",
+        "steps": 1,
+        "seq_len": TOKENS,
+        "recalls": {"1": 0.5},
+    }
+    return Provenance(**(given | more))
+
+
+def test_a_trained_predictor_finds_more_than_an_untrained_one() -> None:
+    model = made()
+    rule = SparsityRule(block_tokens=BLOCK, pool_tokens=1, ratio=0.4, causal=False)
+    before = [each.clone() for each in model.parameters()]
+    training = PredictorTraining(model, rule, lr=5e-3, prune_every=30)
+    first = training.recalls(batches(10, seed=1))
+    training.train(batches(60))
+    last = training.recalls(batches(10, seed=1))
+    training.close()
+    assert first.keys() == last.keys() == {1}
+    assert last[1] > first[1] + 0.3
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not any("forward" in vars(each) for each in model.modules())
+
+
+def test_units_that_are_always_zero_go_and_nothing_changes() -> None:
+    torch.manual_seed(0)
+    predictor = BlockPredictor(**SIZES, low=16, high=32).train()
+    with torch.no_grad():
+        for net in (predictor.query, predictor.key):
+            net.maps[0].weight[3:9] = 0
+            net.maps[1].weight[5:] = -net.maps[1].weight[5:].abs()  # of what is never negative
+    hidden = torch.randn(2, TOKENS, 32)
+    before = predictor(hidden)
+    assert predictor.prune(0.999) == 2 * (6 + 27)
+    assert [tuple(each.shape) for each in predictor.weights().values()] == [
+        (10, 64),
+        (5, 10),
+        (16, 5),
+    ] * 2
+    torch.testing.assert_close(predictor(hidden), before)
+    assert predictor.prune(0.999) == 0
+
+
+def test_a_net_of_zeros_keeps_a_unit() -> None:
+    predictor = BlockPredictor(**SIZES).train()
+    with torch.no_grad():
+        for param in predictor.parameters():
+            param.zero_()
+    predictor(torch.randn(1, TOKENS, 32))
+    predictor.prune(0.5)
+    assert [each.shape[0] for each in predictor.weights().values()] == [1, 1, 64] * 2
+
+
+def test_means_are_over_the_blocks_that_look() -> None:
+    pairs = torch.tensor([[[1.0, 2.0, -1.0], [3.0, 4.0, 5.0], [6.0, -1.0, 8.0]]])
+    behind = torch.tensor([[10 / 3, 2.0, 8.0]])
+    torch.testing.assert_close(block_means(pairs, causal=False), behind)
+    ahead = torch.tensor([[1.0, 3.0, 13 / 3]])
+    torch.testing.assert_close(block_means(pairs, causal=True), ahead)
+
+
+def test_a_file_gives_back_the_same_predictors_and_where_they_come_from(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    predictor = BlockPredictor(**SIZES).train()
+    hidden = torch.randn(1, TOKENS, 32)
+    predictor(hidden)
+    predictor.prune(0.5)
+    file = tmp_path / "predictors.safetensors"
+    save_predictors(file, {1: predictor}, provenance())
+    found, told = load_predictors(file, **SIZES)
+    assert told == provenance()
+    assert torch.equal(found[1](hidden), predictor(hidden))
+
+
+def test_sparse_training_takes_predictors_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "predictors.safetensors"
+    torch.manual_seed(0)
+    save_predictors(file, {1: BlockPredictor(**SIZES)}, provenance())
+    given: dict[str, Any] = {"block_tokens": BLOCK, "pool_tokens": 4, "predictor": str(file)}
+    rule = SparsityRule(**given, ratio=0.5)
+    model = made()
+    tokens = SparseTokens(model, rule)
+    for length in (TOKENS, TOKENS - 3):
+        ids = batches(1)[0]["input_ids"][:, :length]
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert tokens.kept_shares[1] is not None
+        assert tokens.kept_shares[1] < 0.9
+    tokens.close()
+    with pytest.raises(ValueError, match="causal=True, and here it is False"):
+        SparseTokens(made(), SparsityRule(**given, causal=False))
+    with pytest.raises(ValueError, match="has no predictors of layers \\[0\\]"):
+        SparseTokens(made(), SparsityRule(**given, ratios=(0.5, 0.5, 1.0)))
+
+
+@pytest.mark.parametrize("key", ["channels", "heads", "block_tokens"])
+def test_predictors_of_other_shapes_are_refused_by_name(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "predictors.safetensors"
+    save_predictors(file, {1: BlockPredictor(**SIZES)}, provenance())
+    with pytest.raises(ValueError, match=rf"was made with {key}={SIZES[key]}, and here it is"):
+        load_predictors(file, **{**SIZES, key: 2 * SIZES[key]})
+
+
+def test_what_is_no_file_of_predictors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No such file of predictors"):
+        load_predictors(tmp_path / "none", **SIZES)
+    other = tmp_path / "other"
+    other.write_text(json.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="holds no predictors"):
+        load_predictors(other, **SIZES)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="holds no predictors"):
+        load_predictors(tmp_path / "x.safetensors", **SIZES)
+
+
+def test_a_rule_that_leaves_nothing_out_has_nothing_to_foretell() -> None:
+    with pytest.raises(ValueError, match="nothing to foretell"):
+        PredictorTraining(made(), SparsityRule(ratios=(1.0, 1.0, 1.0)))
