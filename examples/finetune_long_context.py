@@ -55,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Par
     add("--dtype", type=one_of("fp32", "bf16"), default="fp32", help="of the model's weights")
     modes = one_of("off", "exact", "sparse", later=("gradient",))
     add("--tokens", type=modes, default="exact", help="sparse: attention to those that matter")
-    add("--keep", type=share, default=0.4, help="of a sequence, in later layers, with sparse")
+    add("--keep", type=share, metavar="RATIO", help="of a sequence, with sparse (0.4)")
     add("--warm-up", type=at_least(0), default=0, help="first steps with all tokens, with sparse")
     add("--meter-steps", type=at_least(0), default=0, help="between looks at quality; 0: none")
     add("--offload", type=one_of("none", "ssd"), default="none", help="where saved tensors go")
@@ -79,7 +79,7 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the run does by a plan."""
     plan: dict[str, Any] = {"version": 1, "tokens": {"mode": args.tokens}}
     if args.tokens == "sparse":
-        plan["tokens"]["sparse"] = {"ratio": args.keep, "warm_up_steps": args.warm_up}
+        plan["tokens"]["sparse"] = {"ratio": args.keep or 0.4, "warm_up_steps": args.warm_up}
     if args.offload == "ssd":
         moved = {"mode": "ssd", "path": [args.offload_path], "staging_bytes": args.staging_bytes}
         plan["activations"] = moved
@@ -182,8 +182,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as `argv` says (None: the command line); returns the exit status."""
     args, parser = parse_arguments(argv)
     try:
-        if args.meter_steps and args.tokens != "sparse":
-            raise ValueError("--meter-steps looks at what --tokens sparse leaves out; give both")
+        of_sparse = {
+            "--meter-steps": args.meter_steps,
+            "--keep": args.keep,
+            "--warm-up": args.warm_up,
+        }
+        for flag, value in of_sparse.items() if args.tokens != "sparse" else ():
+            if value:
+                raise ValueError(f"{flag} is about what --tokens sparse leaves out; give both")
         if args.offload == "ssd" and inspect_directory(args.offload_path).backing != "disk":
             raise ValueError(f"--offload-path {args.offload_path} is in RAM; name one on an SSD")
         if args.save and not os.access(Path(args.save).resolve().parent, os.W_OK):

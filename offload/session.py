@@ -176,6 +176,8 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.activations is not None:
+            self.activations.__exit__(kind, error, trace)  # says why where nothing was moved
         self.close()
 
 

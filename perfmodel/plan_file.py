@@ -6,6 +6,7 @@ key `offload` of a DeepSpeed config.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -252,6 +253,8 @@ class Plan:
                 f"version={version!r} is not known" if "version" in data else "version is missing"
             )
             raise ValueError(f"{said}; this release reads version {VERSION}")
+        if "offload" in data:
+            raise ValueError("plan.offload is how a DeepSpeed config has it: give what is under it")
         require_known("plan", data, ["version", *(one.name for one in fields(cls))])
         found = {key: value for key, value in data.items() if key != "version"}
         for key, kind in SECTIONS.items():
@@ -327,6 +330,9 @@ def read_plan(path: str | Path) -> Plan:
     try:
         text = Path(path).read_text(encoding="utf-8")
         return Plan.from_mapping(json.loads(text))
+    except FileNotFoundError:
+        said = "No such plan; `perfmodel plan ... -o FILE` writes one"
+        raise FileNotFoundError(errno.ENOENT, said, str(path)) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     except ValueError as error:

@@ -176,4 +176,8 @@ def markdown() -> str:
         section = properties[name]["anyOf"][0]
         lines += ["", f"## `{name}`", "", *_wrapped(properties[name]["description"]), ""]
         lines += _entries(section["properties"], section.get("required", ()))
+        for key, one in section["properties"].items():
+            within = next((each for each in one.get("anyOf", []) if "properties" in each), None)
+            if within is not None:
+                lines += ["", f"### `{name}.{key}`", "", *_entries(within["properties"])]
     return "\n".join(lines) + "\n"

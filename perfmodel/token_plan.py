@@ -111,7 +111,7 @@ class SparsityRule:
             for value in values:
                 require_number(key, value, 0, 1)
                 if value == 0:
-                    raise ValueError(f"{key}=0 leaves nothing: over 0, and at most 1")
+                    raise ValueError(f"{key}=0 leaves nothing: give it over 0, and at most 1")
         for value in self.thresholds or ():
             require_number("thresholds", value, -1e30, 1e30)
 
@@ -170,6 +170,8 @@ class TokensSection:
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any]) -> TokensSection:
         """Make it from JSON. Unknown keys raise ValueError, those of `sparse` too."""
+        for key in section.keys() & {one.name for one in fields(SparsityRule)}:
+            raise ValueError(f"{key} is a setting of tokens.sparse: put it in there")
         require_known("tokens", section, [one.name for one in fields(cls)])
         found = dict(section)
         rule = found.get("sparse")
@@ -177,5 +179,7 @@ class TokensSection:
             if not isinstance(rule, Mapping):
                 raise ValueError(f"sparse={rule!r} is not an object with keys, or null")
             require_known("tokens.sparse", rule, [one.name for one in fields(SparsityRule)])
+            if rule.get("ratios") is not None and "ratio" in rule:
+                raise ValueError("ratio and ratios exclude each other: give one of them")
             found["sparse"] = SparsityRule(**rule)
         return cls(**found)

@@ -77,9 +77,18 @@ def initialize(
 
 
 def _hint(config: Mapping[str, Any]) -> None:
-    """Say that a section may be misspelt, which DeepSpeed takes no notice of."""
+    """Say that a section may be misspelt, which DeepSpeed takes no notice of.
+
+    Raises ValueError for one that stands inside another section.
+    """
+    if SECTION in (config.get("zero_optimization") or {}):
+        raise ValueError(
+            f"zero_optimization.{SECTION}: move the section {SECTION!r} to the top of the config, "
+            "beside zero_optimization"
+        )
     for close in get_close_matches(SECTION, config, n=1, cutoff=0.75):
-        _log.warning("the config has %r, and no section %r: is it that?", close, SECTION)
+        said = "offload: nothing is offloaded: the config has %r, and no section %r; is it that?"
+        _log.warning(said, close, SECTION)
 
 
 def _without_config(args: Any, given: Any, other: Any) -> Any:

@@ -105,7 +105,10 @@ def split(config: Mapping[str, Any], *, has_client: bool) -> DeepSpeedConfig:
     """
     section = config[SECTION]
     if not isinstance(section, Mapping):
-        raise ValueError(f"{SECTION}={section!r} of the DeepSpeed config is not a plan's sections")
+        raise ValueError(
+            f"{SECTION}={section!r} of the DeepSpeed config is no object with a plan's sections: "
+            'give {"activations": {"mode": "ssd", "path": ["spill"]}} say, or leave the key out'
+        )
     try:
         plan = Plan.from_mapping({"version": VERSION, **section})
     except ValueError as error:

@@ -57,10 +57,26 @@ def loss_of(done: subprocess.CompletedProcess[str]) -> str:
     return found[1]
 
 
-def test_the_guides_command_trains_as_no_savings_do(run: Run, spill_dir: Path) -> None:
+def guides_commands() -> list[str]:
+    """Return what the guide has one type: a config, a run in exact mode, one in sparse mode."""
     text = (ROOT / "docs" / "tokens.md").read_text()
-    [line] = re.findall(r"^```sh\n(.*?)^```", text, flags=re.M | re.S)
-    python, script, *words = shlex.split(line)
+    found = re.findall(r"^```sh\n(.*?)^```", text, flags=re.M | re.S)
+    assert len(found) == 3
+    return found
+
+
+def test_the_guides_config_is_offloaded_and_trains_sparsely(run: Run, spill_dir: Path) -> None:
+    config, exact, sparse = guides_commands()
+    subprocess.run(config, shell=True, cwd=spill_dir, check=True)
+    done = run(*shlex.split(exact)[2:])
+    assert re.search(r"; [1-9][0-9]* MiB were offloaded", done.stdout), done.stdout + done.stderr
+    done = run(*shlex.split(sparse)[2:])
+    assert "gradient cosine" in done.stdout + done.stderr, done.stderr
+    assert "of tokens kept, recall" in done.stdout + done.stderr
+
+
+def test_the_guides_command_trains_as_no_savings_do(run: Run, spill_dir: Path) -> None:
+    python, script, *words = shlex.split(guides_commands()[1])
     assert python == ".venv/bin/python"
     assert script == "examples/finetune_long_context.py"
     words.append("--lr=1e-2")
@@ -86,6 +102,8 @@ def test_the_guides_command_trains_as_no_savings_do(run: Run, spill_dir: Path) -
         (["--model=config.json", "--data=absent.txt"], "absent.txt"),
         (["--model=config.json", "--data=config.json"], "--seq-len is more"),
         (["--model=config.json", "--tokens=exakt"], "did you mean exact"),
+        (["--model=config.json", "--keep=0.4"], "--keep is about what --tokens sparse leaves out"),
+        (["--model=config.json", "--tokens=sparse", "--keep=0"], "is not over 0 and at most 1"),
         (["--model=config.json", "--offload=ssd", "--offload-path=/dev/shm"], "is in RAM"),
         (["--model=config.json", "--save=absent/adapter"], "--save absent/adapter"),
         (["--model=config.json", "--seq-len=4096"], "the model has 2048 positions"),

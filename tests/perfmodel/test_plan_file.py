@@ -219,3 +219,10 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path) -> None:
         read_plan(str(path))
     with pytest.raises(FileNotFoundError):
         read_plan(tmp_path / "missing.json")
+
+
+def test_a_plan_that_is_not_there_and_one_in_a_wrapper_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"perfmodel plan .* -o FILE"):
+        read_plan(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match="give what is under it"):
+        Plan.from_mapping({"version": 1, "offload": {}})

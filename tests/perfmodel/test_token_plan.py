@@ -31,6 +31,7 @@ def test_the_published_schedule_has_a_dense_first_half_and_last_layer() -> None:
         ({"keep_token_ids": [-5]}, "keep_token_ids=-5"),
         ({"most_loss_gap": -0.1}, "most_loss_gap=-0.1"),
         ({"ration": 0.5}, "did you mean 'ratio'"),
+        ({"ratio": 0.5, "ratios": [0.5]}, "ratio and ratios exclude each other"),
     ],
 )
 def test_a_wrong_rule_is_refused_by_name(settings: dict[str, Any], why: str) -> None:
@@ -43,6 +44,7 @@ def test_a_wrong_rule_is_refused_by_name(settings: dict[str, Any], why: str) -> 
     [
         ({"mode": "exact", "sparse": {}}, "sparse says nothing with mode='exact'"),
         ({"mode": "sparse", "sparse": 3}, "sparse=3 is not an object"),
+        ({"mode": "sparse", "ratio": 0.5}, "ratio is a setting of tokens.sparse"),
         ({"mode": "gradient"}, "not there yet"),
         ({"mode": "off", "mlp_tile_tokens": 5}, "says nothing with mode='off'"),
     ],

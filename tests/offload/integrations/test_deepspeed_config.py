@@ -211,3 +211,9 @@ def test_what_deepspeeds_checkpoints_keep_stays_deepspeeds_to_move() -> None:
     found = migrated(given, path="spill")
     assert found.config["activation_checkpointing"] == {"cpu_checkpointing": True}
     assert any("cpu_checkpointing: kept" in line for line in found.lines)
+
+
+@pytest.mark.parametrize("section", [None, "plan.json", []])
+def test_a_section_that_is_none_is_told_what_one_is(section: Any) -> None:
+    with pytest.raises(ValueError, match="is no object with a plan's sections: give"):
+        split({"offload": section}, has_client=False)
