@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# Threads of OpenMP that spin until there is work take the processor from the tests beside them,
+# which makes programs with two threads several times slower. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import settings

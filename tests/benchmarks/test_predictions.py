@@ -22,7 +22,7 @@ TINY = (2, 64, 2, 32, 4, 256)
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have workers compute on one thread: two that spin on a busy processor take minutes."""
-    for program in (predicted_time, regret):
+    for program in (predicted_memory, predicted_time, regret):
         monkeypatch.setattr(program, "training_of", one_threaded(program.training_of))
 
 
@@ -47,6 +47,20 @@ def recorded(
     program.main()
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
+
+
+def test_predicted_memory_is_held_against_measured(
+    spill_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(predicted_memory, "SIZES", ((2, 256, 4, 256, 4, 512),))
+    flags = ("--offload-path", str(spill_dir), "--models", "gpt")
+    argv = [predicted_memory.__file__, "--json", str(tmp_path / "record.json"), *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    predicted_memory.main()
+    found = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    assert len(found["samples"]) == 3 + 2 * 2
+    assert found["met"] is True
+    assert [each.name for each in spill_dir.iterdir()] in ([], ["record.json"])
 
 
 def test_predicted_times_are_held_against_measured(

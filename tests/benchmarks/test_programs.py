@@ -98,7 +98,7 @@ def test_activations_compares_bits_time_and_peak(
     spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = tmp_path_factory.mktemp("record") / "activations.json"
-    sizes = [*TINY_GPT, "--staging-bytes", "8388608", "--restarts", "2"]
+    sizes = [*TINY_GPT, "--staging-bytes", "8388608", "--restarts", "1"]
     found = record_of("activations", spill_dir, out, *sizes)
     assert found["met"] in {True, False}
     for name in ("none", "ssd", "auto", "recompute", "none again"):
@@ -362,12 +362,3 @@ def test_published_iterations_are_predicted(tmp_path: Path) -> None:
     found = recorded("published_iterations", tmp_path / "published_iterations.json")
     assert found["met"] is True
     assert all(len(each["iteration"]) == 2 for each in found["samples"].values())
-
-
-def test_predicted_memory_is_held_against_measured(
-    spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    out = tmp_path_factory.mktemp("record") / "predicted_memory.json"
-    found = record_of("predicted_memory", spill_dir, out, "--models", "gpt", "--sizes", "1")
-    assert len(found["samples"]) == 3 + 2 * 2
-    assert found["met"] is True
