@@ -83,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         ("--threads", 2),
     ):
         parser.add_argument(flag, type=positive, default=default, metavar="N", help=f"({default})")
+    parser.add_argument("--text-bytes", type=positive, metavar="N", help="of the prose (all)")
     parser.add_argument("--ratio", type=float, default=0.4, help="kept in later layers (0.4)")
     parser.add_argument("--lr", type=float, default=2e-3, help="of adapters (2e-3)")
     parser.add_argument("--base", type=Path, help="where the first model is kept, or lies")
@@ -97,7 +98,7 @@ def make_base(args: argparse.Namespace, text: bytes) -> Any:
         hidden_size=args.hidden,
         intermediate_size=3 * args.hidden,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
+        num_attention_heads=args.hidden // 32,
         max_position_embeddings=args.seq_len,
         use_cache=False,
     )
@@ -244,7 +245,7 @@ def main() -> None:
     """Train, judge and record; exits with 0 whether the goals are met or not."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    text = prose().encode()
+    text = prose().encode()[: args.text_bytes]
     cut = len(text) * (HELD_OUT - 1) // HELD_OUT
     learnt, held_out = text[:cut], text[cut:]
     if args.base is not None and args.base.is_dir():

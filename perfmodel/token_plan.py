@@ -179,7 +179,8 @@ class TokensSection:
             if not isinstance(rule, Mapping):
                 raise ValueError(f"sparse={rule!r} is not an object with keys, or null")
             require_known("tokens.sparse", rule, [one.name for one in fields(SparsityRule)])
-            if rule.get("ratios") is not None and "ratio" in rule:
+            other = rule.get("ratio", SparsityRule.ratio)
+            if rule.get("ratios") is not None and other != SparsityRule.ratio:
                 raise ValueError("ratio and ratios exclude each other: give one of them")
             found["sparse"] = SparsityRule(**rule)
         return cls(**found)

@@ -111,6 +111,7 @@ def test_activations_compares_bits_time_and_peak(
     assert peak["value"] == peaks["ssd"] / peaks["none"]
 
 
+@pytest.mark.soak  # runs as activations and nine cases do, and their frame is tested there
 def test_bandwidth_compares_parts_of_what_full_overlap_needs(
     spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -123,6 +124,7 @@ def test_bandwidth_compares_parts_of_what_full_overlap_needs(
     assert (out / "bandwidth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.soak  # the same
 def test_rok_compares_what_fits_at_several_micro_batches(
     spill_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
