@@ -31,6 +31,7 @@ __all__ = [
 
 SECTION = "offload"
 _DEPRECATED = {"cpu_offload", "cpu_offload_use_pin_memory"}
+_DEFAULT_LR = 1e-3
 _ADAMW = ("lr", "betas", "eps", "weight_decay")
 # Of DeepSpeed's own AdamW: how it is built, and what ours always does.
 _HOW = {
@@ -177,11 +178,11 @@ def optimizer_settings(section: Any) -> dict[str, Any]:
     for key, allowed in _HOW.items():
         if key in given and given[key] not in allowed:
             raise ValueError(f"optimizer.params.{key}={given[key]!r} is not offered; leave it out")
-    if "lr" not in given:
-        raise ValueError("optimizer.params.lr is missing; give the learning rate")
-    # DeepSpeed's own AdamW decays nothing that it is not told to; torch's does.
+    # DeepSpeed's own AdamW decays nothing that it is not told to; torch's does. The rate is both's.
     decay = 1e-2 if given.get("torch_adam") else 0.0
-    return {"weight_decay": decay} | {key: given[key] for key in _ADAMW if key in given}
+    return {"lr": _DEFAULT_LR, "weight_decay": decay} | {
+        key: given[key] for key in _ADAMW if key in given
+    }
 
 
 def _device(zero: Mapping[str, Any]) -> str:

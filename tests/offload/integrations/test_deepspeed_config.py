@@ -62,6 +62,12 @@ def test_the_old_name_of_what_is_set_is_left_out_and_said(old: bool) -> None:
     assert "zero_optimization.cpu_offload is left out" in found.changes
 
 
+@pytest.mark.parametrize("section", [{"type": "Adam"}, {"type": "AdamW", "params": {}}])
+def test_a_learning_rate_that_is_not_given_is_deepspeeds(section: dict[str, Any]) -> None:
+    found = split(config() | {"optimizer": section}, has_client=False)
+    assert found.optimizer == {"lr": 1e-3, "weight_decay": 0.0}
+
+
 def test_what_stays_on_the_device_is_left_there() -> None:
     given = config()
     given["offload"]["optimizer"] = {"placement": "device"}
@@ -85,7 +91,6 @@ def test_without_an_optimizer_in_the_section_nothing_is_set() -> None:
         ({"offload": []}, "offload=[] of the DeepSpeed config"),
         ({"optimizer": {"type": "Lion", "params": {"lr": 1}}}, "type='Lion' is not AdamW"),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode=False"),
-        ({"optimizer": {"type": "AdamW", "params": {}}}, "params.lr is missing"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1, "wd": 1}}}, "optimizer.params.wd"),
         ({"optimizer": None}, '"optimizer": {"type": "AdamW"'),
         (
