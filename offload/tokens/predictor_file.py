@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from offload.tokens.predictor import BlockPredictor
@@ -42,9 +44,18 @@ def save_predictors(
         for name, each in predictor.weights().items()
     }
     told = json.dumps({"version": _VERSION, **asdict(made)})
+    from safetensors import SafetensorError  # noqa: PLC0415 - optional
     from safetensors.torch import save_file  # noqa: PLC0415 - optional
 
-    save_file(named, os.fspath(path), metadata={_KEY: told})
+    part = f"{os.fspath(path)}.part"  # an earlier file stays until this one is whole
+    try:
+        save_file(named, part, metadata={_KEY: told})
+        os.replace(part, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"cannot be written: {error}", os.fspath(path)) from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
 
 
 def load_predictors(
@@ -58,7 +69,7 @@ def load_predictors(
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - optional
 
     if not os.path.isfile(path):
-        raise FileNotFoundError(2, "No such file of predictors", os.fspath(path))
+        raise FileNotFoundError(errno.ENOENT, "No such file of predictors", os.fspath(path))
     try:
         with safe_open(os.fspath(path), framework="pt") as opened:
             told = json.loads((opened.metadata() or {})[_KEY])

@@ -121,6 +121,26 @@ def test_a_file_gives_back_the_same_predictors_and_where_they_come_from(tmp_path
     assert torch.equal(found[1](hidden), predictor(hidden))
 
 
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    import resource
+    import signal
+
+    file = tmp_path / "predictors.safetensors"
+    save_predictors(file, {1: BlockPredictor(**SIZES)}, provenance())
+    before = file.read_bytes()
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as a full disk has it
+        with pytest.raises(OSError, match="predictors"):
+            save_predictors(file, {1: BlockPredictor(**SIZES)}, provenance())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert file.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
+
+
 def test_sparse_training_takes_predictors_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "predictors.safetensors"
     torch.manual_seed(0)
