@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from offload.tokens.causal_lm import CausalLM
 from offload.tokens.tiling import in_evaluation
 
-__all__ = ["AttentionInputs", "Watch", "attentions_of"]
+__all__ = ["AttentionInputs", "Watch", "attentions_of", "named_arguments"]
 
 _TRIED = 8
 """Tokens of the forward in which attention is looked for."""
@@ -53,8 +53,7 @@ class Watch(TorchFunctionMode):
         named = kwargs or {}
         if function is not F.scaled_dot_product_attention:
             return function(*args, **named)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | named
+        given = named_arguments(args, named)
         query, key, value = given["query"], given["key"], given["value"]
         scale = given.get("scale")
         self.seen.append(
@@ -63,6 +62,12 @@ class Watch(TorchFunctionMode):
         if not self._skip:
             return function(*args, **named)
         return query.new_zeros(*query.shape[:-1], value.shape[-1])
+
+
+def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what PyTorch's attention was called with, by name."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 @torch.no_grad()

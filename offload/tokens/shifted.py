@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from offload.tokens.interception import named_arguments
+
 __all__ = ["Shifted", "shifted_attention"]
 
 
@@ -85,8 +87,7 @@ class Shifted(TorchFunctionMode):
         named = kwargs or {}
         if function is not F.scaled_dot_product_attention:
             return function(*args, **named)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | named
+        given = named_arguments(args, named)
         if given.get("attn_mask") is not None or not given.get("is_causal"):
             raise ValueError(
                 "group_tokens is for attention without a mask, and here is one of padding, "
