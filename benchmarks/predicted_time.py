@@ -171,7 +171,7 @@ def main() -> None:
             training = replace(training_of(run, directory), schedule="auto")
             seen = measured(run, training, before, arguments.steps, arguments.warm_up)
             samples[run.name] = seen, predicted_s(run, training, before)
-        after = before if arguments.machine else calibrate(directory, rounds=1)
+        after = before if arguments.machine else calibrate(directory)
     rows = [
         [
             name,

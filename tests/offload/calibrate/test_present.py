@@ -14,12 +14,22 @@ from offload.calibrate.timing import Stopwatch, curve_of
 from perfmodel.machine import machine_of
 
 
-def test_a_machine_comes_of_it_that_a_file_gives_back(tmp_path: Path) -> None:
+def test_a_machine_comes_of_it_that_a_file_gives_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few and small pieces: what the figures are is measured elsewhere."""
+    monkeypatch.setattr("offload.calibrate.present._OPERATOR_MIB", {"cpu": (1, 2)})
+    monkeypatch.setattr("offload.calibrate.operators._MOST_COPIES", 1)
+    held_up = beside.HeldUp(bytes_per_s=2e9, tensor_s=1e-4)
+    monkeypatch.setattr("offload.calibrate.present.measure_held_up", lambda path, rounds: held_up)
+    once = partial(Stopwatch, least=1, enough_s=0.0)
+    monkeypatch.setattr("offload.calibrate.present.Stopwatch", once)
     parts: list[float] = []
     machine = calibrate(str(tmp_path), device=torch.device("cpu"), rounds=1, progress=parts.append)
     assert machine_of(json.loads(json.dumps(machine.to_json()))) == machine
     assert machine.drive is not None
     assert machine.drive.path == str(tmp_path)
+    assert (machine.drive.beside_bytes_per_s, machine.drive.beside_s) == (2e9, 1e-4)
     assert machine.link is None
     assert {"float32", "bfloat16"} == set(machine.device.matmul_flops_per_s)
     names = {"gelu", "layer norm backward", "attention float32", "linear backward bfloat16"}
