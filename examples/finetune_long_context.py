@@ -33,6 +33,8 @@ from offload.native import inspect_directory
 
 MIB = 1 << 20
 BYTES = 256
+CHOOSING = ("sparse", "gradient")
+"""Modes that choose tokens."""
 WATCHED = 2
 """The step whose memory is counted: by then everything has been there once."""
 
@@ -53,10 +55,11 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Par
     add("--lr", type=at_least(0, float), default=1e-4, help="learning rate")
     add("--rank", type=at_least(1), default=8, help="of the adapters, beside attention's maps")
     add("--dtype", type=one_of("fp32", "bf16"), default="fp32", help="of the model's weights")
-    modes = one_of("off", "exact", "sparse", later=("gradient",))
-    add("--tokens", type=modes, default="exact", help="sparse: attention to those that matter")
-    add("--keep", type=share, metavar="RATIO", help="of a sequence, with sparse (0.4)")
-    add("--warm-up", type=at_least(0), default=0, help="first steps with all tokens, with sparse")
+    modes = one_of("off", "exact", *CHOOSING)
+    said = "sparse: attention to those that matter; gradient: gradients through those"
+    add("--tokens", type=modes, default="exact", help=said)
+    add("--keep", type=share, metavar="RATIO", help="of a sequence, of those that matter (0.4)")
+    add("--warm-up", type=at_least(0), default=0, help="first steps in which all tokens matter")
     add("--meter-steps", type=at_least(0), default=0, help="between looks at quality; 0: none")
     add("--offload", type=one_of("none", "ssd"), default="none", help="where saved tensors go")
     add("--offload-path", default="/var/tmp", metavar="DIR", help="on an SSD")
@@ -78,7 +81,7 @@ def share(text: str) -> float:
 def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the run does by a plan."""
     plan: dict[str, Any] = {"version": 1, "tokens": {"mode": args.tokens}}
-    if args.tokens == "sparse":
+    if args.tokens in CHOOSING:
         plan["tokens"]["sparse"] = {"ratio": args.keep or 0.4, "warm_up_steps": args.warm_up}
     if args.offload == "ssd":
         moved = {"mode": "ssd", "path": [args.offload_path], "staging_bytes": args.staging_bytes}
@@ -187,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--keep": args.keep,
             "--warm-up": args.warm_up,
         }
-        for flag, value in of_sparse.items() if args.tokens != "sparse" else ():
+        for flag, value in of_sparse.items() if args.tokens not in CHOOSING else ():
             if value:
                 raise ValueError(f"{flag} is about what --tokens sparse leaves out; give both")
         if args.offload == "ssd" and inspect_directory(args.offload_path).backing != "disk":

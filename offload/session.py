@@ -91,7 +91,8 @@ class Session:
         }
         if section.mode == "exact":
             self.tokens = ExactTokens(self._model, **settings)
-        elif section.mode == "sparse":
+        elif section.mode in ("sparse", "gradient"):
+            settings["gradient_only"] = section.mode == "gradient"
             self.sparsity = SparseTokens(self._model, section.sparse, **settings)
             self.tokens = self.sparsity.exact
 

@@ -10,8 +10,8 @@ from perfmodel.plan import require_choice, require_known, require_number, requir
 
 __all__ = ["TOKEN_MODES", "SparsityRule", "TokensSection", "published_ratios"]
 
-TOKEN_MODES = ("off", "exact", "sparse")
-LATER_TOKEN_MODES = ("gradient",)
+TOKEN_MODES = ("off", "exact", "sparse", "gradient")
+_WITH_RULE = ("sparse", "gradient")
 _MOST_TOKENS = 1 << 24
 _MOST_BLOCK = 4096
 _MOST_STEPS = 1 << 40
@@ -144,28 +144,31 @@ class TokensSection:
     mode: str = "off"
     """`off`: nothing is done; `exact`: the loss in segments, perceptrons in tiles of the sequence,
     with the same loss and gradients but for the order of sums; `sparse`: beside it, attention over
-    the blocks of tokens that matter to it, which is another loss. For causal language models of
-    Hugging Face's."""
+    the blocks of tokens that matter to it, which is another loss; `gradient`: the loss of all
+    tokens, and gradients through those blocks alone. For causal language models of Hugging
+    Face's."""
     loss_segment_tokens: int | None = None
     """Of a segment; null: as many as have 16 MiB of logits in fp32."""
     mlp_tile_tokens: int | None = None
     """Of a tile; 0: perceptrons run whole; null: as many as the model has channels."""
     sparse: SparsityRule | None = None
-    """With `sparse`: which blocks stay; null: LeMo's published schedule."""
+    """With `sparse` and `gradient`: which blocks stay; null: LeMo's published schedule."""
 
     def __post_init__(self) -> None:
-        """Check the mode; those to come are refused as such."""
-        if self.mode in LATER_TOKEN_MODES:
-            allowed = ", ".join(TOKEN_MODES)
-            raise ValueError(f"mode={self.mode!r} is not there yet; allowed: {allowed}")
+        """Check the mode, and that nothing is said which it has no use for."""
         require_choice("mode", self.mode, TOKEN_MODES)
         for key, least in (("loss_segment_tokens", 1), ("mlp_tile_tokens", 0)):
             if getattr(self, key) is not None:
                 if self.mode == "off":
                     raise ValueError(f"{key} says nothing with mode='off': set mode='exact'")
                 require_whole(key, getattr(self, key), least, _MOST_TOKENS)
-        if self.sparse is not None and self.mode != "sparse":
+        if self.sparse is not None and self.mode not in _WITH_RULE:
             raise ValueError(f"sparse says nothing with mode={self.mode!r}: set mode='sparse'")
+        if self.mode == "gradient" and self.sparse is not None and self.sparse.group_tokens:
+            raise ValueError(
+                f"group_tokens={self.sparse.group_tokens} says nothing with mode='gradient', whose "
+                "forward is of all tokens: leave it out"
+            )
 
     @classmethod
     def from_mapping(cls, section: Mapping[str, Any]) -> TokensSection:

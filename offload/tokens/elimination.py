@@ -17,7 +17,7 @@ from offload.tokens.selection import Kept
 from offload.tokens.shifted import Shifted
 from offload.tokens.tiling import in_evaluation
 
-__all__ = ["Choose", "Eliminating", "Following", "Look", "score_of"]
+__all__ = ["Choose", "Eliminating", "Following", "Look", "cut", "score_of"]
 
 # Of what an attention takes besides hidden states: what there is one of for every token.
 _BY_TOKEN = {"position_ids": 1, "cache_position": 0, "position_embeddings": 1}
@@ -91,10 +91,15 @@ class Eliminating:
         if kept is None or (kept.share == 1 and self._group_tokens is None):
             return self._whole(hidden, *rest, **named)
         self.kept = kept
+        return self._run_kept(hidden, rest, named, kept)
+
+    def _run_kept(
+        self, hidden: Tensor, rest: tuple[Any, ...], named: dict[str, Any], kept: Kept
+    ) -> Any:
         near = nullcontext() if self._group_tokens is None else Shifted(self._group_tokens)
         with near:
             found = [
-                self._whole(take_rows(hidden[n : n + 1], rows), *rest, **_cut(named, kept, n))
+                self._whole(take_rows(hidden[n : n + 1], rows), *rest, **cut(named, kept, n))
                 for n, rows in enumerate(kept.rows)
             ]
         return _passing_by(self._module, found, kept)
@@ -119,7 +124,7 @@ class Eliminating:
         given = {**named, _MASK: None}
         means = pooled(hidden, tokens) if tokens > 1 else hidden
         with Watch(skip=True) as watch, in_evaluation(self._module), torch.no_grad():
-            self._whole(means, **_cut(given, Kept((at,), length, ()), None))
+            self._whole(means, **cut(given, Kept((at,), length, ()), None))
         if len(watch.seen) != 1:
             raise _without_attention(self._module, len(watch.seen))
         found: AttentionInputs = watch.seen[0]
@@ -154,10 +159,15 @@ class Following:
             or x.shape[:2] != (len(kept.rows), kept.tokens)
         ):
             return self._whole(*inputs, **named)
-        found = [
-            self._whole(take_rows(x[n : n + 1], rows), *inputs[1:], **named)
-            for n, rows in enumerate(kept.rows)
-        ]
+        if named or len(inputs) > 1:
+            raise ValueError(
+                f"{type(self._module).__name__} was given {len(inputs) + len(named)} arguments, of "
+                "which nobody knows whether they are by token: set sparse_mlp=False"
+            )
+        return self._run_kept(x, kept)
+
+    def _run_kept(self, x: Tensor, kept: Kept) -> Any:
+        found = [self._whole(take_rows(x[n : n + 1], rows)) for n, rows in enumerate(kept.rows)]
         return _passing_by(self._module, found, kept)
 
 
@@ -215,7 +225,7 @@ def _hidden_of(
     return hidden, tuple(others), named
 
 
-def _cut(named: dict[str, Any], kept: Kept, number: int | None) -> dict[str, Any]:
+def cut(named: dict[str, Any], kept: Kept, number: int | None) -> dict[str, Any]:
     """Return what attention is given besides hidden states, of the kept tokens of one sequence.
 
     `number` None: of all sequences, which keep the same.

@@ -15,6 +15,7 @@ from offload.tokens.bounds import bounds_of
 from offload.tokens.causal_lm import causal_lm_of, layers_of, perceptrons_of
 from offload.tokens.elimination import Eliminating, Following, Look, score_of
 from offload.tokens.exact import ExactTokens
+from offload.tokens.gradient_only import GradientOnly, GradientOnlyFollowing
 from offload.tokens.interception import attentions_of
 from offload.tokens.passes import Pass, Passes, in_backward
 from offload.tokens.predictor import BlockPredictor, block_means
@@ -34,13 +35,22 @@ class SparseTokens:
     that `rule` says, by scores of the attention's own queries and keys; in evaluation, in steps
     that are to be dense, and once it has `fallen_back`, all. The loss is over all tokens. Steps are
     counted as an optimizer of the model's parameters takes them, unless somebody else is asked
-    (`follow`).
+    (`follow`). `gradient_only`: forwards are over all tokens all the same, and gradients go through
+    what is kept.
 
     Raises ValueError for a model whose attention cannot be hooked: at once.
     """
 
-    def __init__(self, model: nn.Module, rule: SparsityRule | None = None, **exact: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: SparsityRule | None = None,
+        *,
+        gradient_only: bool = False,
+        **exact: Any,
+    ) -> None:
         self.model = causal_lm_of(model)
+        self._gradient_only = gradient_only
         layers = layers_of(self.model)
         self._asked = rule or SparsityRule()
         self.rule = self._asked.of_layers(len(layers))
@@ -112,13 +122,11 @@ class SparseTokens:
             if attention is None:
                 self._require_schedule(number)
                 continue
-            near = self.rule.group_tokens
-            found = Eliminating(
-                attention, number, self._choose, active=self._is_active, group_tokens=near
-            )
+            found = self._around(attention, number)
             self._eliminating.append(found)
+            follow = GradientOnlyFollowing if self._gradient_only else Following
             own = [each for each in layers[number].children() if each in perceptrons]
-            self._following += [Following(each, found) for each in own]
+            self._following += [follow(each, found) for each in own]
         if not self._eliminating:
             warnings.warn(
                 f"no layer of {len(layers)} leaves tokens out by this rule: give ratios for each",
@@ -130,6 +138,14 @@ class SparseTokens:
                 f"sparse_mlp=True, and no perceptron of {type(self.model.whole).__name__} stands "
                 "by itself in its layer: leave it out"
             )
+
+    def _around(self, attention: nn.Module, number: int) -> Eliminating:
+        if self._gradient_only:
+            return GradientOnly(attention, number, self._choose, active=self._is_active)
+        near = self.rule.group_tokens
+        return Eliminating(
+            attention, number, self._choose, active=self._is_active, group_tokens=near
+        )
 
     def _require_schedule(self, number: int) -> None:
         """Raise ValueError where a layer was named whose attention is of another kind."""

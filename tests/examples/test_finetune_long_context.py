@@ -58,21 +58,24 @@ def loss_of(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def guides_commands() -> list[str]:
-    """Return what the guide has one type: a config, a run in exact mode, one in sparse mode."""
+    """Return what the guide has one type: a config, a run in exact mode, in sparse, in gradient."""
     text = (ROOT / "docs" / "tokens.md").read_text()
     found = re.findall(r"^```sh\n(.*?)^```", text, flags=re.M | re.S)
-    assert len(found) == 3
+    assert len(found) == 4
     return found
 
 
 def test_the_guides_config_is_offloaded_and_trains_sparsely(run: Run, spill_dir: Path) -> None:
-    config, exact, sparse = guides_commands()
+    config, exact, sparse, gradient = guides_commands()
     subprocess.run(config, shell=True, cwd=spill_dir, check=True)
     done = run(*shlex.split(exact)[2:])
     assert re.search(r"; [1-9][0-9]* MiB were offloaded", done.stdout), done.stdout + done.stderr
     done = run(*shlex.split(sparse)[2:])
     assert "gradient cosine" in done.stdout + done.stderr, done.stderr
     assert "of tokens kept, recall" in done.stdout + done.stderr
+    done = run(*shlex.split(gradient)[2:], "--meter-steps=3")
+    loss_of(done)
+    assert "(+0.00%), gradient cosine" in done.stdout + done.stderr, done.stderr
 
 
 def test_the_guides_command_trains_as_no_savings_do(run: Run, spill_dir: Path) -> None:

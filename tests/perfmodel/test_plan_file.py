@@ -105,8 +105,8 @@ def test_mode_and_tier_follow_from_each_other(
         ({"optimizer": {"update_schedule": 3}}, r"optimizer: update_schedule=3"),
         ({"optimizer": "host"}, r"optimizer is an object"),
         (
-            {"tokens": {"mode": "gradient"}},
-            r"tokens: mode='gradient' is not there yet; allowed: off, ex",
+            {"tokens": {"mode": "gradients"}},
+            r"tokens: mode='gradients' is not known",
         ),
         (
             {"tokens": {"mlp_tile_tokens": 8}},

@@ -71,7 +71,7 @@ def test_every_plan_is_as_the_schema_says(plan: Plan) -> None:
         {"version": 1, "activations": {"path": 3}},
         {"version": 1, "optimizer": {"cpus": "0"}},
         {"version": 1, "optimizer": {"threads": True}},
-        {"version": 1, "tokens": {"mode": "gradient"}},
+        {"version": 1, "tokens": {"mode": "gradients"}},
         {"version": 1, "limits": {"host_bytes": -1}},
         {"version": 1, "predicted": {"step_s": 1.0}},
         {"version": 1, "workload": {}},
