@@ -1,8 +1,9 @@
-"""Text in bytes with sentences to be found again: what is said of a name, and asked later.
+"""Text in bytes with facts to be found again: what is said of a name, and asked later.
 
 Two kinds that come with Python: its library's source, and the prose of its own reference. Into
-either sentences are put that give a name a number; somewhere behind, the same name comes again, and
-its number can only be known from the first time.
+either lines are put that give a name a value, as in "X is Y."; somewhere behind, the same name
+comes again, and its value can only be known from the first time. Names and values are bytes that
+text in ASCII does not have, drawn anew for each sequence.
 """
 
 from __future__ import annotations
@@ -15,24 +16,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["DIGITS", "Sample", "code", "prose", "sample_of"]
+__all__ = ["NAMES", "VALUES", "Sample", "code", "prose", "sample_of"]
 
-DIGITS = 4
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_IGNORED = -100
+NAMES, VALUES = range(0x80, 0xC0), range(0xC0, 0x100)
 
 
 def code() -> str:
-    """Return the source of Python's library."""
+    """Return the source of Python's library, in ASCII."""
     folder = Path(sysconfig.get_path("stdlib"))
-    return "\n".join(each.read_text("utf-8") for each in sorted(folder.glob("*.py")))
+    texts = (each.read_text("utf-8") for each in sorted(folder.glob("*.py")))
+    return _plain("\n".join(texts))
 
 
 def prose() -> str:
-    """Return the text of Python's own reference, as `help()` has it."""
+    """Return the text of Python's own reference, as `help()` has it, in ASCII."""
     from pydoc_data.topics import topics  # noqa: PLC0415
 
-    return "\n\n".join(topics[key] for key in sorted(topics))
+    return _plain("\n\n".join(topics[key] for key in sorted(topics)))
+
+
+def _plain(text: str) -> str:
+    return text.encode("ascii", "ignore").decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Sample:
     ids: Tensor
     """[tokens], bytes."""
     answers: tuple[int, ...]
-    """Where the digits of each answer begin."""
+    """Where the values of names that come again stand."""
 
     def batch(self) -> dict[str, Tensor]:
         """Return what a causal model takes, with labels everywhere."""
@@ -50,16 +54,18 @@ class Sample:
 
 
 def sample_of(text: bytes, length: int, questions: int, rng: random.Random) -> Sample:
-    """Return `length` bytes of a text from a random place, with so many sentences, each twice.
+    """Return `length` bytes of a text from a random place, with so many facts, each twice.
 
-    Every sentence's first time is in the first three quarters, and its second at some place behind
-    it; the last one is at the very end.
+    A fact's first time is in the first three quarters, and its second at some place behind it; the
+    last one asked is at the very end. Raises ValueError for more facts than names or than fit.
     """
-    said = []
-    for _ in range(questions):
-        name = "".join(rng.choices(_LETTERS, k=4)).capitalize()
-        said.append(f"\nThe number of {name} is {rng.randrange(10**DIGITS):0{DIGITS}}.\n".encode())
+    if not 0 < questions <= len(NAMES):
+        raise ValueError(f"questions={questions} are not between 1 and {len(NAMES)} names")
+    names, values = rng.sample(NAMES, questions), rng.choices(VALUES, k=questions)
+    said = [b"\n%c is %c.\n" % pair for pair in zip(names, values, strict=True)]
     size = sum(map(len, said)) * 2
+    if size >= length or len(text) <= length:
+        raise ValueError(f"{questions} facts twice and a text of {len(text)} bytes: not {length}")
     begin = rng.randrange(len(text) - length)
     plain = text[begin : begin + length - size]
     places: list[tuple[int, int, bytes]] = []
@@ -72,7 +78,6 @@ def sample_of(text: bytes, length: int, questions: int, rng: random.Random) -> S
         found += plain[at:place] + sentence
         at = place
         if time:
-            answers.append(len(found) - DIGITS - 2)
+            answers.append(len(found) - len(b"?.\n"))
     found += plain[at:]
-    ids = torch.frombuffer(found[:length], dtype=torch.uint8).long()
-    return Sample(ids, tuple(answers))
+    return Sample(torch.frombuffer(found, dtype=torch.uint8).long(), tuple(answers))

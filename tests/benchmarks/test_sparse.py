@@ -12,26 +12,37 @@ import pytest
 
 pytest.importorskip("peft")
 
-from benchmarks import sparse_context, sparse_quality
+from benchmarks import block_recall, sparse_context, sparse_quality
+from benchmarks.block_recall import Asked
 from benchmarks.long_context import Measured
-from benchmarks.needle_text import DIGITS, code, prose, sample_of
+from benchmarks.needle_text import NAMES, VALUES, code, prose, sample_of
 from benchmarks.record import ROOT
 from benchmarks.sparse_quality import Judged, Seed
 
 
 @pytest.mark.parametrize("questions", [1, 3])
 def test_every_answer_was_said_before_and_the_last_is_at_the_end(questions: int) -> None:
-    text = prose().encode()
+    text = prose().encode("ascii")
     for seed in range(20):
         sample = sample_of(text, 512, questions, random.Random(seed))
         assert len(sample.ids) == 512
         assert len(sample.answers) == questions
         said = bytes(sample.ids.tolist())
         for at in sample.answers:
-            sentence = said[said.rindex(b"The number of ", 0, at) : at + DIGITS]
-            assert said.index(sentence) < at - len(sentence)
-            assert sentence[-DIGITS:].isdigit()
-        assert max(sample.answers) == 512 - DIGITS - 2
+            name = said[at - 5]
+            assert name in NAMES
+            assert said[at] in VALUES
+            assert said.count(name) == 2
+            assert said.index(said[at - 5 : at + 1]) == said.index(name) < at - 6
+        assert max(sample.answers) == 512 - 3
+
+
+def test_more_facts_than_names_or_than_fit_are_refused() -> None:
+    text = b"text " * 1000
+    with pytest.raises(ValueError, match="64 names"):
+        sample_of(text, 4000, 65, random.Random(0))
+    with pytest.raises(ValueError, match="not 128"):
+        sample_of(text, 128, 8, random.Random(0))
 
 
 def test_both_texts_are_long_and_not_the_same() -> None:
@@ -66,16 +77,33 @@ def test_quality_is_judged_against_what_dense_training_gained() -> None:
     assert [claim.met for claim in claims] == [True] * 5 + [False] * 5
 
 
+def test_recall_and_its_cost_are_claims_of_each_way() -> None:
+    ways = {
+        "means of 8": Asked([0.96, 0.98], [0.01] * 8),
+        "predictors": Asked([0.96, 0.9], [0.01] * 20 + [0.05]),
+    }
+    met = [claim.met for claim in block_recall.make_record(ways, {}).claims]
+    assert met == [True, True, False, True]
+
+
 def test_a_tiny_run_writes_a_record(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "sparse_quality.py")]
+    command = [sys.executable, "-m", "benchmarks.sparse_quality"]
     command += ["--hidden", "64", "--layers", "3", "--first-steps", "2", "--first-len", "384"]
     command += ["--first-batch", "1", "--steps", "4", "--seq-len", "512", "--seeds", "1"]
     command += ["--judged", "2", "--threads", "1", "--text-bytes", "40000"]
-    out = tmp_path / "record.json"
-    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True)
+    base, out = str(tmp_path / "base"), tmp_path / "record.json"
+    command += ["--base", base, "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
     assert found["met"] is False
     assert len(found["claims"]) == 5
     assert len(found["samples"]["0"]["losses"]["sparse"]) == 4
     assert len(found["samples"]["0"]["cosines"]) == 4
+    command = [sys.executable, "-m", "benchmarks.block_recall", "--base", base]
+    command += ["--seq-len", "512", "--steps", "2", "--train-len", "384", "--judged", "3"]
+    command += ["--threads", "1", "--pools", "8", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert [len(each["recalls"]) for each in found["samples"].values()] == [3, 3]
