@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,11 @@ from offload.integrations.deepspeed_config import read_config
 from offload.integrations.deepspeed_migration import migrated
 
 __all__ = ["main"]
+
+_OF_TOKENS = {
+    "train-predictor": ("predictor_command", "train_predictor"),
+    "tune-thresholds": ("threshold_command", "tune"),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,20 +92,53 @@ def _add_tokens(commands: Any) -> None:
         "that foretell which blocks of tokens its attention looks at, say how many of the true "
         "ones they find, and write them for `tokens.sparse.predictor` of a plan.",
     )
+    _add_model_and_text(trained, "the predictors (safetensors)")
+    _add_counts(trained, ("--steps", 400, "a sequence each"))
+    _add_counts(trained, ("--judged", 20, "sequences for recall, at most"))
     add = trained.add_argument
-    add("model", help="a name or folder of a model, or a config.json: then bytes")
-    add("--data", required=True, metavar="FILE", help="a text like that to be trained on")
-    add("-o", "--output", required=True, metavar="FILE", help="the predictors (safetensors)")
-    for flag, default, said in (
-        ("--seq-len", 4096, "tokens in a sequence"),
-        ("--steps", 400, "a sequence each"),
-        ("--block-tokens", 64, "in a block"),
-        ("--judged", 20, "sequences for recall, at most"),
-    ):
-        add(flag, type=_positive, default=default, metavar="N", help=f"{said} ({default})")
     add("--ratio", type=float, default=0.4, help="of blocks that stay, for recall (0.4)")
     add("--lr", type=float, default=1e-3, help="learning rate (1e-3)")
+    tuned = named.add_parser(
+        "tune-thresholds",
+        help="find the scores over which blocks stay",
+        description="Find for each layer of a causal model of Hugging Face's the score over which "
+        "blocks of tokens stay: from the mean of its scores, by LeMo's Algorithm 1 on a text, and "
+        "write a plan with `tokens.sparse.thresholds`.",
+    )
+    _add_model_and_text(tuned, "the plan")
+    _add_counts(tuned, ("--sequences", 8, "of the text, at most"))
+    _add_counts(tuned, ("--rounds", 1, "of all layers"))
+    add = tuned.add_argument
+    add("--ratio", type=float, default=0.4, help="below 1: which layers leave blocks out (0.4)")
+    cost = "what keeping all tokens costs, as a part of the loss (0.1)"
+    add("--cost", type=_over_zero, default=0.1, help=cost)
+
+
+def _add_model_and_text(parser: argparse.ArgumentParser, output: str) -> None:
+    add = parser.add_argument
+    add("model", help="a name or folder of a model, or a config.json: then bytes")
+    add("--data", required=True, metavar="FILE", help="a text like that to be trained on")
+    add("-o", "--output", required=True, metavar="FILE", help=output)
+    _add_counts(parser, ("--seq-len", 4096, "tokens in a sequence"))
+    _add_counts(parser, ("--block-tokens", 64, "in a block"))
     add("--sees-all", action="store_true", help="for a choice that sees later tokens")
+
+
+def _add_counts(parser: argparse.ArgumentParser, count: tuple[str, int, str]) -> None:
+    flag, default, said = count
+    parser.add_argument(
+        flag, type=_positive, default=default, metavar="N", help=f"{said} ({default})"
+    )
+
+
+def _over_zero(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number over 0")
+    return found
 
 
 def _positive(text: str) -> int:
@@ -108,12 +147,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _train_predictor(arguments: argparse.Namespace) -> int:
+def _tokens(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("transformers") is None:
         print("offload tokens: needs transformers: pip install transformers", file=sys.stderr)
         return 2
-    command = importlib.import_module("offload.integrations.predictor_command")
-    status: int = command.train_predictor(arguments)
+    module, name = _OF_TOKENS[arguments.tokens_command]
+    command = getattr(importlib.import_module(f"offload.integrations.{module}"), name)
+    status: int = command(arguments)
     return status
 
 
@@ -222,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command == "calibrate":
             status = _calibrate(arguments.path, arguments.output, arguments.name)
         elif arguments.command == "tokens":
-            status = _train_predictor(arguments)
+            status = _tokens(arguments)
         elif arguments.command == "plan-from-ds":
             status = _plan_from_ds(arguments.config, arguments.path, arguments.output)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from offload.tokens.predictor_file import Provenance, save_predictors
 from offload.tokens.predictor_training import PredictorTraining
 from perfmodel.token_plan import SparsityRule
 
-__all__ = ["train_predictor"]
+__all__ = ["load", "sequences", "told", "train_predictor"]
 
 _BYTES = 256
 _HELD_OUT = 10
@@ -51,12 +51,7 @@ def train_predictor(args: argparse.Namespace) -> int:
             raise OSError(13, "cannot be written to", str(folder))
         torch.manual_seed(0)
         model, tokens_of = load(args.model)
-        tokens = torch.tensor(tokens_of(Path(args.data).read_text(encoding="utf-8")))
-        rows = [
-            each[None] for each in torch.split(tokens, args.seq_len) if len(each) == args.seq_len
-        ]
-        if len(rows) < 2:
-            raise ValueError(f"{args.data} has {len(tokens)} tokens: two sequences are needed")
+        rows = sequences(args.data, tokens_of, args.seq_len)
         rule = SparsityRule(
             block_tokens=args.block_tokens,
             ratio=args.ratio,
@@ -65,12 +60,26 @@ def train_predictor(args: argparse.Namespace) -> int:
         )
         _train(args, model, rows, rule)
     except (OSError, ValueError) as error:
-        said = str(error)
-        if isinstance(error, OSError) and error.filename:
-            said = f"{error.filename}: {error.strerror}"
-        print(f"offload tokens: {' '.join(said.split())}", file=sys.stderr)
-        return 2
+        return told(error)
     return 0
+
+
+def sequences(data: str, tokens_of: Callable[[str], list[int]], seq_len: int) -> list[torch.Tensor]:
+    """Return a text as whole sequences [1, tokens]. Raises ValueError for fewer than two."""
+    tokens = torch.tensor(tokens_of(Path(data).read_text(encoding="utf-8")))
+    rows = [each[None] for each in torch.split(tokens, seq_len) if len(each) == seq_len]
+    if len(rows) < 2:
+        raise ValueError(f"{data} has {len(tokens)} tokens: two sequences are needed")
+    return rows
+
+
+def told(error: OSError | ValueError) -> int:
+    """Say in a line what is wrong; returns the exit status."""
+    said = str(error)
+    if isinstance(error, OSError) and error.filename:
+        said = f"{error.filename}: {error.strerror}"
+    print(f"offload tokens: {' '.join(said.split())}", file=sys.stderr)
+    return 2
 
 
 def _train(

@@ -65,6 +65,9 @@ class SparseTokens:
         self.recalls: list[float | None] | None = None
         """Set to a list to have each layer's next forward say how many of the blocks it keeps that
         scores of all tokens would keep, of those; as costly as its attention."""
+        self.scores: list[list[float] | None] | None = None
+        """Set to a list to have each layer's next forward say what its blocks' scores were, those
+        of all sequences behind each other."""
         self._names = self.model.names()
         self._eliminating: list[Eliminating] = []
         self._following: list[Following] = []
@@ -248,6 +251,8 @@ class SparseTokens:
             own.bounds = bounds_of(own.given, rule, batch, tokens)
         always, never = own.bounds
         scores = self._foretold(look)
+        if self.scores is not None:
+            self.scores[look.layer] = [one for each in scores for one in each]
         return kept_of(
             [self._chosen(each, look.layer) for each in scores],
             scores,

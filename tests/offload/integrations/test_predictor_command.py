@@ -1,4 +1,4 @@
-"""`offload tokens train-predictor` from the command line."""
+"""`offload tokens train-predictor` and `tune-thresholds` from the command line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from offload.cli import main
 from offload.tokens.predictor_file import load_predictors
+from perfmodel.plan_file import Plan
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -39,6 +40,27 @@ def test_it_trains_reports_recall_and_writes(
     assert list(found) == [1]
     assert 0 <= told.recalls["1"] <= 1
     assert (told.model, told.data, told.steps, told.causal) == ("config.json", "text", 4, True)
+
+
+def test_thresholds_are_tuned_and_their_plan_is_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps(LLAMA))
+    Path("text").write_text("".join(f"now {n} and then {n * n} " for n in range(60)))
+    flags = ["--seq-len=128", "--block-tokens=8", "--data=text", "-o", "plan.json"]
+    assert main(["tokens", "tune-thresholds", "config.json", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "loss with all tokens: 5." in said
+    assert said.count("of tokens kept") == 2
+    plan = Plan.from_mapping(json.loads(Path("plan.json").read_text()))
+    assert plan.tokens.sparse is not None
+    assert [each > 0 for each in plan.tokens.sparse.thresholds or ()] == [False, True, False]
+    assert main(["tokens", "tune-thresholds", "config.json", *flags[:3], "-o", "no/plan"]) == 2
+    assert "no: cannot be written to" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["tokens", "tune-thresholds", "config.json", *flags, "--cost=0"])
+    assert "0 is not a number over 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
