@@ -99,6 +99,33 @@ def test_what_moves_is_priced_from_all_layers_before_it_is_chosen(gib: int) -> N
         assert again.step_s == pytest.approx(planned.step_s)
 
 
+@pytest.mark.parametrize(
+    ("part", "longer", "taken"),
+    [
+        (0.95, 1.0, False),  # a limit that a run is held to, for a twentieth less
+        (0.5, 1.0, True),
+        (0.95, 0.9, True),
+    ],
+)
+def test_less_is_moved_only_where_it_spares_much_or_time(
+    part: float, longer: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Limits(device_bytes=9 * GIB)
+    search = Search(activations=("ssd",), placements=("device",), micro_batches=(4,))
+    given: list[int] = []
+
+    def refined(_self: Searched, choice: Any, _room: float, _states: Any) -> Any:
+        step = choice.step
+        given.append(step.moved_bytes)
+        less = replace(step, ssd_bytes=int(part * step.ssd_bytes), stall_s=longer * step.stall_s)
+        return replace(choice, strategy=replace(choice.strategy, memory_bytes=7), step=less)
+
+    monkeypatch.setattr(Searched, "refined", refined)
+    best = plan(WORKLOAD, MACHINE, limits, search).choices[0].prediction
+    assert given[0] > 0
+    assert (best.strategy.memory_bytes == 7) == taken
+
+
 def test_a_host_that_is_the_device_bounds_it_too() -> None:
     alone = replace(MACHINE, link=None, drive=None)
     found = plan(WORKLOAD, alone, Limits(host_bytes=1 * GIB))
