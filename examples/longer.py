@@ -1,30 +1,73 @@
-"""`--tokens exact`: the loss in segments, and perceptrons over a tile of the sequence at a time."""
+"""`--tokens`: the loss and perceptrons part by part, attention to those tokens that matter."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
 from flags import one_of
+from models import Decoder, GroupedAttention, SelfAttention, perceptrons
 from torch import nn
 
-from offload.tokens import Tiled, segment_tokens_for
+from offload.tokens import PlainTokens, Tiled, segment_tokens_for
+from perfmodel.token_plan import SparsityRule
 
-__all__ = ["add_token_flags", "run_in_tiles", "segment_of"]
+__all__ = ["add_token_flags", "segment_of", "shorten", "token_problem"]
+
+_CHOOSING = ("sparse", "gradient")
+_DECODERS = ("gpt", "llama")
 
 
 def add_token_flags(add: Callable[..., object]) -> None:
-    """List the flag that says what becomes of a long window's tokens."""
-    tokens = one_of("off", "exact", later=("sparse", "gradient"))
-    add("--tokens", type=tokens, default="off", help="exact: loss and perceptrons part by part")
+    """List the flags that say what becomes of a long window's tokens."""
+    tokens = one_of("off", "exact", *_CHOOSING)
+    said = "exact: loss and perceptrons part by part; sparse: attention to tokens that matter; "
+    add("--tokens", type=tokens, default="off", help=f"{said}gradient: gradients through those")
+    add("--keep", type=float, metavar="RATIO", help="of a window, of those that matter (0.4)")
+
+
+def token_problem(args: argparse.Namespace) -> str:
+    """Return in a line why flags about tokens do not go together; nothing where they do."""
+    if args.framework == "megatron" and args.tokens != "off":
+        return "--tokens is nothing to --framework megatron; leave it out"
+    if args.tokens in _CHOOSING and args.model not in _DECODERS:
+        return f"--tokens {args.tokens} is for {' and '.join(_DECODERS)}, not --model {args.model}"
+    if args.tokens in _CHOOSING and args.offload == "auto":
+        return f"--tokens {args.tokens} does not go with --offload auto; use ssd or recompute"
+    if args.keep is not None and args.tokens not in _CHOOSING:
+        return f"--keep is nothing to --tokens {args.tokens}; use it with sparse"
+    if args.keep is not None and not 0 < args.keep <= 1:
+        return f"--keep {args.keep:g} is not over 0 and at most 1"
+    return ""
 
 
 def segment_of(mode: str, vocab_size: int) -> int:
     """Return how many tokens' logits are to be there at once; 0: all."""
-    return segment_tokens_for(vocab_size) if mode == "exact" else 0
+    return 0 if mode == "off" else segment_tokens_for(vocab_size)
 
 
-def run_in_tiles(args: argparse.Namespace, parts: Iterable[nn.Module]) -> None:
-    """Have modules run over --hidden tokens at a time, with recompute once more in the backward."""
-    for part in parts if args.tokens == "exact" else ():
+def shorten(args: argparse.Namespace, model: nn.Module) -> PlainTokens | None:
+    """Have perceptrons run in tiles, and attention over what matters, as the flags say.
+
+    Tiles are of --hidden tokens, and with recompute run once more in the backward.
+    """
+    for part in perceptrons(model) if args.tokens != "off" else ():
         Tiled(part, args.hidden, again=args.offload == "recompute")
+    if args.tokens not in _CHOOSING or not isinstance(model, Decoder):
+        return None
+    attentions = [
+        part for part in model.modules() if isinstance(part, SelfAttention | GroupedAttention)
+    ]
+    for each in attentions:
+        if isinstance(each, GroupedAttention):
+            each.placed = True
+    rule = SparsityRule(ratio=args.keep or SparsityRule.ratio)
+    tokens = PlainTokens(model, attentions, rule, gradient_only=args.tokens == "gradient")
+    run = model.run
+
+    def carried(layer: Any, *inputs: Any) -> Any:
+        return run(tokens.carrying(layer), *inputs)
+
+    model.run = carried
+    return tokens

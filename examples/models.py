@@ -112,6 +112,8 @@ class GroupedAttention(nn.Module):
     """Causal attention with rotary positions, in which groups of heads share keys and values."""
 
     rotation: Tensor
+    placed = False
+    """Whether it is told where its tokens stand, since it may be given some of a window's."""
 
     def __init__(self, config: ModelConfig, *, base: float = 10_000.0) -> None:
         super().__init__()
@@ -131,22 +133,29 @@ class GroupedAttention(nn.Module):
             "rotation", torch.stack((angles.cos(), angles.sin())), persistent=False
         )
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Turn pairs of channels of [batch, head, position, channel] by their position's angle."""
-        cos, sin = self.rotation[:, : x.shape[2]].to(x.dtype)
+        of_all = (
+            self.rotation[:, : x.shape[2]] if positions is None else self.rotation[:, positions]
+        )
+        cos, sin = of_all.to(x.dtype)
         one, other = x.chunk(2, -1)
         turned: Tensor = x * cos + torch.cat((-other, one), -1) * sin
         return turned
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix [batch, position, channel] along positions, each seeing only those before it."""
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Mix [batch, position, channel] along positions, each seeing only those before it.
+
+        `position_ids` [1, position]: where they stand in the window; None: at its beginning.
+        """
+        at = None if position_ids is None else position_ids[0]
         q, k, v = (
             part(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for part in (self.query, self.key, self.value)
         )
         # Repeated, because not every kernel takes groups.
-        k, v = (part.repeat_interleave(self.group, 1) for part in (self.rotate(k), v))
-        mixed: Tensor = F.scaled_dot_product_attention(self.rotate(q), k, v, is_causal=True)
+        k, v = (part.repeat_interleave(self.group, 1) for part in (self.rotate(k, at), v))
+        mixed: Tensor = F.scaled_dot_product_attention(self.rotate(q, at), k, v, is_causal=True)
         out: Tensor = self.projection(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -197,10 +206,13 @@ class Layer(nn.Module):
         """Map [batch, position, channel] to the same shape."""
         for norm, part in zip(self.norms, self.parts, strict=True):
             other = encoded if isinstance(part, CrossAttention) else ()
+            named = {}
+            if isinstance(part, GroupedAttention) and part.placed:
+                named["position_ids"] = torch.arange(x.shape[1], device=x.device)[None]
             if self.norm_last:
                 x = norm(x + self.dropout(part(x, *other)))
             else:
-                x = x + self.dropout(part(norm(x), *other))
+                x = x + self.dropout(part(norm(x), *other, **named))
         return x
 
 

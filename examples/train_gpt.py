@@ -28,9 +28,9 @@ from data import Corpus, evenly_spaced, load_corpus
 from flags import Parser, at_least, in_flags, one_of
 from heap import keep_freed_memory
 from loaders import LOADERS, Order, missing_framework, missing_package, open_loader
-from longer import add_token_flags, run_in_tiles, segment_of
+from longer import add_token_flags, segment_of, shorten, token_problem
 from memory import StepMemory, resident_bytes
-from models import MODELS, ModelConfig, Run, call, perceptrons, recompute
+from models import MODELS, ModelConfig, Run, call, recompute
 from offloading import add_offload_flags, open_offload
 from optimizers import add_optimizer_flags, clip, learning_rate, make_optimizer
 from plans import add_plan_flags, follow_plan, recompute_some
@@ -101,8 +101,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--memory-bytes is nothing to --offload {args.offload}; use it with auto")
     if args.framework == "torch" and args.tensor_parallel * args.pipeline_parallel > 1:
         parser.error("--tensor-parallel and --pipeline-parallel need --framework megatron")
-    if args.framework == "megatron" and args.tokens != "off":
-        parser.error("--tokens is nothing to --framework megatron; leave it out")
+    if problem := token_problem(args):
+        parser.error(problem)
     if args.dropout >= 1:
         parser.error(f"--dropout {args.dropout} would drop everything; choose one below 1")
     if args.summary:
@@ -150,7 +150,7 @@ class Trainer:
         if getattr(args, "recompute", None) is not None:  # a plan names them, or none
             run = recompute_some(args.recompute, args.layers * (2 if args.model == "t5" else 1))
         self.bare = MODELS[args.model](config, run).to(self.device)
-        run_in_tiles(args, perceptrons(self.bare))
+        self.tokens = shorten(args, self.bare)
         parameters = list(self.bare.parameters())
         # Made now and never set to None: what a step then needs on top is its activations.
         for parameter in parameters:

@@ -55,6 +55,9 @@ class SparsityRule:
     """Tokens whose blocks always stay."""
     sparse_mlp: bool = False
     """Whether perceptrons run for the same tokens alone, in layers that leave some out."""
+    biased_mlp_columns: float | None = None
+    """How much of their inner channels perceptrons save in layers that leave some out: frozen ones
+    with a gate, whose gradients are then biased (what LeMo's code does); null: all."""
     group_tokens: int | None = None
     """Of the kept tokens each attends within groups of so many, half of the heads shifted by half
     a group; null: to all before it."""
@@ -112,6 +115,12 @@ class SparsityRule:
                 require_number(key, value, 0, 1)
                 if value == 0:
                     raise ValueError(f"{key}=0 leaves nothing: give it over 0, and at most 1")
+        if self.biased_mlp_columns is not None:
+            require_number("biased_mlp_columns", self.biased_mlp_columns, 0, 1)
+            if self.biased_mlp_columns == 0:
+                raise ValueError("biased_mlp_columns=0 leaves nothing: give it over 0, at most 1")
+            if self.sparse_mlp:
+                raise ValueError("biased_mlp_columns and sparse_mlp exclude each other")
         for value in self.thresholds or ():
             require_number("thresholds", value, -1e30, 1e30)
 

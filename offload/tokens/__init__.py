@@ -4,12 +4,14 @@ from offload.tokens.block_attention import BlockAttention
 from offload.tokens.exact import ExactTokens
 from offload.tokens.loss import segment_tokens_for, segmented_cross_entropy
 from offload.tokens.meter import Quality, measure_quality
+from offload.tokens.plain import PlainTokens
 from offload.tokens.sparse import SparseTokens
 from offload.tokens.tiling import Tiled
 
 __all__ = [
     "BlockAttention",
     "ExactTokens",
+    "PlainTokens",
     "Quality",
     "SparseTokens",
     "Tiled",

@@ -121,7 +121,7 @@ class Eliminating:
         length = hidden.shape[1]
         middles = torch.arange(0, length, tokens, device=hidden.device) + tokens // 2
         at = middles.clamp(max=length - 1)
-        given = {**named, _MASK: None}
+        given = {key: None if key == _MASK else value for key, value in named.items()}
         means = pooled(hidden, tokens) if tokens > 1 else hidden
         with Watch(skip=True) as watch, in_evaluation(self._module), torch.no_grad():
             self._whole(means, **cut(given, Kept((at,), length, ()), None))

@@ -45,6 +45,11 @@ def test_a_wrong_rule_is_refused_by_name(settings: dict[str, Any], why: str) -> 
         ({"mode": "exact", "sparse": {}}, "sparse says nothing with mode='exact'"),
         ({"mode": "sparse", "sparse": 3}, "sparse=3 is not an object"),
         ({"mode": "sparse", "ratio": 0.5}, "ratio is a setting of tokens.sparse"),
+        ({"mode": "sparse", "sparse": {"biased_mlp_columns": 0}}, "leaves nothing"),
+        (
+            {"mode": "sparse", "sparse": {"biased_mlp_columns": 0.2, "sparse_mlp": True}},
+            "exclude each other",
+        ),
         ({"mode": "gradients"}, "did you mean 'gradient'|gradient"),
         ({"mode": "gradient", "sparse": {"group_tokens": 8}}, "group_tokens=8 says nothing"),
         ({"mode": "off", "mlp_tile_tokens": 5}, "says nothing with mode='off'"),

@@ -1,0 +1,213 @@
+"""Which blocks of tokens each layer of a model keeps in the forwards of a run, step by step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from offload.tokens.bounds import bounds_of
+from offload.tokens.elimination import Eliminating, Following, Look, score_of
+from offload.tokens.gradient_only import GradientOnly, GradientOnlyFollowing
+from offload.tokens.passes import Pass, Passes, in_backward
+from offload.tokens.predictor import BlockPredictor, block_means
+from offload.tokens.selection import Kept, choose_by_share, choose_by_threshold, kept_of
+from perfmodel.token_plan import SparsityRule
+
+__all__ = ["TokenChoice"]
+
+
+class TokenChoice:
+    """Has attention modules keep what a rule says, in forwards in training, until `close()`d.
+
+    Steps are counted as an optimizer of the model's parameters takes them, unless somebody else is
+    asked (`follow`).
+    """
+
+    def __init__(
+        self, model: nn.Module, rule: SparsityRule, layers: int, *, gradient_only: bool
+    ) -> None:
+        self.rule = rule
+        self.dense: bool | None = None
+        """Set to have all tokens take part, or not, whatever the step."""
+        self.fallen_back = False
+        """Whether all take part from now on, since the loss was too far from a dense one's."""
+        self.kept_shares: list[float | None] = [None] * layers
+        """Of the tokens, in each layer's last forward; None: all, always."""
+        self.recalls: list[float | None] | None = None
+        """Set to a list to have each layer's next forward say how many of the blocks it keeps that
+        scores of all tokens would keep, of those; as costly as its attention."""
+        self.scores: list[list[float] | None] | None = None
+        """Set to a list to have each layer's next forward say what its blocks' scores were, those
+        of all sequences behind each other."""
+        self._gradient_only = gradient_only
+        self._eliminating: list[Eliminating] = []
+        self._following: list[Following] = []
+        self._predictors: Mapping[int, BlockPredictor] = {}
+        self._counted = 0
+        self._count: Callable[[], int] | None = None
+        self._params = {id(param) for param in model.parameters()}
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._passes = Passes(model)
+        stepped = weakref.WeakMethod(self._stepped)  # all optimizers' hook outlives a model
+
+        def step(*given: Any) -> None:
+            own = stepped()
+            if own is not None:
+                own(*given)
+
+        self._hooks: list[Any] = [register_optimizer_step_post_hook(step)]
+
+    def take_out_of(
+        self, number: int, attention: nn.Module, perceptrons: Iterable[nn.Module] = ()
+    ) -> None:
+        """Have a layer's attention, and perceptrons, see what is kept alone. Raises ValueError."""
+        found: Eliminating
+        if self._gradient_only:
+            found = GradientOnly(attention, number, self._choose, active=self._is_active)
+        else:
+            near = self.rule.group_tokens
+            found = Eliminating(
+                attention, number, self._choose, active=self._is_active, group_tokens=near
+            )
+        self._eliminating.append(found)
+        follow = GradientOnlyFollowing if self._gradient_only else Following
+        self._following += [follow(each, found) for each in perceptrons]
+
+    @property
+    def sparse_layers(self) -> int:
+        """How many layers leave tokens out."""
+        return len(self._eliminating)
+
+    @property
+    def kept_share(self) -> float:
+        """How much of the tokens the layers' last forwards kept, all layers together."""
+        shares = [1.0 if share is None else share for share in self.kept_shares]
+        return sum(shares) / len(shares)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all tokens take part in the next forward."""
+        if self.dense is not None:
+            return self.dense
+        return self.fallen_back or self.rule.is_dense_step(self.step)
+
+    @property
+    def step(self) -> int:
+        """The number of the step under way, from 0."""
+        return self._counted if self._count is None else self._count()
+
+    def follow(self, count: Callable[[], int]) -> None:
+        """Have `count` say from now on how many steps were taken: a run that goes on knows."""
+        self._count = count
+
+    def close(self) -> None:
+        """Leave the model as it was. Idempotent."""
+        for one in self._eliminating:
+            one.close()
+        for other in self._following:
+            other.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._passes.close()
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, _args: Any, _named: Any) -> None:
+        first = next((param for group in optimizer.param_groups for param in group["params"]), None)
+        if id(first) not in self._params:
+            return
+        if self._optimizer is None or self._optimizer() is None:
+            self._optimizer = weakref.ref(optimizer)
+        if self._optimizer() is optimizer:  # of several that train a model one is counted
+            self._counted += 1
+
+    # ---- forwards ----------------------------------------------------------------------------
+
+    def _begin_pass(self, given: Mapping[str, Any], *, training: bool) -> bool:
+        """Have a forward under way; returns whether tokens may be left out of it."""
+        if not training or not torch.is_grad_enabled():
+            self._passes.begin(None)
+            return False
+        own = Pass(self.is_dense, given)
+        self._passes.begin(own)
+        if own.dense:
+            self.kept_shares = [None if share is None else 1.0 for share in self.kept_shares]
+        return True
+
+    def _end(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self._passes.end()
+
+    def _is_active(self) -> bool:
+        own = self._passes.current()
+        return own is not None and not own.dense
+
+    def _choose(self, look: Look) -> Kept | None:
+        own = self._passes.current()
+        if own is None or own.dense:
+            return None
+        if in_backward():  # what was kept then; nothing is not stored
+            return own.kept.get(look.layer)
+        kept = self._fresh(look, own)
+        self.kept_shares[look.layer] = 1.0 if kept is None else kept.share
+        if kept is not None:
+            own.kept[look.layer] = kept
+            if self.recalls is not None:
+                self.recalls[look.layer] = self._recall(look, kept)
+        return kept
+
+    def _fresh(self, look: Look, own: Pass) -> Kept | None:
+        """Choose what is kept of a layer; None: all of a sequence that is too short."""
+        batch, tokens = look.hidden.shape[:2]
+        rule = self.rule
+        if tokens <= rule.block_tokens * max(1, rule.first_blocks + rule.last_blocks):
+            return None
+        if own.bounds is None:
+            own.bounds = bounds_of(own.given, rule, batch, tokens)
+        always, never = own.bounds
+        scores = self._foretold(look)
+        if self.scores is not None:
+            self.scores[look.layer] = [one for each in scores for one in each]
+        return kept_of(
+            [self._chosen(each, look.layer) for each in scores],
+            scores,
+            always=always.tolist(),
+            never=never.tolist(),
+            tokens=tokens,
+            block_tokens=rule.block_tokens,
+            device=look.hidden.device,
+        )
+
+    def _foretold(self, look: Look) -> list[list[float]]:
+        """Return scores by what is cheap: a predictor's, or of means."""
+        predictor = self._predictors.get(look.layer)
+        if predictor is None:
+            return self._scores(look, self.rule.pool_tokens)
+        scores = block_means(predictor(look.hidden), causal=self.rule.causal)
+        short = look.hidden.shape[1] % self.rule.block_tokens > 0  # the last, which has none
+        found: list[list[float]] = torch.nn.functional.pad(scores, (0, int(short))).tolist()
+        return found
+
+    def _recall(self, look: Look, kept: Kept) -> float:
+        scores = self._scores(look, pool_tokens=1)
+        found = wanted = 0
+        for each, blocks in zip(scores, kept.blocks, strict=True):
+            true = {n for n, one in enumerate(self._chosen(each, look.layer)) if one}
+            wanted += len(true)
+            found += len(true & set(blocks))
+        return found / wanted if wanted else 1.0
+
+    def _scores(self, look: Look, pool_tokens: int) -> list[list[float]]:
+        rule = self.rule
+        given: dict[str, Any] = {"block_tokens": rule.block_tokens, "causal": rule.causal}
+        found: list[list[float]] = score_of(look, pool_tokens=pool_tokens, **given).tolist()
+        return found
+
+    def _chosen(self, scores: Sequence[float], layer: int) -> list[bool]:
+        rule = self.rule
+        if rule.thresholds is not None:
+            return choose_by_threshold(scores, rule.thresholds[layer])
+        assert rule.ratios is not None
+        return choose_by_share(scores, rule.ratios[layer], causal=rule.causal)

@@ -1,0 +1,158 @@
+"""Tokens left out of a model of one's own, which says where they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from offload.tokens import PlainTokens
+from offload.tokens.selection import Kept
+from perfmodel.token_plan import SparsityRule
+
+LAYERS, HIDDEN, HEADS, TOKENS, BLOCK = 3, 16, 2, 60, 4
+RULE: dict[str, Any] = {"block_tokens": BLOCK, "pool_tokens": 2, "ratios": (1.0, 0.4, 0.4)}
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.places = nn.Parameter(torch.randn(TOKENS, HIDDEN))
+        self.hidden_from: Tensor | None = None
+        """Of a reference: [batch, tokens], who takes part."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        parts = self.qkv(x).chunk(3, -1)
+        parts = (*(each + self.places[position_ids] for each in parts[:2]), parts[2])
+        q, k, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in parts)
+        if self.hidden_from is None:
+            mixed: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+            seen = seen & self.hidden_from[:, None, None, :]
+            seen = seen | torch.eye(TOKENS, dtype=torch.bool)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        found: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return found if self.hidden_from is None else found * self.hidden_from[..., None]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attentions = nn.ModuleList(Attention() for _ in range(LAYERS))
+        self.perceptrons = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(LAYERS))
+        self.tokens: PlainTokens | None = None
+        self.again = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in range(LAYERS):
+
+            def layer(x: Tensor, number: int = number) -> Tensor:
+                at = torch.arange(TOKENS)[None]
+                x = x + self.attentions[number](F.layer_norm(x, (HIDDEN,)), position_ids=at)
+                return x + self.perceptrons[number](F.layer_norm(x, (HIDDEN,)))
+
+            if self.again:
+                run = layer if self.tokens is None else self.tokens.carrying(layer)
+                x = checkpoint(run, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        return x.square().mean()
+
+
+def gradients(model: Model) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(1)
+    loss = model(torch.randn(2, TOKENS, HIDDEN))
+    loss.backward()
+    found = [each.grad.clone() for each in model.parameters() if each.grad is not None]
+    model.zero_grad()
+    return loss.detach(), found
+
+
+def sparse(model: Model, **settings: Any) -> tuple[PlainTokens, dict[int, Kept]]:
+    rule = SparsityRule(**{**RULE, **settings.pop("rule", {})})
+    tokens = PlainTokens(model, [*model.attentions], rule, **settings)
+    kept: dict[int, Kept] = {}
+    fresh = tokens._fresh
+
+    def noting(look: Any, own: Any) -> Any:
+        kept[look.layer] = found = fresh(look, own)
+        return found
+
+    tokens._fresh = noting  # type: ignore[method-assign]
+    return tokens, kept
+
+
+def test_loss_and_gradients_are_those_of_a_masked_dense_model() -> None:
+    model = Model()
+    tokens, kept = sparse(model)
+    loss, found = gradients(model)
+    tokens.close()
+    assert sorted(kept) == [1, 2]
+    for layer, each in kept.items():
+        there = torch.zeros(2, TOKENS, dtype=torch.bool)
+        for row, at in zip(there, each.rows, strict=True):
+            row[at] = True
+        model.attentions[layer].hidden_from = there
+    masked, expected = gradients(model)
+    assert torch.allclose(loss, masked, rtol=1e-6)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_layers_that_run_again_keep_what_their_forward_kept(gradient_only: bool) -> None:
+    model = Model()
+    model.tokens, _ = sparse(model, gradient_only=gradient_only)
+    loss, expected = gradients(model)
+    model.again = True
+    again, found = gradients(model)
+    assert torch.equal(again, loss)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    model.tokens = None
+    with pytest.raises(RuntimeError, match="run again by somebody"):
+        gradients(model)
+
+
+def test_evaluation_and_dense_steps_leave_nothing_out() -> None:
+    model = Model()
+    dense, _ = gradients(model)
+    tokens, kept = sparse(model, rule={"warm_up_steps": 1})
+    assert torch.equal(gradients(model)[0], dense)
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    assert not torch.equal(gradients(model)[0], dense)
+    assert tokens.kept_share < 0.8
+    kept.clear()
+    model.eval()
+    assert torch.equal(gradients(model)[0], dense)
+    assert not kept
+
+
+def test_perceptrons_follow_where_they_are_given() -> None:
+    model = Model()
+    given = {"rule": {"sparse_mlp": True}, "perceptrons": [*model.perceptrons]}
+    tokens, _ = sparse(model, **given)
+    rows: list[int] = []
+    model.perceptrons[1].register_forward_hook(lambda _m, args, _o: rows.append(args[0].shape[1]))
+    gradients(model)
+    assert rows == [TOKENS], "whoever looks at a module sees a whole tensor"
+    assert tokens.kept_share < 0.8
+    tokens.close()
+    with pytest.raises(ValueError, match="0 perceptrons for 3 attentions"):
+        sparse(Model(), rule={"sparse_mlp": True})
+
+
+def test_a_predictor_and_an_attention_with_a_forward_of_its_own_are_refused() -> None:
+    with pytest.raises(ValueError, match="models of Hugging Face's"):
+        sparse(Model(), rule={"predictor": "file"})
+    model = Model()
+    model.attentions[2].forward = model.attentions[2].forward
+    with pytest.raises(ValueError, match="another library's"):
+        sparse(model)
+    assert "forward" not in vars(model.attentions[1])
