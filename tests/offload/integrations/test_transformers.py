@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,18 +24,19 @@ MODELS = ("llama", "gpt2", "t5")
 Ran = dict[str, Any]
 """What the cases came to, by name."""
 Start = Callable[..., Any]
-ONE_RANK = {
-    "MASTER_ADDR": "localhost",
-    "MASTER_PORT": "29611",
-    "RANK": "0",
-    "WORLD_SIZE": "1",
-    "DS_ACCELERATOR": "cpu",
-    "LOCAL_RANK": "0",
-}
 EXACT = {
     "version": 1,
     "tokens": {"mode": "exact", "loss_segment_tokens": 10, "mlp_tile_tokens": 24},
 }
+
+
+def one_rank() -> dict[str, str]:
+    """Return what a launcher would say to one, with a port that nobody has: tests run together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return where | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_with_deepspeed_the_bits_are_the_same(start: Start, spill_dir: Path) -> 
         case = {"model": "llama", "deepspeed": config}
         cases[f"kept {stage}"] = {**case, "plan": kept}
         cases[f"moved {stage}"] = {**case, "plan": plan_of(spill_dir)}
-    found = start(cases, **ONE_RANK)
+    found = start(cases, **one_rank())
     for stage in (2, 3):
         same(found, f"moved {stage}", f"kept {stage}")
         assert found[f"moved {stage}"]["logs"]["offloaded_bytes"] > 0
@@ -140,7 +142,7 @@ def test_what_cannot_be_done_with_deepspeed_is_refused(start: Start, spill_dir: 
         plan = plan_of(spill_dir, states=False)
         case = {"model": "gpt2", "plan": plan, "deepspeed": section | config}
         cases[str(number)] = {**case, **change}
-    found = start(cases, **ONE_RANK)
+    found = start(cases, **one_rank())
     for number, (_, _, words) in enumerate(refused):
         assert words in found[str(number)].get("error", ""), words
 
@@ -229,7 +231,7 @@ def test_with_deepspeed_a_checkpoint_is_gone_on_from_with_the_same_bits(
             "whole": {**case, "arguments": saving, "directory": str(tmp_path / "out")},
             "resumed": {**case, "resume": str(tmp_path / "out" / "checkpoint-2")},
         },
-        **ONE_RANK,
+        **one_rank(),
     )
     assert "error" not in found["whole"], found["whole"]["trace"]
     assert "error" not in found["resumed"], found["resumed"]["trace"]
