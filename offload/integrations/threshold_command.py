@@ -78,7 +78,10 @@ def _tune(
         "thresholds": rounded,
     }
     plan = {"version": 1, "tokens": {"mode": "sparse", "sparse": chosen}}
-    part = f"{args.output}.part"
-    Path(part).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, args.output)
+    part = Path(f"{args.output}.part")  # an earlier plan stays until this one is whole
+    try:
+        part.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, args.output)
+    finally:
+        part.unlink(missing_ok=True)
     print(f"the plan is in {args.output}")

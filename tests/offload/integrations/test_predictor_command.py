@@ -58,6 +58,9 @@ def test_thresholds_are_tuned_and_their_plan_is_read_again(
     assert [each > 0 for each in plan.tokens.sparse.thresholds or ()] == [False, True, False]
     assert main(["tokens", "tune-thresholds", "config.json", *flags[:3], "-o", "no/plan"]) == 2
     assert "no: cannot be written to" in capsys.readouterr().err
+    Path("folder").mkdir()
+    assert main(["tokens", "tune-thresholds", "config.json", *flags[:3], "-o", "folder"]) == 2
+    assert not Path("folder.part").exists()
     with pytest.raises(SystemExit):
         main(["tokens", "tune-thresholds", "config.json", *flags, "--cost=0"])
     assert "0 is not a number over 0" in capsys.readouterr().err
