@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from benchmarks import predicted_memory, predicted_time, regret
 from benchmarks.activations_worker import Training
@@ -85,11 +87,60 @@ def test_predicted_times_are_held_against_measured(
 def test_a_machine_that_changed_decides_nothing() -> None:
     seen = predicted_time.Measured(as_it_was_s=1.0, steady_s=1.0, varied=0.0)
     samples = {"one": (seen, 1.0)}
-    assert predicted_time.make_record(samples, {"matmul": 0.05, "memory": -0.05}).met
-    assert predicted_time.make_record(samples, {"matmul": 0.2, "memory": -0.05}).met is None
-    changed = predicted_time.make_record(samples, {"matmul": 0.0, "memory": -0.2})
+    steady = predicted_time.Part(samples, {"matmul": 0.05, "memory": -0.05})
+    assert predicted_time.make_record([steady]).met
+    faster = predicted_time.Part(samples, {"matmul": 0.2, "memory": -0.05})
+    assert predicted_time.make_record([faster]).met is None
+    slower = predicted_time.Part(samples, {"matmul": 0.0, "memory": -0.2})
+    changed = predicted_time.make_record([steady, slower])
     assert changed.met is None
     assert "-0.2" in changed.claims[0].reason
+
+
+def test_a_part_is_made_again_where_the_machine_changed(
+    monkeypatch: pytest.MonkeyPatch, spill_dir: Path
+) -> None:
+    runs = [predicted_memory.Run("gpt", TINY, "keep")]
+    first, second, third = object(), object(), object()
+    calibrated = iter([second, third])
+    drifts = {(first, second): {"memory": 0.3}, (second, third): {"memory": -0.01}}
+    seen = {first: 1.0, second: 2.0}
+    monkeypatch.setattr(predicted_time, "calibrate", lambda _: next(calibrated))
+    monkeypatch.setattr(predicted_time, "drift", lambda *pair: drifts[pair])
+    monkeypatch.setattr(
+        predicted_time, "measured", lambda *of: predicted_time.Measured(1.0, seen[of[2]], 0.0)
+    )
+    monkeypatch.setattr(predicted_time, "predicted_s", lambda *of: seen[of[2]])
+    arguments = argparse.Namespace(machine=None, steps=1, warm_up=1)
+    with tqdm(total=1, disable=True) as bar:
+        part, machine = predicted_time.part_of(runs, first, arguments, str(spill_dir), bar)
+    assert part.drift == {"memory": -0.01}
+    assert [said for _, said in part.samples.values()] == [2.0]  # by the calibration before it
+    assert machine is third
+
+
+def test_parts_that_were_made_are_not_made_again_but_for_one_that_decides_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = [predicted_memory.Run("gpt", TINY, mode) for mode in ("keep", "recompute", "ssd")]
+    seen = predicted_time.Measured(1.0, 1.0, 0.0)
+    drifts = iter([0.0, 0.5, 0.0, 0.0])
+    made: list[str] = []
+
+    def part_of(some: Any, machine: object, *_: object) -> tuple[Any, object]:
+        made.extend(run.mode for run in some)
+        samples = {run.name: (seen, 2.0) for run in some}
+        return predicted_time.Part(samples, {"memory": next(drifts)}), machine
+
+    monkeypatch.setattr(predicted_time, "part_of", part_of)
+    monkeypatch.setattr(predicted_time, "calibrate", lambda _: object())
+    arguments = argparse.Namespace(machine=None, part=1, keep=tmp_path / "parts.json")
+    first = predicted_time.made_parts(runs, arguments, "")
+    assert [part.worst_drift for part in first] == [0.0, 0.5, 0.0]
+    again = predicted_time.made_parts(runs, arguments, "")
+    assert made == ["keep", "recompute", "ssd", "recompute"]
+    assert [part.worst_drift for part in again] == [0.0, 0.0, 0.0]
+    assert predicted_time.made_parts(runs, arguments, "") == again
 
 
 def test_the_try_counts_in_which_the_machine_was_steadiest(
