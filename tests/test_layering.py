@@ -74,7 +74,7 @@ FOREIGN: dict[str, dict[str | None, frozenset[str]]] = {
     "offload": {
         None: frozenset({"torch", "perfmodel"}),
         "config": frozenset({"perfmodel"}),
-        "tokens": frozenset({"torch", "perfmodel", "safetensors"}),
+        "tokens": frozenset({"torch", "perfmodel", "safetensors", "liger_kernel"}),
         "integrations": frozenset({"torch", "perfmodel", "deepspeed", "megatron", "transformers"}),
     },
 }

@@ -6,7 +6,7 @@ Nothing of transformers is imported: what is asked of a model are the methods th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,41 @@ from torch import Tensor, nn
 
 from offload.tokens.tiling import is_position_wise
 
-__all__ = ["CausalLM", "causal_lm_of", "layers_of", "perceptrons_of", "require_whole_head"]
+__all__ = [
+    "CausalLM",
+    "Finish",
+    "causal_lm_of",
+    "layers_of",
+    "perceptrons_of",
+    "require_whole_head",
+]
 
 _LOSS = "ForCausalLMLoss"
 # Methods of a model within another: PEFT's, then what DistributedDataParallel has.
 _WITHIN = ("get_base_model",)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What models do to logits behind their heads, element by element.
+
+    By their configurations' names. What they do else is noticed in the first forward, where the
+    loss of a few tokens is compared.
+    """
+
+    multiplied: float | None = None
+    divided: float | None = None
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return what they make of them."""
+        if self.multiplied is not None:
+            logits = logits * self.multiplied
+        if self.divided is not None:
+            logits = logits / self.divided
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
 
 
 @dataclass(frozen=True)
@@ -31,8 +61,7 @@ class CausalLM:
     decoder: nn.Module
     """What its head sees the first output of."""
     head: nn.Module
-    finish: Callable[[Tensor], Tensor]
-    """What it does to logits, element by element."""
+    finish: Finish
 
     @property
     def config(self) -> Any:
@@ -89,7 +118,7 @@ def causal_lm_of(model: nn.Module) -> CausalLM:
             f"{name}.forward has no argument logits_to_keep, without which it makes all logits: "
             "tokens.mode can only be off with it"
         )
-    found = CausalLM(whole, decoder, head, lambda logits: logits)
+    found = CausalLM(whole, decoder, head, Finish())
     require_whole_head(found)
     return replace(found, finish=_finish_of(found.config))
 
@@ -110,25 +139,9 @@ def require_whole_head(found: CausalLM) -> None:
             )
 
 
-def _finish_of(config: Any) -> Callable[[Tensor], Tensor]:
-    """Return what models do to logits behind their heads, by their configurations' names.
-
-    What they do else is noticed in the first forward, where the loss of a few tokens is compared.
-    """
-    multiplied = getattr(config, "logit_scale", None)
-    divided = getattr(config, "logits_scaling", None)
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def finish(logits: Tensor) -> Tensor:
-        if multiplied is not None:
-            logits = logits * multiplied
-        if divided is not None:
-            logits = logits / divided
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
-
-    return finish
+def _finish_of(config: Any) -> Finish:
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    return Finish(*(getattr(config, name, None) for name in names))
 
 
 def layers_of(found: CausalLM) -> nn.ModuleList:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offload.tokens.causal_lm import CausalLM, causal_lm_of, perceptrons_of, require_whole_head
+from offload.tokens.fused_loss import fused_cross_entropy
 from offload.tokens.loss import IGNORED, segment_tokens_for, segmented_cross_entropy
 from offload.tokens.tiling import Tiled, in_evaluation
 
@@ -162,12 +163,19 @@ class ExactTokens:
         count = asked.get("num_items_in_batch")
         if isinstance(count, Tensor):
             count = count.to(hidden.device)
+        targets = targets.to(hidden.device)
+        model = self.model
         with self._autocast:
+            fused = fused_cross_entropy(
+                hidden, model.head, model.finish, targets, count=count, ignored=ignored
+            )
+            if fused is not None:
+                return fused
             return segmented_cross_entropy(
                 hidden,
                 self._logits,
-                targets.to(hidden.device),
-                params=[*self.model.head.parameters()] if torch.is_grad_enabled() else (),
+                targets,
+                params=[*model.head.parameters()] if torch.is_grad_enabled() else (),
                 segment_tokens=self.loss_segment_tokens,
                 count=count,
                 ignored=ignored,
