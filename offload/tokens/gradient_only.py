@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from offload.tokens.elimination import Choose, Eliminating, Following, cut
-from offload.tokens.interception import named_arguments
+from offload.tokens.interception import AttentionCalls
 from offload.tokens.kept_rows import take_rows
 from offload.tokens.selection import Kept
 
@@ -98,32 +97,22 @@ class _Through(torch.autograd.Function):
         return (None, None, None, *of_parts)
 
 
-class _Seen(TorchFunctionMode):
+class _Seen(AttentionCalls):
     """While entered, keeps what PyTorch's attention was called with."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[dict[str, Any]] = []
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Note calls of attention, and let everything through."""
-        named = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            given = named_arguments(args, named)
-            if given.get("dropout_p"):
-                raise ValueError(
-                    f"attention has dropout ({given['dropout_p']}), which would be drawn once for "
-                    "the output and once more for gradients: set it to 0, or tokens.mode to sparse"
-                )
-            given["query"] = None
-            self.calls.append(given)
-        return function(*args, **named)
+    def attend(self, given: dict[str, Any]) -> Any:
+        """Note the call."""
+        if given.get("dropout_p"):
+            raise ValueError(
+                f"attention has dropout ({given['dropout_p']}), which would be drawn once for the "
+                "output and once more for gradients: set it to 0, or tokens.mode to sparse"
+            )
+        self.calls.append(given | {"query": None})
+        return super().attend(given)
 
     def only(self, name: str) -> dict[str, Any]:
         """Return the one call. Raises ValueError for none, or more."""
@@ -136,25 +125,15 @@ class _Seen(TorchFunctionMode):
         return self.calls[0]
 
 
-class _RowsOverAll(TorchFunctionMode):
+class _RowsOverAll(AttentionCalls):
     """While entered, PyTorch's attention of some rows of a sequence is over all of its columns."""
 
     def __init__(self, of_all: dict[str, Any], rows: Tensor, number: int) -> None:
         super().__init__()
         self._of_all, self._rows, self._number = of_all, rows, number
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Take the place of attention, and let everything else through."""
-        named = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **named)
-        given = named_arguments(args, named)
+    def attend(self, given: dict[str, Any]) -> Any:
+        """Attend from the rows alone."""
         own = slice(self._number, self._number + 1)
         key, value = (
             through(self._of_all[name][own], [given[name]], [self._rows], dim=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from offload.tokens.causal_lm import CausalLM
 from offload.tokens.tiling import in_evaluation
 
-__all__ = ["AttentionInputs", "Watch", "attentions_of", "named_arguments"]
+__all__ = ["AttentionCalls", "AttentionInputs", "Watch", "attentions_of"]
 
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _TRIED = 8
 """Tokens of the forward in which attention is looked for."""
 
@@ -31,7 +32,27 @@ class AttentionInputs:
     scale: float
 
 
-class Watch(TorchFunctionMode):
+class AttentionCalls(TorchFunctionMode):
+    """While entered, has `attend` answer each call of PyTorch's attention, and nothing else."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Take the place of attention, and let everything else through."""
+        if function is F.scaled_dot_product_attention:
+            return self.attend(dict(zip(_NAMES, args, strict=False)) | (kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def attend(self, given: dict[str, Any]) -> Any:
+        """Return what stands for a call with these arguments, by name: its own answer, here."""
+        return F.scaled_dot_product_attention(**given)
+
+
+class Watch(AttentionCalls):
     """While entered, notes what each call of PyTorch's attention is given.
 
     With `skip` it returns zeros in its place: where only queries and keys are of interest.
@@ -42,32 +63,16 @@ class Watch(TorchFunctionMode):
         self.seen: list[AttentionInputs] = []
         self._skip = skip
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Note calls of attention, and let everything else through."""
-        named = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **named)
-        given = named_arguments(args, named)
+    def attend(self, given: dict[str, Any]) -> Any:
+        """Note the call."""
         query, key, value = given["query"], given["key"], given["value"]
         scale = given.get("scale")
         self.seen.append(
             AttentionInputs(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
         )
         if not self._skip:
-            return function(*args, **named)
+            return super().attend(given)
         return query.new_zeros(*query.shape[:-1], value.shape[-1])
-
-
-def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what PyTorch's attention was called with, by name."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 @torch.no_grad()

@@ -7,15 +7,13 @@ ones; here it ends where the sequence does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from offload.tokens.interception import named_arguments
+from offload.tokens.interception import AttentionCalls
 
 __all__ = ["Shifted", "shifted_attention"]
 
@@ -66,7 +64,7 @@ def _grouped(part: _Part, size: int, more: dict[str, Any]) -> Tensor:
     return out.reshape(batch, heads, count * size, -1)[:, :, :length]
 
 
-class Shifted(TorchFunctionMode):
+class Shifted(AttentionCalls):
     """While entered, has calls of PyTorch's causal attention be `shifted_attention`.
 
     Raises ValueError for a call with a mask, whose tokens are not groups.
@@ -76,18 +74,8 @@ class Shifted(TorchFunctionMode):
         super().__init__()
         self._group_tokens = group_tokens
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Take the place of attention, and let everything else through."""
-        named = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **named)
-        given = named_arguments(args, named)
+    def attend(self, given: dict[str, Any]) -> Any:
+        """Attend within groups."""
         if given.get("attn_mask") is not None or not given.get("is_causal"):
             raise ValueError(
                 "group_tokens is for attention without a mask, and here is one of padding, "
