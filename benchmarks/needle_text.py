@@ -1,9 +1,9 @@
 """Text in bytes with facts to be found again: what is said of a name, and asked later.
 
 Two kinds that come with Python: its library's source, and the prose of its own reference. Into
-either lines are put that give a name a value, as in "X is Y."; somewhere behind, the same name
-comes again, and its value can only be known from the first time. Names and values are bytes that
-text in ASCII does not have, drawn anew for each sequence.
+either lines are put with a name and its value, a byte each; somewhere behind, the same name comes
+again, and its value can only be known from the first time. Names and values are bytes that text in
+ASCII does not have, drawn anew for each sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "VALUES", "Sample", "code", "prose", "sample_of"]
+__all__ = ["NAMES", "VALUES", "Sample", "code", "prose", "repeated", "sample_of"]
 
 NAMES, VALUES = range(0x80, 0xC0), range(0xC0, 0x100)
 
@@ -62,7 +62,7 @@ def sample_of(text: bytes, length: int, questions: int, rng: random.Random) -> S
     if not 0 < questions <= len(NAMES):
         raise ValueError(f"questions={questions} are not between 1 and {len(NAMES)} names")
     names, values = rng.sample(NAMES, questions), rng.choices(VALUES, k=questions)
-    said = [b"\n%c is %c.\n" % pair for pair in zip(names, values, strict=True)]
+    said = [b"\n%c%c\n" % pair for pair in zip(names, values, strict=True)]
     size = sum(map(len, said)) * 2
     if size >= length or len(text) <= length:
         raise ValueError(f"{questions} facts twice and a text of {len(text)} bytes: not {length}")
@@ -78,6 +78,17 @@ def sample_of(text: bytes, length: int, questions: int, rng: random.Random) -> S
         found += plain[at:place] + sentence
         at = place
         if time:
-            answers.append(len(found) - len(b"?.\n"))
+            answers.append(len(found) - len(b"?\n"))
     found += plain[at:]
     return Sample(torch.frombuffer(found, dtype=torch.uint8).long(), tuple(answers))
+
+
+def repeated(length: int, rng: random.Random) -> Sample:
+    """Return `length` names and values in no order, said again after a quarter to half of it.
+
+    Answers are all that was said before.
+    """
+    period = rng.randrange(length // 4, length // 2)
+    said = rng.choices([*NAMES, *VALUES], k=period)
+    ids = torch.tensor([said[n % period] for n in range(length)])
+    return Sample(ids, tuple(range(period + 1, length)))

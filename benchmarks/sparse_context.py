@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.long_context import MIB, Found, measure
+from benchmarks.long_context import MIB, MOST_STAGING_BYTES, Found, measure, staging_bytes_of
 from benchmarks.long_context_worker import SPARSE_WAYS, Case
 from benchmarks.record import (
     Claim,
@@ -53,7 +53,6 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         ("--layers", 8),
         ("--vocab", 32000),
         ("--threads", 2),
-        ("--staging-bytes", 64 * MIB),
     ):
         parser.add_argument(flag, type=positive, default=default, metavar="N", help=f"({default})")
     return parser.parse_args(), parser
@@ -120,16 +119,24 @@ def make_record(found: Found, settings: dict[str, object]) -> Record:
 def main() -> None:
     """Measure and record; exits with 0 whether the goals are met or not."""
     arguments, parser = parse_arguments()
-    keys = ("hidden", "layers", "vocab", "threads", "staging_bytes", "ratio")
+    keys = ("hidden", "layers", "vocab", "threads", "ratio")
     sizes = {key: getattr(arguments, key) for key in keys}
     found: Found = {}
     with spill_directory(arguments.path, parser) as directory:
         for length in tqdm(arguments.lengths, desc="lengths"):
+            staging = staging_bytes_of(length, arguments.hidden)
             ways = [
                 way for way in SPARSE_WAYS if way != "plain" or length in arguments.plain_lengths
             ]
             cases = {
-                way: Case(way=way, seq_len=length, directory=directory, **sizes) for way in ways
+                way: Case(
+                    way=way,
+                    seq_len=length,
+                    directory=directory,
+                    staging_bytes=staging,
+                    **sizes,
+                )
+                for way in ways
             }
             rounds = {"rounds": arguments.pairs, "warm_up": arguments.warm_up}
             found[length] = measure(cases, **rounds)
@@ -140,7 +147,9 @@ def main() -> None:
         for ratio in [median_interval(paired_ratios(each.step_s, ways["checkpointing"].step_s))]
     ]
     print(table(["", "MiB", "time, over checkpointing"], rows), end="\n\n")
-    write_record(make_record(found, {**sizes}), arguments.json)
+    write_record(
+        make_record(found, {**sizes, "most_staging_bytes": MOST_STAGING_BYTES}), arguments.json
+    )
 
 
 if __name__ == "__main__":

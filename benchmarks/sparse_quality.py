@@ -1,6 +1,6 @@
 """What leaving tokens out costs: a model trained here, fine-tuned densely and sparsely.
 
-A small Llama learns Python's source from nothing, at a short length first. Then adapters of it
+A small Llama learns Python's source from nothing (`benchmarks.first_model`). Then adapters of it
 learn the prose of Python's reference at a longer one, with every token in attention and with blocks
 left out, from the same seeds on the same sequences; each result is judged as what it is, a dense
 model: by its perplexity on prose that nobody trained on, and by how many values it finds again that
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.first_model import FirstModel, train_first_model
 from benchmarks.needle_text import Sample, code, prose, sample_of
 from benchmarks.record import (
     Claim,
@@ -45,8 +46,6 @@ GAIN, FOUND = 0.10, 0.80
 """What dense fine-tuning is to reach, so that there is something to be lost."""
 WORSE, LOST_GAIN, LOST_FOUND = 0.01, 0.05, 0.02
 """What sparse fine-tuning may give up: of perplexity, of dense's gain, of values found."""
-FIRST_LONG = 5
-"""One in so many of the first model's steps, its last ones, have the longer length."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_json_argument(parser)
     for flag, default in (
-        ("--hidden", 256),
+        ("--hidden", 128),
         ("--layers", 8),
-        ("--first-steps", 2000),
-        ("--first-len", 512),
-        ("--first-batch", 16),
+        ("--repeated-steps", 800),
+        ("--code-steps", 500),
+        ("--long-steps", 150),
         ("--steps", 200),
         ("--seq-len", 2048),
         ("--seeds", 3),
@@ -91,42 +90,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3, help="of adapters (2e-3)")
     parser.add_argument("--base", type=Path, help="where the first model is kept, or lies")
     return parser.parse_args()
-
-
-def make_base(args: argparse.Namespace, text: bytes) -> Any:
-    """Return a Llama of bytes that has learnt code at a short length."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=args.hidden,
-        intermediate_size=3 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 32,
-        max_position_embeddings=args.seq_len,
-        use_cache=False,
-    )
-    model: Any = transformers.LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1e-3, total_steps=args.first_steps, pct_start=0.05
-    )
-    rng = random.Random(0)
-    with tqdm(total=args.first_steps, desc="first model") as bar:
-        for step in range(args.first_steps):
-            is_long = step >= args.first_steps - args.first_steps // FIRST_LONG
-            length = args.seq_len if is_long else args.first_len
-            count = max(1, args.first_len * args.first_batch // length)
-            rows = [sample_of(text, length, args.facts, rng).ids for _ in range(count)]
-            ids = torch.stack(rows)
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            bar.update()
-    return model
 
 
 @torch.no_grad()
@@ -257,7 +220,17 @@ def main() -> None:
     if args.base is not None and args.base.is_dir():
         base: Any = transformers.LlamaForCausalLM.from_pretrained(args.base)
     else:
-        base = make_base(args, code().encode())
+        sizes = (
+            "hidden",
+            "layers",
+            "seq_len",
+            "facts",
+            "repeated_steps",
+            "code_steps",
+            "long_steps",
+        )
+        first_model = FirstModel(**{key: getattr(args, key) for key in sizes})
+        base = train_first_model(first_model, code().encode())
         if args.base is not None:
             base.save_pretrained(args.base)
     first = judge(base, held_out, args)

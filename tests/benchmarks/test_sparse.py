@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 from benchmarks import block_recall, sparse_context, sparse_quality
 from benchmarks.block_recall import Asked
 from benchmarks.long_context import Measured
-from benchmarks.needle_text import NAMES, VALUES, code, prose, sample_of
+from benchmarks.needle_text import NAMES, VALUES, code, prose, repeated, sample_of
 from benchmarks.record import ROOT
 from benchmarks.sparse_quality import Judged, Seed
 
@@ -29,12 +29,23 @@ def test_every_answer_was_said_before_and_the_last_is_at_the_end(questions: int)
         assert len(sample.answers) == questions
         said = bytes(sample.ids.tolist())
         for at in sample.answers:
-            name = said[at - 5]
+            name = said[at - 1]
             assert name in NAMES
             assert said[at] in VALUES
             assert said.count(name) == 2
-            assert said.index(said[at - 5 : at + 1]) == said.index(name) < at - 6
-        assert max(sample.answers) == 512 - 3
+            assert said.index(said[at - 1 : at + 1]) == said.index(name) < at - 2
+        assert max(sample.answers) == 512 - 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_string_is_said_again_and_again(seed: int) -> None:
+    sample = repeated(64, random.Random(seed))
+    said = sample.ids.tolist()
+    period = min(sample.answers) - 1
+    assert 16 <= period < 32
+    assert said[period:] == said[: 64 - period]
+    assert len(set(said)) > 8
+    assert sample.answers == tuple(range(period + 1, 64))
 
 
 def test_more_facts_than_names_or_than_fit_are_refused() -> None:
@@ -42,7 +53,7 @@ def test_more_facts_than_names_or_than_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="64 names"):
         sample_of(text, 4000, 65, random.Random(0))
     with pytest.raises(ValueError, match="not 128"):
-        sample_of(text, 128, 8, random.Random(0))
+        sample_of(text, 128, 20, random.Random(0))
 
 
 def test_both_texts_are_long_and_not_the_same() -> None:
@@ -88,9 +99,20 @@ def test_recall_and_its_cost_are_claims_of_each_way() -> None:
 
 def test_a_tiny_run_writes_a_record(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.sparse_quality"]
-    command += ["--hidden", "64", "--layers", "3", "--first-steps", "2", "--first-len", "384"]
-    command += ["--first-batch", "1", "--steps", "4", "--seq-len", "512", "--seeds", "1"]
-    command += ["--judged", "2", "--threads", "1", "--text-bytes", "40000"]
+    command += ["--hidden", "64", "--layers", "3", "--repeated-steps", "1"]
+    command += ["--code-steps", "1", "--long-steps", "1", "--steps", "4"]
+    command += [
+        "--seq-len",
+        "512",
+        "--seeds",
+        "1",
+        "--judged",
+        "2",
+        "--threads",
+        "1",
+        "--text-bytes",
+        "40000",
+    ]
     base, out = str(tmp_path / "base"), tmp_path / "record.json"
     command += ["--base", base, "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
