@@ -24,12 +24,19 @@ class BiasedColumns:
     """Has a gated perceptron save `share` of its inner channels, until `close()`d.
 
     Those with the largest norm over a tile of `tile_tokens` tokens, which choose each for
-    themselves. What comes out is the module's own; **its gradient is not**: that of the other
-    channels is taken to be zero. Raises ValueError for a perceptron that is not `gate_proj`,
-    `up_proj` and `down_proj`, frozen and without adapters.
+    themselves; all of them where `active` says no. What comes out is the module's own; **its
+    gradient is not**: that of the other channels is taken to be zero. Raises ValueError for a
+    perceptron that is not `gate_proj`, `up_proj` and `down_proj`, frozen and without adapters.
     """
 
-    def __init__(self, module: nn.Module, share: float, *, tile_tokens: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        share: float,
+        *,
+        tile_tokens: int,
+        active: Callable[[], bool] = lambda: True,
+    ) -> None:
         maps = [getattr(module, name, None) for name in _MAPS]
         act = getattr(module, "act_fn", None)
         if not all(type(each) is nn.Linear for each in maps) or not callable(act):
@@ -44,6 +51,7 @@ class BiasedColumns:
                 "no gradient for most of their channels: freeze them, or leave it out"
             )
         self._module, self._share, self._tile_tokens = module, share, tile_tokens
+        self._active = active
         self._before = vars(module).get("forward")
         self._whole = module.forward
         module.forward = self._forward
@@ -56,7 +64,7 @@ class BiasedColumns:
                 self._module.forward = self._before
 
     def _forward(self, x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if not (torch.is_grad_enabled() and x.requires_grad and self._active()):
             out: Tensor = self._whole(x)
             return out
         rows = x.reshape(-1, x.shape[-1])
@@ -77,7 +85,7 @@ class _Columns(torch.autograd.Function):
         count = math.ceil(share * gate.shape[-1])
         sizes = torch.linalg.vector_norm((active + up).float(), dim=0)
         columns = sizes.topk(count).indices.sort().values
-        ctx.module = module
+        ctx.module, ctx.dtype = module, x.dtype
         ctx.save_for_backward(gate[:, columns], up[:, columns], columns)
         return out
 
@@ -86,12 +94,15 @@ class _Columns(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gate, up, columns = ctx.saved_tensors
         module: Any = ctx.module
-        grad = grads[0] @ module.down_proj.weight[:, columns]
+        # Autocast had all of it in lower precision, and is not there in a backward.
+        like = {"dtype": gate.dtype}
+        grad = grads[0].to(**like) @ module.down_proj.weight[:, columns].to(**like)
         act: Callable[[Tensor], Tensor] = module.act_fn
         with torch.enable_grad():
             begun = gate.detach().requires_grad_(True)
             active = act(begun)
         [of_gate] = torch.autograd.grad(active, [begun], grad * up)
         of_up = grad * active.detach()
-        of_x = of_gate @ module.gate_proj.weight[columns] + of_up @ module.up_proj.weight[columns]
-        return of_x, None, None
+        of_x = of_gate @ module.gate_proj.weight[columns].to(**like)
+        of_x = of_x + of_up @ module.up_proj.weight[columns].to(**like)
+        return of_x.to(ctx.dtype), None, None

@@ -37,10 +37,11 @@ def bounds_of(
         for after in range(rule.first_blocks):
             always[:, after:] |= begins[:, : blocks - after]
     foretelling = _foretelling(given) if rule.keep_labels else None
-    if foretelling is not None and bool((~foretelling & there)[:, :-1].any()):
-        always |= _by_block(foretelling, rule.block_tokens)
+    if foretelling is not None:
+        # In each sequence by itself: elsewhere all tokens foretell one, and all would always stay.
+        some = (~foretelling & there & ~_ends(there, given)).any(1, keepdim=True)
         told = torch.nn.functional.pad(foretelling, (1, 0))[:, :-1]
-        always |= _by_block(told, rule.block_tokens)
+        always |= _by_block((foretelling | told) & some, rule.block_tokens)
     ids = given.get("input_ids")
     if rule.keep_token_ids and isinstance(ids, Tensor):
         wanted = torch.tensor(rule.keep_token_ids)
@@ -53,6 +54,17 @@ def _by_block(tokens: Tensor, block_tokens: int) -> Tensor:
     over = -tokens.shape[1] % block_tokens
     padded = torch.nn.functional.pad(tokens, (0, over))
     return padded.view(len(tokens), -1, block_tokens).any(-1)
+
+
+def _ends(there: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """Say of each token whether no other of its document follows, so that it foretells none."""
+    last = torch.ones(len(there), 1, dtype=torch.bool)
+    ends = torch.cat([~there[:, 1:], last], dim=1)
+    positions = given.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        begins = (positions.cpu() == 0).expand(there.shape)
+        ends[:, :-1] |= begins[:, 1:]
+    return ends
 
 
 def _foretelling(given: Mapping[str, Any]) -> Tensor | None:

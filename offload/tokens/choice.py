@@ -31,6 +31,11 @@ class TokenChoice:
     def __init__(
         self, model: nn.Module, rule: SparsityRule, layers: int, *, gradient_only: bool
     ) -> None:
+        if gradient_only and rule.group_tokens is not None:
+            raise ValueError(
+                f"group_tokens={rule.group_tokens} is for a forward that leaves tokens out, and "
+                "here it is over all of them: leave it out"
+            )
         self.rule = rule
         self.dense: bool | None = None
         """Set to have all tokens take part, or not, whatever the step."""
@@ -50,7 +55,7 @@ class TokenChoice:
         self._predictors: Mapping[int, BlockPredictor] = {}
         self._counted = 0
         self._count: Callable[[], int] | None = None
-        self._params = {id(param) for param in model.parameters()}
+        self._model = weakref.ref(model)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._passes = Passes(model)
         stepped = weakref.WeakMethod(self._stepped)  # all optimizers' hook outlives a model
@@ -116,13 +121,17 @@ class TokenChoice:
         self._passes.close()
 
     def _stepped(self, optimizer: torch.optim.Optimizer, _args: Any, _named: Any) -> None:
-        first = next((param for group in optimizer.param_groups for param in group["params"]), None)
-        if id(first) not in self._params:
-            return
-        if self._optimizer is None or self._optimizer() is None:
+        if (self._optimizer is None or self._optimizer() is None) and self._trains(optimizer):
             self._optimizer = weakref.ref(optimizer)
-        if self._optimizer() is optimizer:  # of several that train a model one is counted
+        # Of several that train a model one is counted.
+        if self._optimizer is not None and self._optimizer() is optimizer:
             self._counted += 1
+
+    def _trains(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Say whether it has a parameter of the model, as the model is by now."""
+        model = self._model()
+        own = {id(param) for param in model.parameters()} if model is not None else set()
+        return any(id(each) in own for group in optimizer.param_groups for each in group["params"])
 
     # ---- forwards ----------------------------------------------------------------------------
 
@@ -133,6 +142,8 @@ class TokenChoice:
             return False
         own = Pass(self.is_dense, given)
         self._passes.begin(own)
+        for each in self._eliminating:
+            each.has_run = False
         if own.dense:
             self.kept_shares = [None if share is None else 1.0 for share in self.kept_shares]
         return True
@@ -141,8 +152,10 @@ class TokenChoice:
         self._passes.end()
 
     def _is_active(self) -> bool:
-        own = self._passes.current()
-        return own is not None and not own.dense
+        model, own = self._model(), self._passes.current()
+        # One that was interrupted still seems to be under way.
+        trains = model is not None and model.training
+        return trains and own is not None and not own.dense
 
     def _choose(self, look: Look) -> Kept | None:
         own = self._passes.current()
@@ -170,11 +183,12 @@ class TokenChoice:
         scores = self._foretold(look)
         if self.scores is not None:
             self.scores[look.layer] = [one for each in scores for one in each]
+        out = never.tolist()
         return kept_of(
-            [self._chosen(each, look.layer) for each in scores],
+            [self._chosen_of(*each, look.layer) for each in zip(scores, out, strict=True)],
             scores,
             always=always.tolist(),
-            never=never.tolist(),
+            never=out,
             tokens=tokens,
             block_tokens=rule.block_tokens,
             device=look.hidden.device,
@@ -185,7 +199,12 @@ class TokenChoice:
         predictor = self._predictors.get(look.layer)
         if predictor is None:
             return self._scores(look, self.rule.pool_tokens)
-        scores = block_means(predictor(look.hidden), causal=self.rule.causal)
+        size, seen = self.rule.block_tokens, look.may_look
+        if seen is not None:
+            whole = look.hidden.shape[1] // size
+            seen = seen[:, : whole * size, : whole * size]
+            seen = seen.reshape(-1, whole, size, whole, size).any(4).any(2)
+        scores = block_means(predictor(look.hidden), causal=self.rule.causal, may_look=seen)
         short = look.hidden.shape[1] % self.rule.block_tokens > 0  # the last, which has none
         found: list[list[float]] = torch.nn.functional.pad(scores, (0, int(short))).tolist()
         return found
@@ -204,6 +223,12 @@ class TokenChoice:
         given: dict[str, Any] = {"block_tokens": rule.block_tokens, "causal": rule.causal}
         found: list[list[float]] = score_of(look, pool_tokens=pool_tokens, **given).tolist()
         return found
+
+    def _chosen_of(self, scores: Sequence[float], never: Sequence[bool], layer: int) -> list[bool]:
+        """Choose among the blocks that hold tokens: how much padding there is changes nothing."""
+        there = [score for score, out in zip(scores, never, strict=True) if not out]
+        chosen = iter(self._chosen(there, layer))
+        return [not out and next(chosen) for out in never]
 
     def _chosen(self, scores: Sequence[float], layer: int) -> list[bool]:
         rule = self.rule

@@ -73,6 +73,8 @@ class Eliminating:
         self._active, self._group_tokens = active, group_tokens
         self.kept: Kept | None = None
         """Of the forward that ran last, or runs again; None: all."""
+        self.has_run = True
+        """Set to False at the beginning of a forward, for who follows and may come too early."""
         self._whole = module.forward
         module.forward = self._forward
 
@@ -82,8 +84,8 @@ class Eliminating:
             del self._module.forward
 
     def _forward(self, *inputs: Any, **named: Any) -> Any:
-        self.kept = None
-        if not self._active():
+        self.kept, self.has_run = None, True
+        if not self.is_active():
             return self._whole(*inputs, **named)
         hidden, rest, named = _hidden_of(inputs, named)
         with torch.no_grad():
@@ -92,6 +94,10 @@ class Eliminating:
             return self._whole(hidden, *rest, **named)
         self.kept = kept
         return self._run_kept(hidden, rest, named, kept)
+
+    def is_active(self) -> bool:
+        """Say whether tokens are left out of the forward that runs, or runs again."""
+        return self._active()
 
     def _run_kept(
         self, hidden: Tensor, rest: tuple[Any, ...], named: dict[str, Any], kept: Kept
@@ -109,7 +115,7 @@ class Eliminating:
         may_look = None
         if isinstance(mask, Tensor) and mask.dim() == 4:
             seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
-            may_look = seen.expand(hidden.shape[0], -1, -1)
+            may_look = seen.expand(hidden.shape[0], hidden.shape[1], -1)
 
         def inputs(tokens: int) -> AttentionInputs:
             return self._inputs(hidden, named, tokens)
@@ -151,6 +157,11 @@ class Following:
                 self._module.forward = self._before
 
     def _forward(self, *inputs: Any, **named: Any) -> Any:
+        if not self._attention.has_run and self._attention.is_active():
+            raise ValueError(
+                f"{type(self._module).__name__} runs before the attention of its layer, so that "
+                "nobody knows which tokens stay: set sparse_mlp=False"
+            )
         kept = self._attention.kept
         x = inputs[0] if inputs else None
         if (
@@ -276,4 +287,6 @@ def _cut_mask(mask: Any, tokens: int, rows: Tensor, number: int | None) -> Any:
         )
     if number is not None and mask.shape[0] > 1:
         mask = mask[number : number + 1]
-    return mask.index_select(-2, rows).index_select(-1, rows)
+    if mask.shape[-2] > 1:  # else all queries have the same
+        mask = mask.index_select(-2, rows)
+    return mask.index_select(-1, rows)

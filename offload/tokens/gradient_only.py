@@ -88,7 +88,7 @@ class _Through(torch.autograd.Function):
         ctx: Any, whole: Tensor, rows: tuple[Tensor, ...], dim: int, *_parts: Tensor
     ) -> Tensor:
         ctx.rows, ctx.dim = rows, dim
-        return whole.view_as(whole)
+        return whole.detach()  # and no view of it, which nobody might add to in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -150,7 +150,7 @@ class _RowsOverAll(AttentionCalls):
         for at, query in chunks:
             end, seen = key.shape[2], None
             if mask is not None:
-                seen = mask.index_select(-2, at)
+                seen = mask if mask.shape[-2] == 1 else mask.index_select(-2, at)
             elif self._of_all.get("is_causal"):
                 end = int(at[-1]) + 1  # rows ascend
                 seen = torch.arange(end, device=at.device) <= at[:, None]

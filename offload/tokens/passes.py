@@ -45,6 +45,14 @@ class Passes:
         self._again = threading.local()  # a GPU's backward runs in a thread of its own
         self._layers = [each for each in model.modules() if hasattr(each, "gradient_checkpointing")]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of a model takes along: no thread, and no forward under way."""
+        return {**vars(self), "_again": None, "_under_way": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be a copy."""
+        vars(self).update(state, _again=threading.local())
+
     def begin(self, own: Pass | None) -> None:
         """Have a forward under way; None: one in which nothing is left out."""
         self._under_way.append(own)

@@ -123,12 +123,16 @@ class BlockPredictor(nn.Module):
             net.take(maps)
 
 
-def block_means(pairs: Tensor, *, causal: bool) -> Tensor:
+def block_means(pairs: Tensor, *, causal: bool, may_look: Tensor | None = None) -> Tensor:
     """Return each block's score, [batch, blocks], of [batch, blocks, blocks] of pairs.
 
-    The mean over blocks at and behind it; `causal`: at and before it.
+    The mean over blocks at and behind it; `causal`: at and before it. `may_look`, of the same
+    shape: which blocks have a token that sees one of which, where more than causality says.
     """
     blocks = pairs.shape[-1]
     counts = torch.ones(blocks, blocks, dtype=torch.bool, device=pairs.device)
     counts = counts.triu() if causal else counts.tril()
-    return (pairs.float().clamp(min=0) * counts).sum(1) / counts.sum(0)
+    counts = counts.expand(pairs.shape)
+    if may_look is not None:  # asked about what is behind it, a block is as one that looks back
+        counts = counts & ((may_look | may_look.mT) if causal else may_look)
+    return (pairs.float().clamp(min=0) * counts).sum(1) / counts.sum(1).clamp(min=1)

@@ -87,7 +87,8 @@ def kept_of(
     for each, own, must, out in zip(chosen, scores, always, never, strict=True):
         wanted = zip(each, must, out, strict=True)
         picked = [n for n, (c, m, o) in enumerate(wanted) if m or (c and not o)]
-        blocks.append(tuple(picked or [max(range(len(own)), key=own.__getitem__)]))
+        there = [n for n in range(len(own)) if not out[n]] or range(len(own))
+        blocks.append(tuple(picked or [max(there, key=own.__getitem__)]))
     inside = torch.arange(block_tokens)
     rows = []
     for each_blocks in blocks:

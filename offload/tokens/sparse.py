@@ -103,9 +103,11 @@ class SparseTokens(TokenChoice):
                 continue
             own = [each for each in layers[number].children() if each in perceptrons]
             if rule.biased_mlp_columns is not None:
-                tile = {"tile_tokens": int(self.model.config.hidden_size)}
-                share = rule.biased_mlp_columns
-                self._biased += [BiasedColumns(each, share, **tile) for each in own]
+                tile, share = int(self.model.config.hidden_size), rule.biased_mlp_columns
+                self._biased += [
+                    BiasedColumns(each, share, tile_tokens=tile, active=self._is_active)
+                    for each in own
+                ]
             self.take_out_of(number, attention, own if rule.sparse_mlp else ())
         if not self._eliminating:
             warnings.warn(

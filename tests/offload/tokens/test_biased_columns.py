@@ -72,6 +72,48 @@ def test_the_gradient_is_that_of_the_largest_channels_alone() -> None:
     assert sum(saved) == 2 * TOKENS * 5 * 4 + 5 * 8
 
 
+def test_autocast_has_its_gradient_in_lower_precision_and_no_more() -> None:
+    module, x = Perceptron(), inputs()
+    weights = torch.randn(x.shape)
+    columns = BiasedColumns(module, 0.5, tile_tokens=TOKENS)
+    [expected] = torch.autograd.grad(module(x), [x], weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+    [found] = torch.autograd.grad(out.float(), [x], weights)
+    columns.close()
+    assert out.dtype == torch.bfloat16
+    assert found.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.9
+
+
+def test_dense_steps_have_the_gradient_of_all_channels() -> None:
+    torch.manual_seed(0)
+    rule = {**sparse_llama.RULE, "biased_mlp_columns": 0.1, "warm_up_steps": 1, "ratio": 1e-9}
+    given = sparse_llama.batch()
+
+    def gradient(plan: dict[str, Any], *, fallen: bool = False) -> Tensor:
+        model = sparse_llama.made()
+        for name, param in model.named_parameters():
+            param.requires_grad_("mlp" not in name)
+        with Session(model, plan) as session:
+            if fallen:
+                session.sparsity.fallen_back = True  # type: ignore[union-attr]
+            with session.forward():
+                loss = model(**given).loss
+            loss.backward()
+        found: Tensor = model.model.embed_tokens.weight.grad
+        return found
+
+    def sparse(rule: dict[str, Any]) -> dict[str, Any]:
+        return {"version": 1, "tokens": {"mode": "sparse", "sparse": rule}}
+
+    dense = gradient({"version": 1, "tokens": {"mode": "exact"}})
+    assert torch.equal(gradient(sparse(rule)), dense)
+    no_warm_up = {**rule, "warm_up_steps": 0}
+    assert torch.equal(gradient(sparse(no_warm_up), fallen=True), dense)
+    assert not torch.allclose(gradient(sparse(no_warm_up)), dense, rtol=1e-2)
+
+
 def test_what_would_go_without_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="weights are trained"):
         BiasedColumns(Perceptron(trained=True), 0.2, tile_tokens=8)

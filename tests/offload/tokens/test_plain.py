@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -146,6 +147,115 @@ def test_perceptrons_follow_where_they_are_given() -> None:
     tokens.close()
     with pytest.raises(ValueError, match="0 perceptrons for 3 attentions"):
         sparse(Model(), rule={"sparse_mlp": True})
+
+
+def test_a_perceptron_that_runs_before_its_attention_is_refused() -> None:
+    class Parallel(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            at = torch.arange(TOKENS)[None]
+            for attention, perceptron in zip(self.attentions, self.perceptrons, strict=True):
+                x = x + perceptron(x) + attention(x, position_ids=at)
+            return x.square().mean()
+
+    model = Parallel()
+    own = {"rule": {"sparse_mlp": True}, "perceptrons": [*model.perceptrons]}
+    tokens, _ = sparse(model, **own)
+    for _ in range(2):  # what an earlier forward kept is not taken either
+        with pytest.raises(ValueError, match=r"before the attention.*sparse_mlp=False"):
+            gradients(model)
+    tokens.close()
+
+
+def test_an_attention_may_be_added_to_in_place() -> None:
+    class InPlace(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            at = torch.arange(TOKENS)[None]
+            for attention in self.attentions:
+                found = attention(F.layer_norm(x, (HIDDEN,)), position_ids=at)
+                found += x
+                x = found
+            return x.square().mean()
+
+    model = InPlace()
+    expected = gradients(model)[0]
+    tokens, _ = sparse(model, gradient_only=True)
+    assert torch.equal(gradients(model)[0], expected)
+    tokens.close()
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_one_mask_for_all_queries_is_cut_by_keys_alone(gradient_only: bool) -> None:
+    class Padded(Attention):
+        def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+            q, k, v = (
+                each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in self.qkv(x).chunk(3, -1)
+            )
+            mask = (position_ids < TOKENS - 8).view(1, 1, 1, -1)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            found: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+            return found
+
+    model = Model()
+    model.attentions = nn.ModuleList(Padded() for _ in range(LAYERS))
+    dense = gradients(model)[0]
+    tokens, kept = sparse(model, gradient_only=gradient_only)
+    loss, found = gradients(model)
+    tokens.close()
+    assert kept[1].share < 1
+    assert torch.equal(loss, dense) == gradient_only
+    assert all(torch.isfinite(each).all() for each in found)
+
+
+def test_adapters_that_come_later_count_steps_as_well() -> None:
+    model = Model()
+    tokens, _ = sparse(model)
+    model.added = nn.Linear(2, 2)
+    model.added.weight.grad = torch.ones(2, 2)
+    torch.optim.SGD([torch.zeros(1), model.added.weight], lr=0.1).step()
+    assert tokens.step == 1
+    torch.optim.SGD([torch.zeros(1)], lr=0.1).step()
+    assert tokens.step == 1
+    tokens.close()
+
+
+def test_a_copy_of_a_model_is_one_of_its_own() -> None:
+    model = Model()
+    tokens, _ = sparse(model)
+    loss, _ = gradients(model)
+    copied = copy.deepcopy(model)
+    tokens.close()
+    assert torch.equal(gradients(copied)[0], loss)  # which still leaves the same out
+    with torch.no_grad():
+        copied.attentions[1].out.weight.zero_()
+    assert not torch.equal(gradients(copied)[0], gradients(model)[0])
+
+
+def test_an_interrupted_forward_leaves_nothing_out_of_an_evaluation() -> None:
+    model = Model()
+    x = torch.randn(2, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(3))
+    whole = model.eval()(x)
+    model.train()
+    tokens, _ = sparse(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.perceptrons[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    hook.remove()
+    model.eval()
+    at = torch.arange(TOKENS)[None]
+    with torch.no_grad():
+        assert torch.equal(model(x), whole)
+        alone = model.attentions[1](x, position_ids=at)
+    tokens.close()
+    assert torch.equal(alone, model.attentions[1](x, position_ids=at))
+
+
+def test_groups_of_kept_tokens_are_no_matter_of_gradients_alone() -> None:
+    with pytest.raises(ValueError, match=r"group_tokens=8.*leave it out"):
+        sparse(Model(), rule={"group_tokens": 8}, gradient_only=True)
 
 
 def test_a_predictor_and_an_attention_with_a_forward_of_its_own_are_refused() -> None:
