@@ -82,11 +82,15 @@ def parse_arguments() -> argparse.Namespace:
         ("--seeds", 3),
         ("--facts", 8),
         ("--judged", 40),
+        ("--pool-tokens", 16),
         ("--threads", 2),
     ):
         parser.add_argument(flag, type=positive, default=default, metavar="N", help=f"({default})")
     parser.add_argument("--text-bytes", type=positive, metavar="N", help="of the prose (all)")
     parser.add_argument("--ratio", type=float, default=0.4, help="kept in later layers (0.4)")
+    parser.add_argument(
+        "--dense-last", type=float, default=0.0, metavar="X", help="of the steps, at the end (0)"
+    )
     parser.add_argument("--lr", type=float, default=2e-3, help="of adapters (2e-3)")
     parser.add_argument("--base", type=Path, help="where the first model is kept, or lies")
     return parser.parse_args()
@@ -121,8 +125,10 @@ def fine_tune(
     model: Any = peft.get_peft_model(copy.deepcopy(base), adapters).train()
     plan: dict[str, Any] = {"version": 1, "tokens": {"mode": "exact"}}
     if way == "sparse":
-        limit = {"ratio": args.ratio, "most_loss_gap": 1e6}  # what it does is to be seen
-        plan["tokens"] = {"mode": "sparse", "sparse": limit}
+        rule = {"ratio": args.ratio, "pool_tokens": args.pool_tokens}
+        rule["dense_from_step"] = args.steps - round(args.dense_last * args.steps)
+        rule["most_loss_gap"] = 1e6  # what it does is to be seen
+        plan["tokens"] = {"mode": "sparse", "sparse": rule}
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
