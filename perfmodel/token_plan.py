@@ -110,6 +110,12 @@ class SparsityRule:
     def _check_shares(self) -> None:
         if self.ratios is not None and self.thresholds is not None:
             raise ValueError("ratios and thresholds exclude each other: give one of them")
+        if self.predictor is not None and self.thresholds is not None:
+            raise ValueError(
+                "predictor and thresholds exclude each other: thresholds are scores of means, and "
+                "what a predictor foretells has another scale in each layer; give ratios with it, "
+                "or leave predictor out"
+            )
         for key, values in (("ratio", (self.ratio,)), ("ratios", self.ratios or ())):
             for value in values:
                 require_number(key, value, 0, 1)

@@ -27,6 +27,7 @@ def test_the_published_schedule_has_a_dense_first_half_and_last_layer() -> None:
         ({"block_tokens": 48}, "not a power of two"),
         ({"block_tokens": 8, "pool_tokens": 16}, "does not divide"),
         ({"ratios": [0.5], "thresholds": [0.5]}, "exclude each other"),
+        ({"predictor": "file", "thresholds": [0.5]}, "predictor and thresholds exclude each"),
         ({"first_blocks": -1}, "first_blocks=-1"),
         ({"keep_token_ids": [-5]}, "keep_token_ids=-5"),
         ({"most_loss_gap": -0.1}, "most_loss_gap=-0.1"),
