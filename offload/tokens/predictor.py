@@ -113,14 +113,26 @@ class BlockPredictor(nn.Module):
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Take over maps of whatever widths. Raises ValueError for ones that do not fit."""
-        for name, net in (("query", self.query), ("key", self.key)):
-            maps = [weights[f"{name}.{n}"] for n in range(3)]
+        expected = self.weights().keys()
+        if weights.keys() != expected:
+            given = ", ".join(sorted(weights)) or "none"
+            raise ValueError(f"maps {given} are there, and not {', '.join(expected)}")
+        for name, each in weights.items():
+            if each.dim() != 2 or not each.is_floating_point():
+                raise ValueError(f"{name} is {each.dtype} {list(each.shape)}, and no map")
+        nets = {"query": self.query, "key": self.key}
+        found = {name: [weights[f"{name}.{n}"] for n in range(3)] for name in nets}
+        for name, maps in found.items():
             fits = all(one.shape[0] == other.shape[1] for one, other in pairwise(maps))
-            if maps[0].shape[1] != net.maps[0].weight.shape[1] or not fits:
+            wide = nets[name].maps[0].weight.shape[1]
+            if maps[0].shape[1] != wide or not fits:
                 shapes = [tuple(each.shape) for each in maps]
-                wide = net.maps[0].weight.shape[1]
                 raise ValueError(f"maps of {shapes} do not take blocks of {wide} channels")
-            net.take(maps)
+        ends = [maps[-1].shape[0] for maps in found.values()]
+        if ends[0] != ends[1]:
+            raise ValueError(f"queries of {ends[0]} channels do not go with keys of {ends[1]}")
+        for name, net in nets.items():
+            net.take(found[name])
 
 
 def block_means(pairs: Tensor, *, causal: bool, may_look: Tensor | None = None) -> Tensor:

@@ -7,7 +7,10 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor
 
 from offload.tokens.predictor import BlockPredictor
 
@@ -66,6 +69,33 @@ def load_predictors(
     Raises ValueError for a file of something else or of predictors of other shapes, OSError for one
     that is not there, ImportError without safetensors.
     """
+    told, named = _read(path)
+    made = _provenance(path, told)
+    expected = {"channels": channels, "heads": heads, "block_tokens": block_tokens}
+    for key, value in expected.items():
+        if getattr(made, key) != value:
+            raise ValueError(
+                f"{path}: was made with {key}={getattr(made, key)}, and here it is {value}: train "
+                "one (offload tokens train-predictor), or leave tokens.sparse.predictor out"
+            )
+    parts: dict[int, dict[str, Tensor]] = {}
+    for key, each in named.items():
+        layer, _, name = key.partition(".")
+        if not layer.isdecimal():
+            raise ValueError(f"{path}: holds {key!r}, which is no map of a layer's: train it anew")
+        parts.setdefault(int(layer), {})[name] = each
+    found: dict[int, BlockPredictor] = {}
+    for number in sorted(parts):
+        found[number] = BlockPredictor(**expected)
+        try:
+            found[number].take(parts[number])
+        except ValueError as error:
+            raise ValueError(f"{path}: layer {number}: {error}") from None
+    return found, made
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a file tells of its predictors, and their maps by name."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - optional
 
     if not os.path.isfile(path):
@@ -74,24 +104,23 @@ def load_predictors(
         with safe_open(os.fspath(path), framework="pt") as opened:
             told = json.loads((opened.metadata() or {})[_KEY])
             named = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        version = told.pop("version")
     except (KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: holds no predictors: {type(error).__name__}: {error}") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"{path}: holds no predictors: its {_KEY} is {told!r}, and not an object")
+    return told, named
+
+
+def _provenance(path: str | os.PathLike[str], told: dict[str, Any]) -> Provenance:
+    """Return what a file tells. Raises ValueError for another version's, or with keys amiss."""
+    version = told.pop("version", None)
     if version != _VERSION:
         raise ValueError(f"{path}: has version {version}; this release reads version {_VERSION}")
-    made = Provenance(**told)
-    expected = {"channels": channels, "heads": heads, "block_tokens": block_tokens}
-    for key, value in expected.items():
-        if getattr(made, key) != value:
+    expected = {each.name for each in fields(Provenance)}
+    for amiss, keys in (("lacks", expected - told.keys()), ("has", told.keys() - expected)):
+        if keys:
             raise ValueError(
-                f"{path}: was made with {key}={getattr(made, key)}, and here it is {value}: train "
-                "one (offload tokens train-predictor), or leave tokens.sparse.predictor out"
+                f"{path}: its {_KEY} {amiss} {', '.join(sorted(keys))}: train it anew (offload "
+                "tokens train-predictor)"
             )
-    found: dict[int, BlockPredictor] = {}
-    for layer in sorted({int(key.split(".")[0]) for key in named}):
-        own = {
-            key.split(".", 1)[1]: each for key, each in named.items() if key.startswith(f"{layer}.")
-        }
-        found[layer] = BlockPredictor(**expected)
-        found[layer].take(own)
-    return found, made
+    return Provenance(**told)

@@ -82,7 +82,17 @@ class SparseTokens(TokenChoice):
                 f"{rule.predictor}: was trained with causal={made.causal}, and here it is "
                 f"{rule.causal}: scores differ"
             )
-        sparse = {n for n in range(len(attentions)) if not rule.is_dense(n)}
+        if beyond := sorted(found.keys() - range(len(attentions))):
+            raise ValueError(
+                f"{rule.predictor}: has predictors of layers {beyond}, and the model has "
+                f"{len(attentions)} layers: train one for it (offload tokens train-predictor)"
+            )
+        # Layers without attention, of a model that mixes kinds, leave nothing out.
+        sparse = {
+            n
+            for n, attention in enumerate(attentions)
+            if attention is not None and not rule.is_dense(n)
+        }
         if missing := sorted(sparse - found.keys()):
             raise ValueError(f"{rule.predictor}: has no predictors of layers {missing}")
         for number, attention in enumerate(attentions):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,88 @@ def test_what_is_no_file_of_predictors_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="holds no predictors"):
         load_predictors(tmp_path / "x.safetensors", **SIZES)
+
+
+def _written(file: Path, maps: dict[str, torch.Tensor], told: object) -> Path:
+    from safetensors.torch import save_file
+
+    save_file(maps, file, metadata={"offload.predictors": json.dumps(told)})
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"recalls": None, "steps": None}, "lacks recalls, steps: train it anew"),
+        ({"version": None}, "has version None"),
+        ({"version": 2}, "has version 2; this release reads version 1"),
+        ({"depth": 3}, "has depth: train it anew"),
+    ],
+)
+def test_a_file_that_tells_too_little_or_too_much_is_refused_by_key(
+    tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    told = {"version": 1, **asdict(provenance()), **change}
+    told = {key: value for key, value in told.items() if value is not None}
+    with pytest.raises(ValueError, match=why):
+        load_predictors(_written(tmp_path / "x", {"1.query.0": torch.ones(2, 2)}, told), **SIZES)
+
+
+def test_a_file_that_tells_no_object_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"its offload\.predictors is 3, and not an"):
+        load_predictors(_written(tmp_path / "x", {"a": torch.ones(1)}, 3), **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"1.key.2": None}, "layer 1: maps key.0, key.1, query.0, .* are there, and not"),
+        ({"1.other": torch.ones(2, 2)}, "layer 1: maps .*other.* are there, and not query.0"),
+        ({"one.key.0": torch.ones(2, 2)}, "'one.key.0', which is no map of a layer's"),
+        ({"1.key.1": torch.ones(2)}, r"layer 1: key.1 is torch.float32 \[2\], and no map"),
+        ({"1.key.1": torch.ones(256, 64).int()}, "layer 1: key.1 is torch.int32"),
+        ({"1.key.1": torch.ones(256, 3)}, "layer 1: maps of .* do not take blocks of 64"),
+        ({"1.key.2": torch.ones(3, 256)}, "layer 1: queries of 64 channels .* keys of 3"),
+    ],
+)
+def test_maps_that_are_missing_or_do_not_fit_are_refused_by_layer(
+    tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    maps = {f"1.{name}": each for name, each in BlockPredictor(**SIZES).weights().items()} | change
+    told = {"version": 1, **asdict(provenance())}
+    there = {name: each.clone() for name, each in maps.items() if each is not None}
+    with pytest.raises(ValueError, match=why):
+        load_predictors(_written(tmp_path / "x", there, told), **SIZES)
+
+
+def test_predictors_of_more_layers_than_the_model_has_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "predictors.safetensors"
+    save_predictors(file, {n: BlockPredictor(**SIZES) for n in (1, 3, 7)}, provenance())
+    rule = SparsityRule(block_tokens=BLOCK, pool_tokens=4, predictor=str(file))
+    model = made()
+    with pytest.raises(ValueError, match=r"of layers \[3, 7\], and the model has 3 layers: train"):
+        SparseTokens(model, rule)
+    assert not any("forward" in vars(each) for each in model.modules())
+
+
+def test_layers_without_attention_need_no_predictors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    kinds = ["conv", "full_attention", "conv", "conv", "full_attention", "full_attention"]
+    shape = {**LLAMA, "num_hidden_layers": 6, "num_key_value_heads": 2}
+    config = transformers.Lfm2Config(**shape, layer_types=kinds)
+    model = transformers.Lfm2ForCausalLM(config).train()
+    training = PredictorTraining(model, SparsityRule(block_tokens=BLOCK, pool_tokens=1))
+    training.train(batches(1))
+    training.close()
+    assert list(training.predictors) == [4]
+    file = tmp_path / "predictors.safetensors"
+    save_predictors(file, training.predictors, provenance())
+    rule = SparsityRule(block_tokens=BLOCK, pool_tokens=4, predictor=str(file))
+    tokens = SparseTokens(model, rule)
+    ids = batches(1)[0]["input_ids"]
+    model(input_ids=ids, labels=ids)
+    assert [n for n, share in enumerate(tokens.kept_shares) if share is not None] == [4]
+    tokens.close()
 
 
 def test_a_rule_that_leaves_nothing_out_has_nothing_to_foretell() -> None:
