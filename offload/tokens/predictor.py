@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 __all__ = ["BlockPredictor", "block_means"]
 
+_LEAST_UNITS = 8
+"""Of a hidden layer, which stay however often they are zero: without any there is no score."""
+
 
 class _Net(nn.Module):
     """Three maps without biases, whose hidden units are counted by how often they are zero."""
@@ -44,13 +47,15 @@ class _Net(nn.Module):
 
     @torch.no_grad()
     def prune(self, most_zero: float) -> int:
-        """Take out hidden units that were zero more often than `most_zero`; return how many."""
+        """Take out hidden units that were zero more often than `most_zero`; return how many.
+
+        The least often zero ones stay all the same, 8 of each layer.
+        """
         gone = 0
         for n in range(2 if self._seen else 0):
             into, out_of = self.maps[n], self.maps[n + 1]
             stays = self._zeros[n] <= most_zero * self._seen
-            if not bool(stays.any()):
-                stays[int(self._zeros[n].argmin())] = True
+            stays[self._zeros[n].argsort(stable=True)[:_LEAST_UNITS]] = True
             gone += int((~stays).sum())
             at = stays.nonzero().flatten().to(into.weight.device)
             self.maps[n] = _linear(into.weight[at])

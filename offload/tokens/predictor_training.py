@@ -20,6 +20,10 @@ from perfmodel.token_plan import SparsityRule
 
 __all__ = ["PredictorTraining"]
 
+_PRUNINGS = 4
+"""As many as LeMo's 400 steps have. A unit of random weights is zero half of the time, so that a
+share which fell on and on would take the useful ones too."""
+
 
 @dataclass
 class _Layer:
@@ -37,7 +41,8 @@ class PredictorTraining:
 
     The model is neither trained nor changed. Weights are added to by AdamW with a constant rate
     after a few warm-up steps; every `prune_every` steps units that are zero too often go, at first
-    over `most_zero` of the time, then 0.05 less each time (LeMo's published schedule).
+    over `most_zero` of the time, then 0.05 less each time, four times in all (LeMo's published
+    schedule); from then on widths stay.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class PredictorTraining:
             self._forward(batch)
             self._step += 1
             times, rest = divmod(self._step, self._prune_every)
-            if not rest:
+            if not rest and times <= _PRUNINGS:
                 self._prune(self._most_zero - 0.05 * (times - 1))
             if tell is not None:
                 losses = [each.losses[-1] for each in self._layers.values()]

@@ -78,27 +78,52 @@ def test_units_that_are_always_zero_go_and_nothing_changes() -> None:
     with torch.no_grad():
         for net in (predictor.query, predictor.key):
             net.maps[0].weight[3:9] = 0
-            net.maps[1].weight[5:] = -net.maps[1].weight[5:].abs()  # of what is never negative
+            net.maps[1].weight[9:] = -net.maps[1].weight[9:].abs()  # of what is never negative
     hidden = torch.randn(2, TOKENS, 32)
     before = predictor(hidden)
-    assert predictor.prune(0.999) == 2 * (6 + 27)
+    assert predictor.prune(0.999) == 2 * (6 + 23)
     assert [tuple(each.shape) for each in predictor.weights().values()] == [
         (10, 64),
-        (5, 10),
-        (16, 5),
+        (9, 10),
+        (16, 9),
     ] * 2
     torch.testing.assert_close(predictor(hidden), before)
     assert predictor.prune(0.999) == 0
 
 
-def test_a_net_of_zeros_keeps_a_unit() -> None:
-    predictor = BlockPredictor(**SIZES).train()
+def test_eight_units_of_each_layer_stay_those_that_are_zero_least() -> None:
+    predictor = BlockPredictor(**SIZES, low=16, high=32).train()
     with torch.no_grad():
-        for param in predictor.parameters():
-            param.zero_()
+        for net in (predictor.query, predictor.key):
+            net.maps[0].weight[:9] = 0
+    before = predictor.query.maps[0].weight[9:].clone()
     predictor(torch.randn(1, TOKENS, 32))
-    predictor.prune(0.5)
-    assert [each.shape[0] for each in predictor.weights().values()] == [1, 1, 64] * 2
+    predictor.prune(0.0)
+    assert [each.shape[0] for each in predictor.weights().values()] == [8, 8, 16] * 2
+    assert torch.equal(predictor.query.maps[0].weight[1:], before)
+
+
+def test_a_layer_of_less_than_eight_units_keeps_them() -> None:
+    predictor = BlockPredictor(**SIZES, low=4, high=32).train()
+    predictor(torch.randn(1, TOKENS, 32))
+    predictor.prune(0.0)
+    assert [each.shape[0] for each in predictor.weights().values()] == [4, 8, 4] * 2
+
+
+def test_a_long_run_keeps_the_widths_of_its_fourth_pruning() -> None:
+    rule = SparsityRule(block_tokens=BLOCK, pool_tokens=1)
+    training = PredictorTraining(made(), rule, prune_every=2)
+
+    def widths() -> list[int]:
+        return [each.shape[0] for each in training.predictors[1].weights().values()]
+
+    training.train(batches(8))
+    fourth = widths()
+    training.train(batches(34))
+    assert widths() == fourth
+    assert fourth != [64, 256, 64] * 2
+    assert min(fourth) >= 8
+    training.close()
 
 
 def test_means_are_over_the_blocks_that_look() -> None:
