@@ -16,6 +16,7 @@ from offload.tokens.elimination import Eliminating, Look
 from offload.tokens.interception import attentions_of
 from offload.tokens.predictor import BlockPredictor, block_means
 from offload.tokens.selection import choose_by_share
+from offload.tokens.tiling import in_evaluation
 from perfmodel.token_plan import SparsityRule
 
 __all__ = ["PredictorTraining"]
@@ -68,12 +69,20 @@ class PredictorTraining:
         }
         self._layers: dict[int, _Layer] = {}
         self._hooks: list[Eliminating] = []
+        try:
+            self._put_beside(layers)
+        except BaseException:
+            self.close()
+            raise
+
+    def _put_beside(self, layers: nn.ModuleList) -> None:
+        """Put a predictor beside each attention that the rule takes blocks out of."""
         for number, attention in enumerate(attentions_of(self.model, layers)):
             if attention is None or self.rule.is_dense(number):
                 continue
             param = next(attention.parameters())
             made = BlockPredictor(**self.sizes).to(param.device)
-            optimizer = torch.optim.AdamW(made.parameters(), lr=lr, betas=(0.9, 0.95))
+            optimizer = torch.optim.AdamW(made.parameters(), lr=self._lr, betas=(0.9, 0.95))
             self._layers[number] = _Layer(made, optimizer)
             self._hooks.append(Eliminating(attention, number, self._learn))
         if not self._layers:
@@ -118,14 +127,9 @@ class PredictorTraining:
 
     def _forward(self, batch: Mapping[str, Any]) -> None:
         whole = self.model.whole
-        was = whole.training
-        whole.eval()
-        try:
-            with torch.no_grad():
-                asked = {key: each for key, each in batch.items() if key != "labels"}
-                whole(**asked, use_cache=False)
-        finally:
-            whole.train(was)
+        with in_evaluation(whole), torch.no_grad():
+            asked = {key: each for key, each in batch.items() if key != "labels"}
+            whole(**asked, use_cache=False)
 
     def _learn(self, look: Look) -> None:
         """Take one step of one layer's predictor, or judge it; all tokens go on."""

@@ -291,6 +291,22 @@ def test_layers_without_attention_need_no_predictors(tmp_path: Path) -> None:
     tokens.close()
 
 
+def test_a_training_that_is_refused_or_over_leaves_each_module_as_it_was() -> None:
+    rule = SparsityRule(block_tokens=BLOCK, pool_tokens=1, ratios=(0.5, 0.5, 1.0))
+    model = made()
+    model.model.layers[0].eval()
+    modes = [each.training for each in model.modules()]
+    training = PredictorTraining(model, rule)
+    training.train(batches(1))
+    training.close()
+    assert [each.training for each in model.modules()] == modes
+    attention = model.model.layers[1].self_attn
+    attention.forward = attention.forward  # as another library's hook does
+    with pytest.raises(ValueError, match="already has a forward of its own"):
+        PredictorTraining(model, rule)
+    assert [each for each in model.modules() if "forward" in vars(each)] == [attention]
+
+
 def test_a_rule_that_leaves_nothing_out_has_nothing_to_foretell() -> None:
     with pytest.raises(ValueError, match="nothing to foretell"):
         PredictorTraining(made(), SparsityRule(ratios=(1.0, 1.0, 1.0)))
