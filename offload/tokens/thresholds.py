@@ -7,6 +7,7 @@ of each layer's first threshold, so that one number serves all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 __all__ = ["first_thresholds", "tune_thresholds"]
@@ -31,8 +32,11 @@ def tune_thresholds(
     `accuracy` is of the model with such thresholds, larger where better: minus its loss, say, and
     minus what a kept share costs. Of each layer it is asked twice a round, a `difference` up and
     down; the threshold then moves by `rate` times the slope over `gain`, what accuracy is worth as
-    much as the whole threshold, and by no more than a `difference` at once, nor below 0.
+    much as the whole threshold, and by no more than a `difference` at once, nor below 0. Raises
+    ValueError for a gain that is not over 0, and where accuracy is no number.
     """
+    if not 0 < gain < math.inf:
+        raise ValueError(f"gain={gain} is not a number over 0")
     first, found = list(thresholds), list(thresholds)
     for _ in range(rounds):
         for layer, begin in enumerate(first):
@@ -44,6 +48,8 @@ def tune_thresholds(
                 tried = [*found]
                 tried[layer] += sign * step
                 sides.append(accuracy(tuple(tried)))
+                if not math.isfinite(sides[-1]):  # nothing climbs along it
+                    raise ValueError(f"accuracy is {sides[-1]} with thresholds={tried}")
             slope = (sides[0] - sides[1]) / (2 * difference)
             moved = max(-difference, min(difference, rate * slope / gain))
             found[layer] = max(0.0, found[layer] + moved * begin)

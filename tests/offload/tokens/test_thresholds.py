@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from offload.tokens.thresholds import first_thresholds, tune_thresholds
@@ -37,3 +39,15 @@ def test_no_threshold_moves_far_at_once_or_below_nothing() -> None:
     found = tune_thresholds((1.0,), lambda each: -1e9 * each[0], rounds=1)
     assert found == pytest.approx((0.9,))
     assert tune_thresholds((1.0,), lambda each: -1e9 * each[0], rounds=99) == (0.0,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_accuracy_that_is_no_number_moves_nothing_and_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"accuracy is {value} with thresholds=\[1\.1, 2\.0\]"):
+        tune_thresholds((1.0, 2.0), lambda _: value)
+
+
+@pytest.mark.parametrize("gain", [0.0, -1.0, math.nan, math.inf])
+def test_a_gain_that_nothing_is_worth_is_refused(gain: float) -> None:
+    with pytest.raises(ValueError, match=f"gain={gain} is not a number over 0"):
+        tune_thresholds((1.0,), lambda _: 1.0, gain=gain)
