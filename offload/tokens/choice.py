@@ -209,14 +209,29 @@ class TokenChoice:
         found: list[list[float]] = torch.nn.functional.pad(scores, (0, int(short))).tolist()
         return found
 
-    def _recall(self, look: Look, kept: Kept) -> float:
+    def _recall(self, look: Look, kept: Kept) -> float | None:
+        """Say how many of the best blocks are kept, of those that are chosen; None: there are none.
+
+        Those that always or never stay count in neither. By thresholds the best are as many as were
+        chosen: they are scores of means, and all tokens' are of another size.
+        """
+        own = self._passes.current()
+        assert own is not None
+        assert own.bounds is not None
+        fixed = (own.bounds[0] | own.bounds[1]).tolist()  # whatever their scores
         scores = self._scores(look, pool_tokens=1)
         found = wanted = 0
-        for each, blocks in zip(scores, kept.blocks, strict=True):
-            true = {n for n, one in enumerate(self._chosen(each, look.layer)) if one}
-            wanted += len(true)
-            found += len(true & set(blocks))
-        return found / wanted if wanted else 1.0
+        for each, blocks, out in zip(scores, kept.blocks, fixed, strict=True):
+            chosen = {n for n in blocks if not out[n]}
+            if self.rule.thresholds is not None:
+                ranked = sorted(range(len(each)), key=each.__getitem__, reverse=True)
+                best = set([n for n in ranked if not out[n]][: len(chosen)])
+            else:
+                true = enumerate(self._chosen(each, look.layer))
+                best = {n for n, stays in true if stays and not out[n]}
+            wanted += len(best)
+            found += len(best & chosen)
+        return found / wanted if wanted else None
 
     def _scores(self, look: Look, pool_tokens: int) -> list[list[float]]:
         rule = self.rule
