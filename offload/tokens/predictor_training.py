@@ -111,13 +111,21 @@ class PredictorTraining:
                 tell(sum(losses) / len(losses))
 
     def recalls(self, batches: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-        """Return how many of the blocks that true scores keep the predictors keep, by layer."""
+        """Return how many of the blocks that true scores keep the predictors keep, by layer.
+
+        Those that always stay are not counted. Raises ValueError where no others are kept.
+        """
         self._judging = True
         for each in self._layers.values():
             each.predictor.eval()
             each.kept = each.wanted = 0
         for batch in batches:
             self._forward(batch)
+        if not all(each.wanted for each in self._layers.values()):
+            raise ValueError(
+                "no block is kept but those that always stay, so that there is no recall: give "
+                "longer sequences, or a larger ratio"
+            )
         return {number: each.kept / each.wanted for number, each in self._layers.items()}
 
     def close(self) -> None:
@@ -133,12 +141,18 @@ class PredictorTraining:
 
     def _learn(self, look: Look) -> None:
         """Take one step of one layer's predictor, or judge it; all tokens go on."""
-        layer = self._layers[look.layer]
+        layer, tokens = self._layers[look.layer], look.hidden.shape[1]
+        least = self.rule.block_tokens * max(1, self.rule.first_blocks + self.rule.last_blocks)
+        if tokens <= least:
+            raise ValueError(
+                f"a sequence of {tokens} tokens keeps all of its blocks of {self.rule.block_tokens}"
+                f": give more than {least}"
+            )
         given = look.inputs(1)
         true = self._scorer.pair_scores(
             given.query, given.key, scale=given.scale, ahead=self.rule.causal
         ).to(look.hidden.device)
-        whole = look.hidden.shape[1] // self.rule.block_tokens
+        whole = tokens // self.rule.block_tokens
         true = true[:, :whole, :whole]
         if self._judging:
             self._judge(layer, look, true)
@@ -158,13 +172,16 @@ class PredictorTraining:
     def _judge(self, layer: _Layer, look: Look, true: Tensor) -> None:
         ratios, causal = self.rule.ratios, self.rule.causal
         assert ratios is not None
+        blocks = -(-look.hidden.shape[1] // self.rule.block_tokens)
+        by_score = slice(self.rule.first_blocks, blocks - self.rule.last_blocks)
         with torch.no_grad():
             foretold = block_means(layer.predictor(look.hidden.float()), causal=causal)
         for one, other in zip(
             block_means(true, causal=causal).tolist(), foretold.tolist(), strict=True
         ):
             wanted, kept = (
-                choose_by_share(each, ratios[look.layer], causal=causal) for each in (one, other)
+                choose_by_share(each, ratios[look.layer], causal=causal)[by_score]
+                for each in (one, other)
             )
             layer.wanted += sum(wanted)
             layer.kept += sum(w and k for w, k in zip(wanted, kept, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +305,41 @@ def test_a_training_that_is_refused_or_over_leaves_each_module_as_it_was() -> No
     with pytest.raises(ValueError, match="already has a forward of its own"):
         PredictorTraining(model, rule)
     assert [each for each in model.modules() if "forward" in vars(each)] == [attention]
+
+
+def test_sequences_that_keep_every_block_are_refused_and_nothing_is_learnt() -> None:
+    training = PredictorTraining(made(), SparsityRule(block_tokens=BLOCK, pool_tokens=1))
+    before = [each.clone() for each in training.predictors[1].parameters()]
+    short = [{"input_ids": each["input_ids"][:, : 2 * BLOCK]} for each in batches(1)]
+    for asked in (training.train, training.recalls):
+        with pytest.raises(ValueError, match=r"of 16 tokens keeps all .* of 8: give more than 16"):
+            asked(short)
+    after = training.predictors[1].parameters()
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    training.close()
+
+
+def test_recall_leaves_out_the_blocks_that_always_stay() -> None:
+    rule = SparsityRule(block_tokens=BLOCK, pool_tokens=1, ratio=0.2, causal=False)
+    training = PredictorTraining(made(), replace(rule, last_blocks=8))
+    one = training.predictors[1]
+    blocks = TOKENS // BLOCK
+
+    def foretold(hidden: torch.Tensor) -> torch.Tensor:
+        pairs = torch.zeros(1, blocks, blocks)
+        pairs[:, :, 0] = pairs[:, :, 9] = 9.0  # which always stay
+        pairs[:, :, 1] = 8.0
+        return pairs
+
+    one.forward = foretold  # type: ignore[method-assign]
+    true = foretold(torch.zeros(1))
+    true[:, :, 1], true[:, :, 2] = 0.0, 8.0
+    training._scorer.pair_scores = lambda *_, **__: true  # type: ignore[method-assign]
+    assert training.recalls(batches(1)) == {1: 0.0}
+    training.rule = replace(training.rule, first_blocks=3)
+    with pytest.raises(ValueError, match="no block is kept but those that always stay"):
+        training.recalls(batches(1))
+    training.close()
 
 
 def test_a_rule_that_leaves_nothing_out_has_nothing_to_foretell() -> None:
