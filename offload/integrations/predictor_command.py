@@ -17,11 +17,11 @@ from offload.tokens.predictor_file import Provenance, save_predictors
 from offload.tokens.predictor_training import PredictorTraining
 from perfmodel.token_plan import SparsityRule
 
-__all__ = ["load", "sequences", "told", "train_predictor"]
+__all__ = ["load", "parted", "require_blocks_between", "sequences", "told", "train_predictor"]
 
 _BYTES = 256
 _HELD_OUT = 10
-"""One in so many sequences is not trained on: recall is of those."""
+"""One in so many sequences is not trained or tuned on: what is said of the outcome is of those."""
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -49,15 +49,16 @@ def train_predictor(args: argparse.Namespace) -> int:
         folder = Path(args.output).resolve().parent
         if not os.access(folder, os.W_OK):
             raise OSError(13, "cannot be written to", str(folder))
-        torch.manual_seed(0)
-        model, tokens_of = load(args.model)
-        rows = sequences(args.data, tokens_of, args.seq_len)
         rule = SparsityRule(
             block_tokens=args.block_tokens,
             ratio=args.ratio,
             pool_tokens=1,
             causal=not args.sees_all,
         )
+        require_blocks_between(args.seq_len, rule)
+        torch.manual_seed(0)
+        model, tokens_of = load(args.model)
+        rows = sequences(args.data, tokens_of, args.seq_len)
         _train(args, model, rows, rule)
     except (OSError, ValueError) as error:
         return told(error)
@@ -73,6 +74,22 @@ def sequences(data: str, tokens_of: Callable[[str], list[int]], seq_len: int) ->
     return rows
 
 
+def require_blocks_between(seq_len: int, rule: SparsityRule) -> None:
+    """Raise ValueError for sequences of which every block always stays."""
+    least = rule.block_tokens * (rule.first_blocks + rule.last_blocks)
+    if seq_len <= least:
+        raise ValueError(
+            f"--seq-len {seq_len} has no block between the first and the last, which always stay: "
+            f"give more than {least}, or a smaller --block-tokens than {rule.block_tokens}"
+        )
+
+
+def parted(rows: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return sequences to learn from, and the last ones, by which the outcome is judged."""
+    judged = max(1, len(rows) // _HELD_OUT)
+    return rows[:-judged], rows[-judged:]
+
+
 def told(error: OSError | ValueError) -> int:
     """Say in a line what is wrong; returns the exit status."""
     said = str(error)
@@ -86,8 +103,7 @@ def _train(
     args: argparse.Namespace, model: Any, rows: list[torch.Tensor], rule: SparsityRule
 ) -> None:
     device = torch.device("cuda" if has_gpu() else "cpu")
-    judged = max(1, len(rows) // _HELD_OUT)
-    learnt, held_out = rows[:-judged], rows[-judged:]
+    learnt, held_out = parted(rows)
     training = PredictorTraining(model.to(device), rule, lr=args.lr)
 
     def batches(of: list[torch.Tensor], count: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -106,7 +122,7 @@ def _train(
 
     try:
         training.train(batches(learnt, args.steps), tell)
-        recalls = training.recalls(batches(held_out, min(judged, args.judged)))
+        recalls = training.recalls(batches(held_out, min(len(held_out), args.judged)))
     finally:
         training.close()
     made = Provenance(
