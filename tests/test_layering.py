@@ -91,8 +91,8 @@ SYSTEM_HEADERS = {"core": LIBC, "cuda": CUDA, "bindings": f"{LIBC}|{PYBIND11}"}
 OWN_HEADERS = {"core": {"core"}, "cuda": {"cuda"}, "bindings": {"core", "cuda", "bindings"}}
 # The arithmetic that both compilers compile, and what it is given.
 FOR_BOTH_COMPILERS = {
-    PurePosixPath("csrc/core") / name
-    for name in ("adam_arithmetic.h", "adam_constants.h", "adam_versions.h", "dtype.h")
+    PurePosixPath(f"csrc/core/{name}.h")
+    for name in ["adam_arithmetic", "adam_constants", "adam_versions", "attention_shape", "dtype"]
 }
 
 MAX_FILE_LINES = 400

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 
+#include "attention_shape.h"
 #include "thread_pool.h"
 
 namespace offload {
@@ -22,26 +22,6 @@ struct Heads {
            static_cast<std::ptrdiff_t>(head) * head_stride +
            static_cast<std::ptrdiff_t>(at) * row_stride;
   }
-};
-
-// Numbers of blocks, [batch, count], ascending; the last block of a sequence may be shorter.
-struct Blocks {
-  const std::int32_t* numbers = nullptr;
-  std::size_t count = 0;
-};
-
-struct AttentionShape {
-  std::size_t batch = 0;
-  std::size_t heads = 0;
-  std::size_t key_heads = 0;  // divides `heads`: shared by groups
-  std::size_t length = 0;
-  std::size_t channels = 0;
-  std::size_t block_tokens = 0;
-  float scale = 1;
-  // [batch, length] or null: tokens see those of their own document alone.
-  const std::int32_t* documents = nullptr;
-  // How many tokens each sees at most, itself included; 0: all before it.
-  std::size_t window = 0;
 };
 
 // Each row sees the columns at and before its own position, of blocks in `columns`. `out` and `lse`

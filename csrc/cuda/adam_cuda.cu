@@ -5,6 +5,7 @@
 
 #include "../core/adam_arithmetic.h"
 #include "adam_cuda.h"
+#include "elements.h"
 
 namespace offload {
 namespace {
@@ -14,23 +15,6 @@ constexpr unsigned kMostBlocks = 1u << 20;
 // As in block_total(): so many sums side by side.
 constexpr unsigned kLanes = 16;
 
-template <DType dtype>
-__device__ float load(const void* values, std::size_t index) {
-  if constexpr (dtype == DType::kFloat32) return static_cast<const float*>(values)[index];
-  const std::uint16_t bits = static_cast<const std::uint16_t*>(values)[index];
-  return dtype == DType::kBFloat16 ? from_bfloat16(bits) : from_float16(bits);
-}
-
-template <DType dtype>
-__device__ void store(void* values, std::size_t index, float value) {
-  if constexpr (dtype == DType::kFloat32) {
-    static_cast<float*>(values)[index] = value;
-  } else {
-    static_cast<std::uint16_t*>(values)[index] =
-        dtype == DType::kBFloat16 ? to_bfloat16(value) : to_float16(value);
-  }
-}
-
 template <DType grad_dtype, DType param_dtype>
 __global__ void update(const AdamConstants constants, const AdamArrays arrays) {
   const std::size_t step = std::size_t{gridDim.x} * blockDim.x;
@@ -39,11 +23,11 @@ __global__ void update(const AdamConstants constants, const AdamArrays arrays) {
     float param = arrays.master_param[i];
     float average = arrays.exp_avg[i];
     float square = arrays.exp_avg_sq[i];
-    adam_element(constants, load<grad_dtype>(arrays.grad, i), param, average, square);
+    adam_element(constants, load(arrays.grad, i, grad_dtype), param, average, square);
     arrays.master_param[i] = param;
     arrays.exp_avg[i] = average;
     arrays.exp_avg_sq[i] = square;
-    if (arrays.param != nullptr) store<param_dtype>(arrays.param, i, param);
+    if (arrays.param != nullptr) store(arrays.param, i, param, param_dtype);
   }
 }
 
@@ -56,7 +40,7 @@ __global__ void block_sums(const void* values, std::size_t count, double* sums) 
   const std::size_t end = begin + kNormBlock < count ? begin + kNormBlock : count;
   double sum = 0;
   for (std::size_t i = begin + lane; i < end; i += kLanes) {
-    const double value = load<dtype>(values, i);
+    const double value = load(values, i, dtype);
     sum = __dadd_rn(sum, squares ? __dmul_rn(value, value) : value);
   }
   for (unsigned half = kLanes / 2; half != 0; half /= 2) {
