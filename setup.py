@@ -50,7 +50,8 @@ class BuildAll(build_ext):
         part = target.with_suffix(".part")
         done = subprocess.run([*command, *ARCHITECTURES, *KERNELS, "-o", str(part)], check=False)
         if done.returncode:
-            print(f"{nvcc} failed: AdamW will not take parameters on a GPU", file=sys.stderr)
+            lost = "AdamW will not take parameters on a GPU, attention of blocks be PyTorch's there"
+            print(f"{nvcc} failed: {lost}", file=sys.stderr)
         else:
             part.replace(target)
 
