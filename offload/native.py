@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd.graph import increment_version
@@ -290,6 +290,16 @@ class AttentionBlocks:
     """[batch, sequence] int32: tokens attend within their own; None: all are of one."""
     window: int = 0
     """How many tokens each attends to at most, itself included; 0: all before it."""
+
+    def on(self, device: torch.device) -> AttentionBlocks:
+        """Return the same, its tensors on `device`: for a kernel of that one's."""
+        own = self.documents
+        return replace(
+            self,
+            rows=self.rows.to(device),
+            columns=self.columns.to(device),
+            documents=None if own is None else own.to(device),
+        )
 
     def lists(self) -> tuple[int, int, int, int]:
         """Return addresses and counts, as the native functions take them."""

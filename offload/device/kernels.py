@@ -17,10 +17,34 @@ from offload.native import (
     update_addresses,
 )
 
-__all__ = ["LIBRARY", "Kernels"]
+__all__ = ["LIBRARY", "NUMBERS", "Kernels", "open_library", "require"]
 
 LIBRARY = Path(__file__).parents[1] / "_cuda_kernels.so"
-_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as DType has them
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of the types that kernels take, as csrc's DType has them."""
+
+
+def open_library(path: Path, needs: str) -> ctypes.CDLL:
+    """Return the kernels' library. `needs` begins the error: what there is not without it.
+
+    Raises ImportError where it was not built.
+    """
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"{needs} {path.name}, which is built where nvcc is found when offload is installed: "
+            f"{error}"
+        ) from error
+    library.offload_cuda_error.restype = c_char_p
+    return library
+
+
+def require(library: ctypes.CDLL, code: int, what: str) -> None:
+    """Raise RuntimeError where a launch returned CUDA's number of an error."""
+    if code:
+        name = library.offload_cuda_error(code).decode()
+        raise RuntimeError(f"CUDA does not take {what}: {name} ({code})")
 
 
 class Kernels:
@@ -30,13 +54,7 @@ class Kernels:
     """
 
     def __init__(self, path: Path = LIBRARY) -> None:
-        try:
-            self._library = library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise ImportError(
-                f"the update on a GPU needs {path.name}, which is built where nvcc is found when "
-                f"offload is installed: {error}"
-            ) from error
+        self._library = library = open_library(path, "the update on a GPU needs")
         library.offload_adam_update.argtypes = [
             *(c_char_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
             *(c_size_t, c_void_p),
@@ -44,7 +62,6 @@ class Kernels:
         library.offload_block_sums.argtypes = [
             *(c_void_p, c_int, c_size_t, c_int, c_void_p, c_void_p),
         ]
-        library.offload_cuda_error.restype = c_char_p
         for about in (library.offload_constants_bytes, library.offload_norm_block):
             about.restype = c_size_t
         example = AdamSettings(lr=0.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
@@ -67,13 +84,13 @@ class Kernels:
         code = self._library.offload_adam_update(
             adam_constants(settings, step, grad_scale=1.0, clip=clip),
             addresses["grad"],
-            _NUMBERS[grad.dtype],
+            NUMBERS[grad.dtype],
             *(addresses[name] for name in ("master_param", "exp_avg", "exp_avg_sq", "param")),
-            _NUMBERS[torch.float32 if param is None else param.dtype],
+            NUMBERS[torch.float32 if param is None else param.dtype],
             grad.numel(),
             stream,
         )
-        self._require(code, f"an update of {grad.numel()} parameters")
+        require(self._library, code, f"an update of {grad.numel()} parameters")
         note_updated(*state, param)
 
     def block_sums(
@@ -81,12 +98,7 @@ class Kernels:
     ) -> None:
         """Queue the sums, of `squares` or plain, of each `NORM_BLOCK` elements; `sums` are fp64."""
         code = self._library.offload_block_sums(
-            *(values.data_ptr(), _NUMBERS[values.dtype], values.numel()),
+            *(values.data_ptr(), NUMBERS[values.dtype], values.numel()),
             *(squares, sums.data_ptr(), stream),
         )
-        self._require(code, f"the sum of {values.numel()} elements")
-
-    def _require(self, code: int, what: str) -> None:
-        if code:
-            name = self._library.offload_cuda_error(code).decode()
-            raise RuntimeError(f"CUDA does not take {what}: {name} ({code})")
+        require(self._library, code, f"the sum of {values.numel()} elements")

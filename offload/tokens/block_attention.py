@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offload.device.token_kernels import TokenKernels, kernels_for
 from offload.native import (
     AttentionBlocks,
     ThreadPool,
@@ -23,9 +24,10 @@ __all__ = ["BlockAttention"]
 class BlockAttention:
     """Causal attention of blocks of rows over blocks of columns, wherever those lie.
 
-    On the host in fp32 by a kernel of our own, with `threads` of its own (by default as many as
-    torch's), whose bits depend on neither threads nor processor; elsewhere by PyTorch's, over
-    copies of the blocks.
+    By kernels of our own, which read the blocks where they lie and give the same bits each time: on
+    the host in fp32, with `threads` of its own (by default as many as torch's); on a GPU in fp32,
+    bf16 and fp16, up to 256 channels a head, where the CUDA kernels were built. All else goes
+    PyTorch's way, over copies of the blocks and a mask of all their pairs. `path` says which.
     """
 
     def __init__(self, block_tokens: int, *, threads: int | None = None) -> None:
@@ -65,10 +67,21 @@ class BlockAttention:
             documents=None if documents is None else documents.to("cpu", torch.int32).contiguous(),
             window=window,
         )
-        if query.device.type == "cpu" and query.dtype == torch.float32:
-            out: Tensor = _Blocks.apply(query, key, value, blocks, self._pool)  # type: ignore[no-untyped-call]
-            return out
-        return masked_attention(query, key, value, blocks)
+        out: Tensor
+        kernels = _kernels_for(query, key, value)
+        if kernels is not None:
+            out = _DeviceBlocks.apply(query, key, value, blocks, kernels)  # type: ignore[no-untyped-call]
+        elif _is_for_host(query):
+            out = _Blocks.apply(query, key, value, blocks, self._pool)  # type: ignore[no-untyped-call]
+        else:
+            out = masked_attention(query, key, value, blocks)
+        return out
+
+    def path(self, query: Tensor, key: Tensor, value: Tensor) -> str:
+        """Name what these go through: `cuda` or `host`, kernels of our own, or `masked`."""
+        if _kernels_for(query, key, value) is not None:
+            return "cuda"
+        return "host" if _is_for_host(query) else "masked"
 
     def pair_scores(
         self,
@@ -83,7 +96,8 @@ class BlockAttention:
 
         The largest, over pairs of tokens, of the mean over heads of scores' positive parts (LeMo,
         Eq. 2), and -1 where no pair counts: pairs of a query with an earlier key do; `ahead`: with
-        a later one, or one of its own block. In fp32 on the host.
+        a later one, or one of its own block. In fp32, and returned on the host; computed where the
+        tensors are if kernels take them, and on the host otherwise.
         """
         _check_heads(query, key, key, scale, documents)
         blocks = -(-query.shape[2] // self.block_tokens)
@@ -96,6 +110,12 @@ class BlockAttention:
             documents=None if documents is None else documents.to("cpu", torch.int32).contiguous(),
         )
         scores = torch.empty(query.shape[0], blocks, blocks)
+        kernels = _kernels_for(query, key)
+        if kernels is not None:
+            there = scores.to(query.device)
+            q, k = (_plain(each.detach()) for each in (query, key))
+            kernels.pair_scores(given.on(query.device), q, k, there, ahead=ahead)
+            return there.cpu()
         q, k = (_plain(each.detach().float().cpu()) for each in (query, key))
         block_pair_scores(self._pool, given, q, k, scores, ahead=ahead)
         return scores
@@ -115,6 +135,14 @@ class BlockAttention:
                 raise ValueError(
                     f"{name} have the last block, which is shorter, in some of a batch"
                 )
+
+
+def _kernels_for(*heads: Tensor) -> TokenKernels | None:
+    return kernels_for(*heads, channels=heads[0].shape[-1])
+
+
+def _is_for_host(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype == torch.float32
 
 
 def _check_heads(
@@ -177,6 +205,38 @@ class _Blocks(torch.autograd.Function):
         ):
             wholes.append(_spread(part, listed, blocks, like))
         return (*wholes, None, None)
+
+
+class _DeviceBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: AttentionBlocks,
+        kernels: TokenKernels,
+    ) -> Tensor:
+        query, key, value = (_plain(each) for each in (query, key, value))
+        batch, heads, _, channels = query.shape
+        padded = blocks.rows.shape[1] * blocks.block_tokens
+        # As on the host; the kernel writes all of it, zeros beyond a sequence's end too.
+        whole = query.new_empty(batch, padded, heads, channels).transpose(1, 2)
+        lse = query.new_empty(batch, heads, padded, dtype=torch.float32)
+        there = blocks.on(query.device)
+        kernels.attend(there, query, key, value, whole, lse)
+        ctx.blocks, ctx.kernels = there, kernels
+        ctx.save_for_backward(query, key, value, whole, lse)
+        return whole[:, :, : _tokens_of(blocks.rows, blocks, query.shape[2])]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, out, lse = ctx.saved_tensors
+        found = (torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value))
+        forward = (query, key, value, out, lse)
+        ctx.kernels.attend_backward(ctx.blocks, forward, _plain(grads[0]), found)
+        return (*found, None, None)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -1,16 +1,23 @@
-"""Fixtures of these tests: a piece of a test in a forked child, where limits may be lowered."""
+"""Fixtures of these tests: a piece of a test in a forked child, CUDA kernels without a GPU."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import signal
+import subprocess
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from offload.device.token_kernels import TokenKernels
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # A child that hangs is ended, and the test with it.
 PATIENCE_S = 60
@@ -55,3 +62,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels() -> TokenKernels:
+    """The CUDA kernels of tokens, compiled for the host: for tensors there."""
+    library = ROOT / "build" / "csrc" / "emulated_kernels.so"
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "csrc.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
+        command = ["make", "-f", "tests/csrc/Makefile", str(library.relative_to(ROOT))]
+        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return TokenKernels(library)
