@@ -218,17 +218,19 @@ class TokenChoice:
         own = self._passes.current()
         assert own is not None
         assert own.bounds is not None
-        fixed = (own.bounds[0] | own.bounds[1]).tolist()  # whatever their scores
+        always, never = own.bounds
+        fixed = (always | never).tolist()  # whatever their scores
         scores = self._scores(look, pool_tokens=1)
         found = wanted = 0
-        for each, blocks, out in zip(scores, kept.blocks, fixed, strict=True):
+        given = zip(scores, kept.blocks, fixed, never.tolist(), strict=True)
+        for each, blocks, out, padding in given:
             chosen = {n for n in blocks if not out[n]}
             if self.rule.thresholds is not None:
                 ranked = sorted(range(len(each)), key=each.__getitem__, reverse=True)
                 best = set([n for n in ranked if not out[n]][: len(chosen)])
             else:
-                true = enumerate(self._chosen(each, look.layer))
-                best = {n for n, stays in true if stays and not out[n]}
+                true = self._chosen_of(each, padding, look.layer)
+                best = {n for n, stays in enumerate(true) if stays and not out[n]}
             wanted += len(best)
             found += len(best & chosen)
         return found / wanted if wanted else None

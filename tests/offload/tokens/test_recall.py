@@ -62,6 +62,13 @@ def test_blocks_of_padding_are_not_missed() -> None:
     assert recall(means, true, padded=2, ratios=DENSE_BUT_ONE, causal=False)[0] == 2 / 4
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_does_not_raise_how_many_blocks_are_looked_for(causal: bool) -> None:
+    scores = _scores((1, 2, 3, 4, 5, 6, 7, 8), high=6.0, low=0.0)
+    found = recall(scores, scores, padded=4, ratios=DENSE_BUT_ONE, causal=causal)[0]
+    assert found == 1  # the very scores that were chosen by
+
+
 def test_where_all_that_is_chosen_stays_anyway_there_is_no_recall() -> None:
     scores = _scores((0,), high=6.0, low=0.0)
     ratios, ends = (1.0, 0.01, 1.0, 1.0), {"first_blocks": 2, "last_blocks": 2}
