@@ -68,8 +68,8 @@ class SparsityRule:
     meter_steps: int = 0
     """Between two looks of a Trainer at how far the loss is from a dense one; 0: none."""
     most_loss_gap: float = 0.01
-    """By how much of a dense loss the sparse one may be larger where both are measured; past it
-    all tokens take part from then on."""
+    """By how much of a dense loss the sparse one may be larger or smaller where both are measured;
+    past it all tokens take part from then on."""
 
     def __post_init__(self) -> None:
         """Check each value; layers are counted in `of_layers`."""

@@ -34,7 +34,7 @@ class Quality:
 
     @property
     def loss_gap(self) -> float:
-        """By how much of the dense loss the sparse one is larger."""
+        """By how much of the dense loss the sparse one is larger; negative: smaller."""
         return self.sparse_loss / self.dense_loss - 1
 
     def text(self) -> str:
@@ -59,8 +59,8 @@ def measure_quality(
 ) -> Quality:
     """Return how sparse training on `batch` differs from dense; it has labels.
 
-    Where the loss is past the rule's `most_loss_gap` all tokens take part from then on, and a
-    warning says so. Two forwards, each in a context of `around` (`Session.forward`, say), and their
+    Where both losses are further apart than the rule's `most_loss_gap`, whichever is larger, all
+    tokens take part from then on, and a warning says so. Two forwards, each in a context of `around` (`Session.forward`, say), and their
     backwards, from the same random numbers; where there are ranks all of them call this, and losses
     are their mean. Parameters' `grad` is left as it is, and so is the generator. Two gradients of
     what is trained are there at once.
@@ -89,8 +89,9 @@ def measure_quality(
             "one with labels"
         )
     quality = Quality(dense_loss, sparse_loss, _cosine(*found), shares, recalls)
-    # Also where it is no number.
-    if not quality.loss_gap <= tokens.rule.most_loss_gap and not tokens.fallen_back:
+    # Also where it is no number. A model that has learnt to do without what is left out has a small
+    # sparse loss, and the dense one is what counts once it is used.
+    if not abs(quality.loss_gap) <= tokens.rule.most_loss_gap and not tokens.fallen_back:
         tokens.fallen_back = True
         warnings.warn(
             f"all tokens take part from step {tokens.step} on: {quality.text()}, and most_loss_gap="

@@ -55,6 +55,21 @@ def test_past_its_limit_the_meter_has_all_tokens_take_part() -> None:
     assert measure_quality(model, tokens, given).sparse_loss > dense
 
 
+def test_a_model_that_fits_what_is_left_alone_has_all_tokens_take_part() -> None:
+    model, given = made(), batch()
+    rule = SparsityRule(**RULE, ratio=0.1, most_loss_gap=0.01)
+    tokens = SparseTokens(model, rule)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(20):
+        model(**given).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.warns(RuntimeWarning, match="all tokens take part from step 20 on"):
+        quality = measure_quality(model, tokens, given)
+    assert quality.loss_gap < -rule.most_loss_gap
+    assert float(model(**given).loss) == quality.dense_loss
+
+
 def test_scores_of_all_tokens_recall_themselves_and_means_some() -> None:
     found = []
     for pool in (1, 8):
