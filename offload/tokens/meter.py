@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from offload.tokens.sparse import SparseTokens
+from offload.tokens.without_dropout import without_dropout
 
 __all__ = ["Quality", "measure_quality"]
 
@@ -60,8 +61,9 @@ def measure_quality(
     """Return how sparse training on `batch` differs from dense; it has labels.
 
     Where both losses are further apart than the rule's `most_loss_gap`, whichever is larger, all
-    tokens take part from then on, and a warning says so. Two forwards, each in a context of `around` (`Session.forward`, say), and their
-    backwards, from the same random numbers; where there are ranks all of them call this, and losses
+    tokens take part from then on, and a warning says so. Two forwards, each in a context of
+    `around` (`Session.forward`, say), and their backwards; nothing is dropped out meanwhile, since
+    fewer tokens would draw other masks. Where there are ranks all of them call this, and losses
     are their mean. Parameters' `grad` is left as it is, and so is the generator. Two gradients of
     what is trained are there at once.
     """
@@ -71,7 +73,7 @@ def measure_quality(
             "checkpointing with use_reentrant=True gives no gradients but to .grad: set "
             'gradient_checkpointing_kwargs={"use_reentrant": False} to have quality measured'
         )
-    with _as_it_was(model, tokens):
+    with _as_it_was(model, tokens), without_dropout(model):
         losses, found = [], []
         for dense in (True, False):
             tokens.dense = dense

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from offload.tokens.meter import measure_quality
 from offload.tokens.selection import Kept
 from offload.tokens.sparse import SparseTokens
+from offload.tokens.without_dropout import without_dropout
 from perfmodel.token_plan import SparsityRule
 from tests.offload.tokens.sparse_llama import BLOCK, RULE, batch, made
 
@@ -68,6 +71,57 @@ def test_a_model_that_fits_what_is_left_alone_has_all_tokens_take_part() -> None
         quality = measure_quality(model, tokens, given)
     assert quality.loss_gap < -rule.most_loss_gap
     assert float(model(**given).loss) == quality.dense_loss
+
+
+class Dropping(nn.Module):
+    """Drops in as many ways as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.heads = nn.Dropout(0.5), nn.MultiheadAttention(8, 2, dropout=0.5)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [
+            self.module(x),
+            self.heads(x, x, x)[0],
+            F.dropout(x, 0.5),
+            F.dropout(x, p=0.5, training=self.training),
+            torch.dropout(x, 0.5, True),
+            F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+            F.scaled_dot_product_attention(x, x, x, None, 0.5),
+        ]
+
+
+def test_nothing_is_dropped_while_it_is_measured_and_all_afterwards() -> None:
+    torch.manual_seed(0)
+    model, x = Dropping(), torch.randn(16, 4, 8)
+    with without_dropout(model):
+        one, other = model(x), model(x)
+    assert [torch.equal(*pair) for pair in zip(one, other, strict=True)] == [True] * 7
+    with pytest.raises(TypeError), without_dropout(model):
+        model(None)
+    one, other = model(x), model(x)
+    assert [torch.equal(*pair) for pair in zip(one, other, strict=True)] == [False] * 7
+    assert model.module.p == 0.5
+    assert model.training
+
+
+def test_with_dropout_the_verdict_is_not_one_of_random_numbers() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 101, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 96}
+    config = transformers.GPT2Config(**shape, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    model = transformers.GPT2LMHeadModel(config).train()
+    tokens = SparseTokens(model, SparsityRule(**RULE, ratio=0.5, most_loss_gap=1.0))
+    found, given = [], batch()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found.append(measure_quality(model, tokens, given))
+    assert found[0] == found[1] == found[2]
+    assert found[0].loss_gap != 0
+    shares = [each.p for each in model.modules() if isinstance(each, nn.Dropout)]
+    assert set(shares) == {0.3}
+    assert model(**given).loss != model(**given).loss
 
 
 def test_scores_of_all_tokens_recall_themselves_and_means_some() -> None:
