@@ -70,6 +70,10 @@ class SparsityRule:
     most_loss_gap: float = 0.01
     """By how much of a dense loss the sparse one may be larger or smaller where both are measured;
     past it all tokens take part from then on."""
+    least_gradient_cosine: float = 0.0
+    """Of both gradients where they are measured, -1 to 1; below it all tokens take part from then
+    on. With `gradient`, whose losses are equal, it is the limit that counts; 0: not against dense
+    ones."""
 
     def __post_init__(self) -> None:
         """Check each value; layers are counted in `of_layers`."""
@@ -88,6 +92,7 @@ class SparsityRule:
         if self.dense_from_step is not None:
             require_whole("dense_from_step", self.dense_from_step, 0, _MOST_STEPS)
         require_number("most_loss_gap", self.most_loss_gap, 0, 1e6)
+        require_number("least_gradient_cosine", self.least_gradient_cosine, -1, 1)
 
     def _check_sizes(self) -> None:
         require_whole("block_tokens", self.block_tokens, 1, _MOST_BLOCK)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from offload.tokens.sparse import SparseTokens
 from offload.tokens.without_dropout import without_dropout
+from perfmodel.token_plan import SparsityRule
 
 __all__ = ["Quality", "measure_quality"]
 
@@ -26,8 +27,8 @@ class Quality:
     dense_loss: float
     sparse_loss: float
     gradient_cosine: float
-    """Between both gradients of what is trained, as one vector each; 1: the same direction, NaN:
-    one has none."""
+    """Between both gradients of what is trained, as one vector each, of all ranks together; 1: the
+    same direction, NaN: one has none."""
     kept_shares: tuple[float | None, ...]
     """Of the tokens, in each layer; None where all are always kept."""
     recalls: tuple[float | None, ...]
@@ -60,8 +61,9 @@ def measure_quality(
 ) -> Quality:
     """Return how sparse training on `batch` differs from dense; it has labels.
 
-    Where both losses are further apart than the rule's `most_loss_gap`, whichever is larger, all
-    tokens take part from then on, and a warning says so. Two forwards, each in a context of
+    Where both losses are further apart than the rule's `most_loss_gap`, whichever is larger, or
+    gradients than its `least_gradient_cosine`, all tokens take part from then on, and a warning
+    says so. Two forwards, each in a context of
     `around` (`Session.forward`, say), and their backwards; nothing is dropped out meanwhile, since
     fewer tokens would draw other masks. Where there are ranks all of them call this, and losses
     are their mean. Parameters' `grad` is left as it is, and so is the generator. Two gradients of
@@ -84,24 +86,35 @@ def measure_quality(
                 found.append(torch.autograd.grad(loss, params, allow_unused=True))
             losses.append(float(loss.detach()))
         recalls, shares = tuple(tokens.recalls or ()), tuple(tokens.kept_shares)
-    dense_loss, sparse_loss = _means_over_ranks(losses, params[0].device)
+    dense_loss, sparse_loss, *products = _means_over_ranks(
+        [*losses, *_products(*found)], params[0].device
+    )
     if not (math.isfinite(dense_loss) and dense_loss > 0):
         raise ValueError(
             f"the dense loss of the probe batch is {dense_loss}, to which nothing compares: give "
             "one with labels"
         )
-    quality = Quality(dense_loss, sparse_loss, _cosine(*found), shares, recalls)
-    # Also where it is no number. A model that has learnt to do without what is left out has a small
-    # sparse loss, and the dense one is what counts once it is used.
-    if not abs(quality.loss_gap) <= tokens.rule.most_loss_gap and not tokens.fallen_back:
+    quality = Quality(dense_loss, sparse_loss, _cosine(*products), shares, recalls)
+    limit = _passed(quality, tokens.rule)
+    if limit and not tokens.fallen_back:
         tokens.fallen_back = True
         warnings.warn(
-            f"all tokens take part from step {tokens.step} on: {quality.text()}, and most_loss_gap="
-            f"{tokens.rule.most_loss_gap}",
+            f"all tokens take part from step {tokens.step} on: {quality.text()}, and {limit}",
             RuntimeWarning,
             stacklevel=2,
         )
     return quality
+
+
+def _passed(quality: Quality, rule: SparsityRule) -> str:
+    """Return the limits that it is past, none where it is past none. No number is past each."""
+    # A model that has learnt to do without what is left out has a small sparse loss, and the dense
+    # one is what counts once it is used. Where gradients alone are sparse both losses are equal.
+    kept = {
+        "most_loss_gap": abs(quality.loss_gap) <= rule.most_loss_gap,
+        "least_gradient_cosine": quality.gradient_cosine >= rule.least_gradient_cosine,
+    }
+    return " and ".join(f"{key}={getattr(rule, key)}" for key, well in kept.items() if not well)
 
 
 @contextmanager
@@ -140,7 +153,8 @@ def _means_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return means
 
 
-def _cosine(ones: Any, others: Any) -> float:
+def _products(ones: Any, others: Any) -> list[float]:
+    """Return the product of two vectors in parts, and the square of each."""
     product = one_square = other_square = 0.0
     for one, other in zip(ones, others, strict=True):
         if one is None or other is None:
@@ -148,5 +162,9 @@ def _cosine(ones: Any, others: Any) -> float:
         product += float(torch.sum(one.double() * other.double()))
         one_square += float(one.double().square().sum())
         other_square += float(other.double().square().sum())
+    return [product, one_square, other_square]
+
+
+def _cosine(product: float, one_square: float, other_square: float) -> float:
     length = (one_square * other_square) ** 0.5
     return product / length if length else math.nan

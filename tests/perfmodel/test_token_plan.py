@@ -31,6 +31,7 @@ def test_the_published_schedule_has_a_dense_first_half_and_last_layer() -> None:
         ({"first_blocks": -1}, "first_blocks=-1"),
         ({"keep_token_ids": [-5]}, "keep_token_ids=-5"),
         ({"most_loss_gap": -0.1}, "most_loss_gap=-0.1"),
+        ({"least_gradient_cosine": 1.5}, "least_gradient_cosine=1.5 is not a number from -1 to 1"),
         ({"ration": 0.5}, "did you mean 'ratio'"),
         ({"ratio": 0.5, "ratios": [0.5]}, "ratio and ratios exclude each other"),
     ],

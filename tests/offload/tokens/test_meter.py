@@ -73,6 +73,27 @@ def test_a_model_that_fits_what_is_left_alone_has_all_tokens_take_part() -> None
     assert float(model(**given).loss) == quality.dense_loss
 
 
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_gradients_too_far_apart_have_all_tokens_take_part_in_either_mode(
+    gradient_only: bool,
+) -> None:
+    model, given = made(), batch()
+    for least in (-1.0, 1.0):
+        limits = {"most_loss_gap": 9.0, "least_gradient_cosine": least}
+        rule = SparsityRule(**RULE, ratio=0.1, **limits)
+        tokens = SparseTokens(model, rule, gradient_only=gradient_only)
+        if least < 0:
+            quality = measure_quality(model, tokens, given)
+            assert not tokens.fallen_back
+        else:
+            with pytest.warns(RuntimeWarning, match=r"least_gradient_cosine=1\.0$"):
+                measure_quality(model, tokens, given)
+            assert tokens.fallen_back
+        tokens.close()
+    assert quality.gradient_cosine < 0.9999
+    assert (quality.loss_gap == 0) is gradient_only
+
+
 class Dropping(nn.Module):
     """Drops in as many ways as there are."""
 
