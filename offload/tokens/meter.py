@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload.tokens.sparse import SparseTokens
+from offload.tokens.choice import TokenChoice
 from offload.tokens.without_dropout import without_dropout
 from perfmodel.token_plan import SparsityRule
 
-__all__ = ["Quality", "measure_quality"]
+__all__ = ["Quality", "loss_of_output", "measure_quality"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,16 @@ class Quality:
 
 def measure_quality(
     model: torch.nn.Module,
-    tokens: SparseTokens,
+    tokens: TokenChoice,
     batch: Mapping[str, Any],
     *,
     around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    loss_of: Callable[[Any], Tensor] | None = None,
 ) -> Quality:
     """Return how sparse training on `batch` differs from dense; it has labels.
 
+    `batch` is what the model takes by name, and `loss_of` says what its loss is (None:
+    `loss_of_output`).
     Where both losses are further apart than the rule's `most_loss_gap`, whichever is larger, or
     gradients than its `least_gradient_cosine`, all tokens take part from then on, and a warning
     says so. Two forwards, each in a context of
@@ -82,7 +85,7 @@ def measure_quality(
             tokens.recalls = [None] * len(tokens.kept_shares)
             with torch.random.fork_rng(_devices(params)):
                 with around():
-                    loss: Tensor = model(**batch).loss
+                    loss = (loss_of or loss_of_output)(model(**batch))
                 found.append(torch.autograd.grad(loss, params, allow_unused=True))
             losses.append(float(loss.detach()))
         recalls, shares = tuple(tokens.recalls or ()), tuple(tokens.kept_shares)
@@ -106,6 +109,19 @@ def measure_quality(
     return quality
 
 
+def loss_of_output(output: Any) -> Tensor:
+    """Return the loss of what a model returned: its `loss`, its first part, or itself."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor) or found.dim():
+        raise ValueError(
+            f"the model returns no loss, one number, but {type(output).__name__}: give a batch "
+            "with labels, or loss_of="
+        )
+    return found
+
+
 def _passed(quality: Quality, rule: SparsityRule) -> str:
     """Return the limits that it is past, none where it is past none. No number is past each."""
     # A model that has learnt to do without what is left out has a small sparse loss, and the dense
@@ -118,7 +134,7 @@ def _passed(quality: Quality, rule: SparsityRule) -> str:
 
 
 @contextmanager
-def _as_it_was(model: torch.nn.Module, tokens: SparseTokens) -> Iterator[None]:
+def _as_it_was(model: torch.nn.Module, tokens: TokenChoice) -> Iterator[None]:
     """Have a model in training, and its modules and what is asked of it as they were afterwards."""
     was_dense, modes = tokens.dense, {each: each.training for each in model.modules()}
     if not model.training:

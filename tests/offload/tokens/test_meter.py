@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offload.tokens.meter import measure_quality
+from offload.tokens.meter import loss_of_output, measure_quality
 from offload.tokens.selection import Kept
 from offload.tokens.sparse import SparseTokens
 from offload.tokens.without_dropout import without_dropout
@@ -92,6 +93,15 @@ def test_gradients_too_far_apart_have_all_tokens_take_part_in_either_mode(
         tokens.close()
     assert quality.gradient_cosine < 0.9999
     assert (quality.loss_gap == 0) is gradient_only
+
+
+def test_a_loss_is_found_in_what_models_return_or_asked_for_by_name() -> None:
+    loss = torch.tensor(2.0)
+    returned = ({"loss": loss}, (loss, None), [loss], loss, SimpleNamespace(loss=loss))
+    assert all(loss_of_output(each) is loss for each in returned)
+    for wrong in (torch.zeros(2), None, (), {"logits": loss}):
+        with pytest.raises(ValueError, match="loss_of="):
+            loss_of_output(wrong)
 
 
 class Dropping(nn.Module):

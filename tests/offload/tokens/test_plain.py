@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from offload.tokens import PlainTokens
+from offload.tokens import PlainTokens, measure_quality
 from offload.tokens.selection import Kept
 from perfmodel.token_plan import SparsityRule
 
@@ -266,3 +266,21 @@ def test_a_predictor_and_an_attention_with_a_forward_of_its_own_are_refused() ->
     with pytest.raises(ValueError, match="another library's"):
         sparse(model)
     assert "forward" not in vars(model.attentions[1])
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_the_meter_measures_a_model_that_returns_its_loss_or_is_told_where_it_is(
+    gradient_only: bool,
+) -> None:
+    model = Model()
+    torch.manual_seed(1)
+    given = {"x": torch.randn(2, TOKENS, HIDDEN)}
+    dense = model(**given)
+    tokens, _ = sparse(model, gradient_only=gradient_only, rule={"most_loss_gap": 9.0})
+    found = measure_quality(model, tokens, given)
+    assert found.dense_loss == dense.item()
+    assert (found.sparse_loss == found.dense_loss) is gradient_only
+    assert 0 < found.gradient_cosine < 0.9999
+    assert [share is None for share in found.kept_shares] == [True, False, False]
+    twice = measure_quality(model, tokens, given, loss_of=lambda loss: loss * 2)
+    assert twice.dense_loss == 2 * found.dense_loss
