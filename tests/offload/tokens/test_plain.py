@@ -284,3 +284,36 @@ def test_the_meter_measures_a_model_that_returns_its_loss_or_is_told_where_it_is
     assert [share is None for share in found.kept_shares] == [True, False, False]
     twice = measure_quality(model, tokens, given, loss_of=lambda loss: loss * 2)
     assert twice.dense_loss == 2 * found.dense_loss
+
+
+class OfIds(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, HIDDEN)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(self.embedding(tokens))
+
+
+def test_named_tokens_always_stay_wherever_a_model_takes_them() -> None:
+    model = OfIds()
+    ids = torch.arange(TOKENS).expand(2, TOKENS)
+    named = tuple(range(0, TOKENS, 2 * BLOCK))  # one in every other block
+    tokens, kept = sparse(model, rule={"keep_token_ids": named})
+    for given, by_name in (((ids,), {}), ((), {"tokens": ids})):
+        kept.clear()
+        model(*given, **by_name)
+        for each in (*kept[1].blocks, *kept[2].blocks):
+            assert set(range(0, TOKENS // BLOCK, 2)) <= set(each)
+    tokens.close()
+    model = Model()
+    sparse(model, rule={"keep_token_ids": named})
+    with pytest.raises(ValueError, match="is given no whole numbers"):
+        gradients(model)
+
+
+def test_what_nothing_would_come_of_is_said_at_the_start() -> None:
+    with pytest.raises(ValueError, match="meter_steps=5 is for a Trainer"):
+        sparse(Model(), rule={"meter_steps": 5})
+    with pytest.warns(RuntimeWarning, match="no attention of 2 leaves tokens out"):
+        PlainTokens(Model(), [*Model().attentions][:2], SparsityRule(ratio=0.1))
