@@ -30,11 +30,15 @@ from tqdm import tqdm
 
 from offload import Session
 from offload.native import inspect_directory
+from perfmodel.token_plan import SparsityRule
 
 MIB = 1 << 20
 BYTES = 256
 CHOOSING = ("sparse", "gradient")
 """Modes that choose tokens."""
+_RULE = SparsityRule()
+ALWAYS_KEPT = _RULE.block_tokens * (_RULE.first_blocks + _RULE.last_blocks)
+"""Tokens of a sequence that they always keep."""
 WATCHED = 2
 """The step whose memory is counted: by then everything has been there once."""
 
@@ -193,6 +197,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for flag, value in of_sparse.items() if args.tokens not in CHOOSING else ():
             if value:
                 raise ValueError(f"{flag} is about what --tokens sparse leaves out; give both")
+        if args.tokens in CHOOSING and args.seq_len <= ALWAYS_KEPT:
+            raise ValueError(
+                f"--seq-len {args.seq_len} leaves nothing out with --tokens {args.tokens}, which "
+                f"keeps first and last blocks; take more than {ALWAYS_KEPT}"
+            )
         if args.offload == "ssd" and inspect_directory(args.offload_path).backing != "disk":
             raise ValueError(f"--offload-path {args.offload_path} is in RAM; name one on an SSD")
         if args.save and not os.access(Path(args.save).resolve().parent, os.W_OK):

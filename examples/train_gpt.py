@@ -28,7 +28,7 @@ from data import Corpus, evenly_spaced, load_corpus
 from flags import Parser, at_least, in_flags, one_of
 from heap import keep_freed_memory
 from loaders import LOADERS, Order, missing_framework, missing_package, open_loader
-from longer import add_token_flags, segment_of, shorten, token_problem
+from longer import add_token_flags, kept_of, look, segment_of, shorten, token_problem
 from memory import StepMemory, resident_bytes
 from models import MODELS, ModelConfig, Run, call, recompute
 from offloading import add_offload_flags, open_offload
@@ -151,6 +151,7 @@ class Trainer:
             run = recompute_some(args.recompute, args.layers * (2 if args.model == "t5" else 1))
         self.bare = MODELS[args.model](config, run).to(self.device)
         self.tokens = shorten(args, self.bare)
+        self.probe: dict[str, Tensor] | None = None  # the batch that --meter-steps asks about
         parameters = list(self.bare.parameters())
         # Made now and never set to None: what a step then needs on top is its activations.
         for parameter in parameters:
@@ -173,6 +174,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for micro in range(args.grad_accum):
             batch = next(self.batches)
+            look(self, step, micro, batch)
             # Ranks exchange gradients once a step, in its last backward.
             with self.no_exchange() if micro + 1 < args.grad_accum else contextlib.nullcontext():
                 # What autograd saves in here goes to the SSD ...
@@ -187,10 +189,8 @@ class Trainer:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return how badly `model` predicts what it is to predict."""
-        tokens, successors = (part.to(self.device) for part in batch)
-        bf16 = self.args.dtype == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss: Tensor = model(tokens, successors)
+        with torch.autocast(self.device.type, torch.bfloat16, self.args.dtype == "bf16"):
+            loss: Tensor = model(*(part.to(self.device) for part in batch))
         return loss
 
     @torch.no_grad()
@@ -261,7 +261,7 @@ def train(trainer: AnyTrainer) -> Measured:
             measured.step_s.append(time.perf_counter() - begin)
             measured.losses.append(loss)
             measured.tensor_bytes = max(measured.tensor_bytes, memory.peak_bytes)
-            shown = {"loss": f"{loss:.3f}"}
+            shown = {"loss": f"{loss:.3f}"} | kept_of(trainer)
             shown["tokens/s"] = f"{trainer.tokens_per_step / measured.step_s[-1]:,.0f}"
             if act:
                 stats = act.stats()

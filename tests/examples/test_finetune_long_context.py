@@ -107,6 +107,7 @@ def test_the_guides_command_trains_as_no_savings_do(run: Run, spill_dir: Path) -
         (["--model=config.json", "--tokens=exakt"], "did you mean exact"),
         (["--model=config.json", "--keep=0.4"], "--keep is about what --tokens sparse leaves out"),
         (["--model=config.json", "--tokens=sparse", "--keep=0"], "is not over 0 and at most 1"),
+        (["--model=config.json", "--tokens=sparse", "--seq-len=128"], "take more than 128"),
         (["--model=config.json", "--offload=ssd", "--offload-path=/dev/shm"], "is in RAM"),
         (["--model=config.json", "--save=absent/adapter"], "--save absent/adapter"),
         (["--model=config.json", "--seq-len=4096"], "the model has 2048 positions"),

@@ -53,6 +53,8 @@ BAD_FLAGS = [
     (["--tokens=gradient", "--offload=auto"], ["--tokens gradient", "--offload auto"]),
     (["--tokens=exact", "--keep=0.5"], ["--keep", "--tokens exact"]),
     (["--tokens=sparse", "--keep=2"], ["--keep 2", "at most 1"]),
+    (["--tokens=exact", "--meter-steps=5"], ["--meter-steps is nothing to --tokens exact"]),
+    (["--tokens=gradient", "--seq-len=128"], ["--seq-len 128", "take more than 128"]),
     (["--tokens=exact", "--framework=megatron"], ["--tokens is nothing to --framework megatron"]),
     (["--seq-len=10000000"], ["stdlib", "too few"]),
     (["--data=missing.txt"], ["--data", "missing.txt", "No such file"]),

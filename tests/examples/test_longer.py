@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,29 @@ def test_in_half_precision_tokens_are_left_out_as_well(
     half = ("--dtype=bf16", "--offload=none")
     losses = losses_of("--tokens=sparse", *half)
     assert losses_of("--tokens=exact", *half)[0] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("offload", ["none", "recompute"])
+@pytest.mark.parametrize("tokens", ["sparse", "gradient"])
+def test_the_meter_says_how_far_it_is_from_dense_and_changes_no_loss(
+    tokens: str,
+    offload: str,
+    losses_of: Callable[..., list[float]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = (f"--tokens={tokens}", f"--offload={offload}", "--keep=0.3", "--dtype=bf16")
+    losses = losses_of(*flags, "--grad-accum=2")
+    said = capsys.readouterr()
+    assert "gradient cosine" not in said.out
+    assert re.search(r"kept=[4-9][0-9]%", said.err)
+    assert losses_of(*flags, "--grad-accum=2", "--meter-steps=1") == losses
+    said = capsys.readouterr()
+    found = re.findall(r"step (\d): loss .* cosine 0\.\d+, \d+% of tokens kept", said.out)
+    assert found == ["0", "1"]
+
+
+def test_a_model_too_shallow_to_leave_tokens_out_says_so(
+    main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("--seq-len=512", "--layers=2", "--tokens=sparse", "--offload=none") == 0
+    assert "warning: no attention of 2 leaves tokens out" in capsys.readouterr().err
