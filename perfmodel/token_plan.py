@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from perfmodel.plan import require_choice, require_known, require_number, require_whole
+from perfmodel.plan import (
+    require_choice,
+    require_flag,
+    require_known,
+    require_number,
+    require_whole,
+)
 
 __all__ = ["TOKEN_MODES", "SparsityRule", "TokensSection", "published_ratios"]
 
@@ -85,6 +91,8 @@ class SparsityRule:
                 raise ValueError(f"{key}={value!r} is not a list")
         if self.predictor is not None and not (isinstance(self.predictor, str) and self.predictor):
             raise ValueError(f"predictor={self.predictor!r} is not a file's name")
+        for key in ("causal", "keep_labels", "sparse_mlp"):
+            require_flag(key, getattr(self, key))
         self._check_sizes()
         self._check_shares()
         for key in ("warm_up_steps", "meter_steps"):
@@ -121,6 +129,12 @@ class SparsityRule:
                 "what a predictor foretells has another scale in each layer; give ratios with it, "
                 "or leave predictor out"
             )
+        for key in ("ratios", "thresholds"):
+            # The default is in every plan that was written, and says nothing beside them.
+            if getattr(self, key) is not None and self.ratio != SparsityRule.ratio:
+                raise ValueError(
+                    f"ratio and {key} exclude each other, and ratio={self.ratio!r}: give one"
+                )
         for key, values in (("ratio", (self.ratio,)), ("ratios", self.ratios or ())):
             for value in values:
                 require_number(key, value, 0, 1)
@@ -143,7 +157,8 @@ class SparsityRule:
                 raise ValueError(f"{key} has {len(given)} numbers, and the model {layers} layers")
         if self.ratios is not None or self.thresholds is not None:
             return self
-        return replace(self, ratios=published_ratios(layers, self.ratio))
+        ratios = published_ratios(layers, self.ratio)
+        return replace(self, ratio=SparsityRule.ratio, ratios=ratios)
 
     def is_dense(self, layer: int) -> bool:
         """Say whether a layer keeps every block."""
@@ -202,8 +217,5 @@ class TokensSection:
             if not isinstance(rule, Mapping):
                 raise ValueError(f"sparse={rule!r} is not an object with keys, or null")
             require_known("tokens.sparse", rule, [one.name for one in fields(SparsityRule)])
-            other = rule.get("ratio", SparsityRule.ratio)
-            if rule.get("ratios") is not None and other != SparsityRule.ratio:
-                raise ValueError("ratio and ratios exclude each other: give one of them")
             found["sparse"] = SparsityRule(**rule)
         return cls(**found)

@@ -33,7 +33,12 @@ def test_the_published_schedule_has_a_dense_first_half_and_last_layer() -> None:
         ({"most_loss_gap": -0.1}, "most_loss_gap=-0.1"),
         ({"least_gradient_cosine": 1.5}, "least_gradient_cosine=1.5 is not a number from -1 to 1"),
         ({"ration": 0.5}, "did you mean 'ratio'"),
-        ({"ratio": 0.5, "ratios": [0.5]}, "ratio and ratios exclude each other"),
+        ({"ratio": 0.5, "ratios": [0.5]}, "ratio and ratios exclude each other, and ratio=0.5"),
+        ({"ratio": 0.5, "thresholds": [0.5]}, "ratio and thresholds exclude each other"),
+        ({"causal": "false"}, "causal='false' is not allowed; use True or False"),
+        ({"causal": 0}, "causal=0 is not allowed"),
+        ({"keep_labels": "no"}, "keep_labels='no'"),
+        ({"sparse_mlp": "false"}, "sparse_mlp='false'"),
     ],
 )
 def test_a_wrong_rule_is_refused_by_name(settings: dict[str, Any], why: str) -> None:
@@ -76,6 +81,7 @@ def test_layers_are_counted_and_dense_ones_known() -> None:
         SparsityRule(ratios=(0.5,)).of_layers(3)
     rule = SparsityRule(ratio=0.3).of_layers(4)
     assert [rule.is_dense(n) for n in range(4)] == [True, False, False, True]
+    assert rule.ratios == published_ratios(4, 0.3)
     assert asdict(rule) == asdict(rule.of_layers(4))
     by_score = SparsityRule(thresholds=(-1.0, 0.0)).of_layers(2)
     assert [by_score.is_dense(n) for n in range(2)] == [True, False]
