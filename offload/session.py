@@ -19,6 +19,7 @@ from offload.calibrate import present_machine
 from offload.config import Limits, Plan, read_plan
 from offload.optimizer import AdamW
 from offload.tokens import ExactTokens, Quality, SparseTokens, measure_quality
+from offload.tokens.plain import carrying
 from perfmodel.chosen_plan import plan_of
 from perfmodel.machine import Machine
 from perfmodel.model import Model
@@ -112,6 +113,8 @@ class Session:
         mode = self.plan.activations.mode
         if not torch.is_grad_enabled():
             return layer(*inputs)
+        if self.sparsity is not None:  # it may run again, and has to keep the same tokens
+            layer = carrying(self.sparsity, layer)
         if mode == "auto" and self._again is None and self.activations is not None:
             return self.activations.block(layer, *inputs)
         again = mode == "recompute" if self._again is None else number in self._again

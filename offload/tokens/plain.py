@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from offload.tokens.choice import TokenChoice
 from perfmodel.token_plan import SparsityRule
 
-__all__ = ["PlainTokens"]
+__all__ = ["PlainTokens", "carrying"]
 
 _ASKED = ("attention_mask", "position_ids", "labels")
 _IDS = ("input_ids", "tokens")
@@ -83,15 +83,7 @@ class PlainTokens(TokenChoice):
 
     def carrying(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         """Return what to hand to `torch.utils.checkpoint` in place of `layer`, in this forward."""
-        own = self._passes.current()
-        if own is None:
-            return layer
-
-        def carried(*inputs: Any, **named: Any) -> Any:
-            with self._passes.within(own):
-                return layer(*inputs, **named)
-
-        return carried
+        return carrying(self, layer)
 
     def _begin(self, module: nn.Module, inputs: Any, named: Any) -> None:
         given = {key: named.get(key) for key in _ASKED}
@@ -107,6 +99,19 @@ class PlainTokens(TokenChoice):
             f"keep_token_ids={self.rule.keep_token_ids!r}, and the model is given no whole numbers "
             f"[batch, sequence] as {' or '.join(_IDS)}, nor by place: name them so, or leave it out"
         )
+
+
+def carrying(tokens: TokenChoice, layer: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what stands for `layer` where it runs again: it keeps what this forward kept."""
+    own = tokens._passes.current()
+    if own is None:
+        return layer
+
+    def carried(*inputs: Any, **named: Any) -> Any:
+        with tokens._passes.within(own):
+            return layer(*inputs, **named)
+
+    return carried
 
 
 def _is_whole(numbers: Tensor) -> bool:

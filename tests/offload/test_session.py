@@ -18,6 +18,7 @@ from offload.config import Limits, Plan, read_plan
 from perfmodel.machine import Machine, read_machine
 from perfmodel.plain_models import plain_model
 from perfmodel.workload import Parallel, Strategy, Workload
+from tests.offload.tokens.sparse_llama import RULE, batch, made
 
 LAYERS, HIDDEN, HEADS, SEQ, VOCAB = 4, 64, 4, 32, 256
 LEAST = 4096
@@ -189,3 +190,27 @@ def test_a_plan_that_asks_for_what_is_not_there_yet_is_refused(tmp_path: Path) -
     plan = replace(planned(tmp_path), report="run.jsonl")
     with pytest.raises(ValueError, match=r"report='run.jsonl' is not written yet"):
         offload.Session(torch.nn.Identity(), plan)
+
+
+@pytest.mark.parametrize("mode", ["sparse", "gradient"])
+def test_blocks_that_run_again_keep_the_tokens_that_their_forward_kept(mode: str) -> None:
+    pytest.importorskip("transformers")
+    tokens = {"mode": mode, "sparse": {**RULE, "ratio": 0.3}}
+    found = {}
+    for how in ("keep", "recompute"):
+        model, plan = made(), {"version": 1, "tokens": tokens, "activations": {"mode": how}}
+        with offload.Session(model, plan) as session:
+            layers = model.model.layers
+            for layer in layers:
+                whole = layer.forward
+
+                def run(x: Any, *, whole: Any = whole, **named: Any) -> Any:
+                    return session.block(lambda x: whole(x, **named), x)
+
+                layer.forward = run
+            loss = model(**batch()).loss
+            loss.backward()
+            assert session.sparsity is not None
+            assert session.sparsity.kept_share < 0.9
+            found[how] = [loss, *(each.grad for each in model.parameters())]
+    assert all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
