@@ -29,7 +29,7 @@ from perfmodel.planner import Search
 from perfmodel.planner import plan as search_plan
 from perfmodel.workload import Parallel, Workload
 
-__all__ = ["Session", "plan_here", "require_offered"]
+__all__ = ["Session", "plan_here", "require_no_meter", "require_offered"]
 
 # Of what one rank without a device sends to another: into a socket, out of it, each read and
 # written, at both ends.
@@ -235,6 +235,16 @@ def require_offered(plan: Plan) -> None:
     """Raise ValueError for what a plan may say and no run does yet."""
     if plan.report is not None:
         raise ValueError(f"report={plan.report!r} is not written yet; leave it out")
+
+
+def require_no_meter(plan: Plan, why: str) -> None:
+    """Raise ValueError where quality is to be measured every so often by who does not do it."""
+    rule = plan.tokens.sparse
+    if rule is not None and rule.meter_steps:
+        raise ValueError(
+            f"tokens.sparse.meter_steps={rule.meter_steps}: {why}, or leave it out and call "
+            "measure_quality of a Session between steps"
+        )
 
 
 def require_parameters(plan: Plan, model: torch.nn.Module) -> None:

@@ -17,7 +17,7 @@ from offload.integrations.deepspeed_config import SECTION, DeepSpeedConfig, read
 from offload.integrations.deferred_adamw import DeferredAdamW
 from offload.integrations.module_forward import ModuleForward
 from offload.integrations.preparation import close_all, prepare_states, require_all
-from offload.session import Session
+from offload.session import Session, require_no_meter
 
 __all__ = ["initialize"]
 
@@ -65,6 +65,7 @@ def initialize(
         return _stock(args, model, optimizer, model_parameters, named)
     args = _without_config(args, given, config or config_params)
     ours = split(found, has_client=optimizer is not None)
+    require_no_meter(ours.plan, "an engine is not asked by itself: train by OffloadTrainer")
     for change in ours.changes if _rank() == 0 else ():
         _log.warning("offload sets in the DeepSpeed config: %s", change)
     client: list[DeferredAdamW] = []

@@ -104,6 +104,13 @@ def test_a_directory_that_one_rank_lacks_stops_all_with_its_message(
         assert "absent" in found[1][name]["error"]
 
 
+def test_a_meter_that_nobody_would_ask_is_refused(start: Start) -> None:
+    config = config_of(1) | {"optimizer": {"type": "AdamW", "params": ADAMW}}
+    config["offload"] = {"tokens": {"mode": "sparse", "sparse": {"meter_steps": 5}}}
+    [found] = start(1, {"metered": {"config": config}})
+    assert "tokens.sparse.meter_steps=5: an engine is not asked" in found["metered"]["error"]
+
+
 def test_an_optimizer_of_parameters_that_zero_replaces_is_an_error(
     start: Start, spill_dir: Path
 ) -> None:
