@@ -6,6 +6,7 @@ Trainer wraps the loss whole, makes the optimizer, and saves states that memory 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -31,7 +32,8 @@ from offload.integrations.trainer_settings import (
     require_own_loss,
 )
 from offload.optimizer import AdamW
-from offload.session import Session
+from offload.session import Session, require_no_meter
+from offload.tokens.choice import TokenChoice
 
 __all__ = ["OffloadCallback", "OffloadTrainer", "Offloading"]
 
@@ -40,6 +42,8 @@ _OPTIMS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_n
 STATES_NAME = "optimizer.safetensors"
 """In a checkpoint's folder, beside the Trainer's own files."""
 _SCHEDULER_NAME = "scheduler.pt"
+FALLBACK_NAME = "all_tokens.json"
+"""In a checkpoint's folder, where all tokens take part from then on."""
 PlanLike = str | os.PathLike[str] | Mapping[str, Any] | Plan
 
 
@@ -56,6 +60,7 @@ class OffloadCallback(transformers.TrainerCallback):
     def __init__(self, plan: PlanLike) -> None:
         self.plan = _plan_of(plan)
         require_no_recompute(self.plan)
+        require_no_meter(self.plan, "a callback takes no forwards of its own: take OffloadTrainer")
         self._session: Session | None = None
         self._hooks: ModuleForward | None = None
 
@@ -160,8 +165,7 @@ class Offloading:
         """Take a micro-batch's step; where the plan says so, ask the first batch of it first."""
         if self._session is not None and self._session.quality_is_due():
             found = self._session.quality_of_probe(self._prepare_inputs(inputs))
-            names = ("dense_loss", "sparse_loss", "gradient_cosine")
-            self.log({name: getattr(found, name) for name in names})
+            self.log(found.figures())
         return super().training_step(model, inputs, *args, **named)  # type: ignore[misc]
 
     def compute_loss(self: Any, model: Any, *args: Any, **named: Any) -> Any:
@@ -228,6 +232,8 @@ class Offloading:
     # ---- checkpoints -------------------------------------------------------------------------
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        if self.args.should_save and self._session is not None:
+            save_fallback(Path(output_dir), self._session.sparsity)
         states = self._own_states()
         if states is None:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
@@ -239,6 +245,8 @@ class Offloading:
                 (folder / name).unlink(missing_ok=True)
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._session is not None:
+            load_fallback(Path(checkpoint), self._session.sparsity)
         states = self._own_states()
         file = None if checkpoint is None else Path(checkpoint) / STATES_NAME
         if file is not None and file.is_file():
@@ -343,6 +351,23 @@ def figures_of(session: Session | None, optimizer: Any) -> dict[str, float]:
         found["ssd_write_bytes"] = found.get("ssd_write_bytes", 0) + states.ssd_write_bytes()
         found["optimizer_bytes"] = states.memory_bytes()
     return found
+
+
+def save_fallback(folder: Path, tokens: TokenChoice | None) -> None:
+    """Write into a checkpoint that all tokens take part from then on, where they do."""
+    file = folder / FALLBACK_NAME
+    if tokens is not None and tokens.fallen_back:
+        file.write_text(json.dumps({"step": tokens.step}) + "\n", encoding="utf-8")
+    else:
+        file.unlink(missing_ok=True)  # of another run's, in the same folder
+
+
+def load_fallback(folder: Path, tokens: TokenChoice | None) -> None:
+    """Have all tokens take part where they did when a checkpoint was saved."""
+    file = folder / FALLBACK_NAME
+    if tokens is not None and file.is_file():
+        tokens.fallen_back = True
+        _log.warning("all tokens take part, as they did in the run that is resumed (%s)", file)
 
 
 def _plan_of(plan: PlanLike) -> Plan:

@@ -39,13 +39,29 @@ class Quality:
         """By how much of the dense loss the sparse one is larger; negative: smaller."""
         return self.sparse_loss / self.dense_loss - 1
 
+    @property
+    def kept_share(self) -> float | None:
+        """Of the tokens, in the layers that may leave some out; None: there is no such layer."""
+        return _mean(self.kept_shares)
+
+    @property
+    def recall(self) -> float | None:
+        """In the layers that left some out; None: none did."""
+        return _mean(self.recalls)
+
+    def figures(self) -> dict[str, float]:
+        """Return all of it by name, for a log: of layers with their number, from 0."""
+        names = ("dense_loss", "sparse_loss", "gradient_cosine", "recall")
+        found = {name: getattr(self, name) for name in names}
+        for name, values in (("kept_share", self.kept_shares), ("recall", self.recalls)):
+            found |= {f"{name}_{number}": value for number, value in enumerate(values)}
+        return {name: value for name, value in found.items() if value is not None}
+
     def text(self) -> str:
         """Say it in one line."""
-        shares = [share for share in self.kept_shares if share is not None]
-        kept = f", {sum(shares) / len(shares):.0%} of tokens kept" if shares else ""
-        recalls = [recall for recall in self.recalls if recall is not None]
-        if recalls:
-            kept += f", recall {sum(recalls) / len(recalls):.0%}"
+        kept = "" if self.kept_share is None else f", {self.kept_share:.0%} of tokens kept"
+        if self.recall is not None:
+            kept += f", recall {self.recall:.0%}"
         return (
             f"loss {self.sparse_loss:.4f} and dense {self.dense_loss:.4f} ({self.loss_gap:+.2%}), "
             f"gradient cosine {self.gradient_cosine:.3f}{kept}"
@@ -167,6 +183,11 @@ def _means_over_ranks(values: list[float], device: torch.device) -> list[float]:
     dist.all_reduce(total)
     means: list[float] = (total / dist.get_world_size()).tolist()
     return means
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 def _products(ones: Any, others: Any) -> list[float]:

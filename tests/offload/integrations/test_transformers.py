@@ -238,6 +238,48 @@ def test_with_deepspeed_a_checkpoint_is_gone_on_from_with_the_same_bits(
     assert found["resumed"]["parameters"] == found["whole"]["parameters"]
 
 
+def sparse_plan(**rule: Any) -> dict[str, Any]:
+    """Return a plan that leaves tokens out of the second of two layers."""
+    given = {"block_tokens": 4, "pool_tokens": 2, "ratios": [1.0, 0.3], **rule}
+    return {"version": 1, "tokens": {"mode": "sparse", "sparse": given}}
+
+
+def test_quality_is_logged_every_so_often_and_a_fallback_lasts_in_checkpoints(
+    start: Start, tmp_path: Path
+) -> None:
+    never = {"most_loss_gap": 1e6, "least_gradient_cosine": -1.0}
+    at_once = {"most_loss_gap": 0.0, "meter_steps": 2}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    folders = [tmp_path / "fallen", tmp_path / "sparse"]
+    resumed = {"model": "llama", "plan": sparse_plan()}
+    twice = {"arguments": {"gradient_accumulation_steps": 2}, "model": "llama"}
+    fallen = {"model": "llama", "arguments": saving, "directory": str(folders[0])}
+    found = start(
+        {
+            "measured": {**twice, "plan": sparse_plan(**never, meter_steps=2)},
+            "unmeasured": {**twice, "plan": sparse_plan()},
+            "fallen": {**fallen, "plan": sparse_plan(**at_once)},
+            "resumed": {**resumed, "resume": str(folders[0] / "checkpoint-2")},
+            "over it": {**fallen, "plan": sparse_plan()},
+            "resumed over it": {**resumed, "resume": str(folders[0] / "checkpoint-2")},
+        }
+    )
+    same(found, "measured", "unmeasured")
+    assert [each["step"] for each in found["measured"]["quality"]] == [0, 2]
+    for each in found["measured"]["quality"]:
+        assert each["sparse_loss"] != each["dense_loss"]
+        assert 0.2 < each["kept_share_1"] < 0.6
+        assert 0 < each["recall_1"] == each["recall"] <= 1
+        assert "kept_share_0" not in each, "all are always kept there"
+    assert found["unmeasured"]["quality"] == []
+    assert len(found["fallen"]["quality"]) == 1, "what is dense is not asked how far from dense"
+    assert found["fallen"]["logs"]["kept_share"] == found["resumed"]["logs"]["kept_share"] == 1
+    assert found["resumed"]["parameters"] == found["fallen"]["parameters"]
+    assert "checkpoint-2/all_tokens.json" in found["fallen"]["files"]
+    assert "checkpoint-2/all_tokens.json" not in found["over it"]["files"]
+    assert found["resumed over it"]["logs"]["kept_share"] < 0.8
+
+
 def test_a_directory_that_one_rank_lacks_stops_all(start: Start, spill_dir: Path) -> None:
     cases = {}
     for section in ("activations", "optimizer"):
@@ -259,6 +301,10 @@ def test_what_cannot_be_done_is_refused(start: Start, spill_dir: Path) -> None:
         ({"arguments": {"optim": "adafactor"}}, "optim='adafactor' is not AdamW"),
         ({"arguments": {"optim": "adamw_torch_4bit"}}, "optim='adamw_torch_4bit' is not AdamW"),
         ({"callback": True}, "the Trainer's is AdamW"),
+        (
+            {"callback": True, "plan": sparse_plan(meter_steps=5)},
+            "tokens.sparse.meter_steps=5: a callback takes no forwards of its own",
+        ),
         ({"plan": {"version": 1, "optimiser": {}}}, "did you mean 'optimizer'"),
     ]
     case = {"model": "gpt2", "plan": plan_of(spill_dir)}

@@ -167,6 +167,7 @@ def came_to(trainer: Any, model: Any, directory: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "losses": [(each["loss"], each["grad_norm"]) for each in logs],
         "logs": logs[-1] if logs else {},
+        "quality": [each for each in trainer.state.log_history if "dense_loss" in each],
         "optimizer": type(_unwrapped(trainer.optimizer)).__name__,
         "deepspeed": trainer.is_deepspeed_enabled,
         "files": sorted(str(each.relative_to(directory)) for each in Path(directory).rglob("*")),
