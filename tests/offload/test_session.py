@@ -214,3 +214,32 @@ def test_blocks_that_run_again_keep_the_tokens_that_their_forward_kept(mode: str
             assert session.sparsity.kept_share < 0.9
             found[how] = [loss, *(each.grad for each in model.parameters())]
     assert all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
+
+
+def test_quality_is_due_every_so_many_steps_once_and_of_the_first_batch() -> None:
+    pytest.importorskip("transformers")
+    rule = {**RULE, "ratio": 0.3, "meter_steps": 2, "warm_up_steps": 1, "most_loss_gap": 1e6}
+    model = made()
+    with offload.Session(
+        model, {"version": 1, "tokens": {"mode": "sparse", "sparse": rule}}
+    ) as session:
+        assert session.sparsity is not None
+        steps = 0
+        session.sparsity.follow(lambda: steps)
+        due = []
+        for steps in range(5):
+            due.append(session.quality_is_due())
+            if due[-1]:
+                given = batch(1 + steps)
+                found = session.quality_of_probe(given)
+                assert not session.quality_is_due()
+                model(**given).loss.backward()
+                assert found.dense_loss == session.quality_of_probe(batch(9)).dense_loss
+        assert due == [False, False, True, False, True]
+        session.sparsity.fallen_back = True
+        steps = 6
+        assert not session.quality_is_due()
+    with offload.Session(made(), {"version": 1, "tokens": {"mode": "exact"}}) as session:
+        assert not session.quality_is_due()
+        with pytest.raises(ValueError, match="no token is left out"):
+            session.measure_quality(batch())
