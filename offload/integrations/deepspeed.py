@@ -64,10 +64,7 @@ def initialize(
         named |= {"config": config, "config_params": config_params}
         return _stock(args, model, optimizer, model_parameters, named)
     args = _without_config(args, given, config or config_params)
-    ours = split(found, has_client=optimizer is not None)
-    require_no_meter(ours.plan, "an engine is not asked by itself: train by OffloadTrainer")
-    for change in ours.changes if _rank() == 0 else ():
-        _log.warning("offload sets in the DeepSpeed config: %s", change)
+    ours = _ours(found, has_client=optimizer is not None)
     client: list[DeferredAdamW] = []
     if ours.optimizer is not None:
         optimizer = _optimizer_of(ours, model, client)
@@ -75,6 +72,15 @@ def initialize(
     engine, *rest = _stock(args, model, optimizer, model_parameters, named)
     _apply(engine, ours, client)
     return (engine, *rest)
+
+
+def _ours(config: Mapping[str, Any], *, has_client: bool) -> DeepSpeedConfig:
+    """Return a config's parts, and say what is changed in it. Raises ValueError."""
+    ours = split(config, has_client=has_client)
+    require_no_meter(ours.plan, "an engine is not asked by itself: train by OffloadTrainer")
+    for change in ours.changes if _rank() == 0 else ():
+        _log.warning("offload sets in the DeepSpeed config: %s", change)
+    return ours
 
 
 def _hint(config: Mapping[str, Any]) -> None:

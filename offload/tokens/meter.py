@@ -88,14 +88,9 @@ def measure_quality(
     are their mean. Parameters' `grad` is left as it is, and so is the generator. Two gradients of
     what is trained are there at once.
     """
-    params = [param for param in model.parameters() if param.requires_grad]
-    if any(_is_reentrant(module) for module in model.modules()):
-        raise ValueError(
-            "checkpointing with use_reentrant=True gives no gradients but to .grad: set "
-            'gradient_checkpointing_kwargs={"use_reentrant": False} to have quality measured'
-        )
+    params = _trained(model)
+    losses, found = [], []
     with _as_it_was(model, tokens), without_dropout(model):
-        losses, found = [], []
         for dense in (True, False):
             tokens.dense = dense
             tokens.recalls = [None] * len(tokens.kept_shares)
@@ -147,6 +142,16 @@ def _passed(quality: Quality, rule: SparsityRule) -> str:
         "least_gradient_cosine": quality.gradient_cosine >= rule.least_gradient_cosine,
     }
     return " and ".join(f"{key}={getattr(rule, key)}" for key, well in kept.items() if not well)
+
+
+def _trained(model: torch.nn.Module) -> list[Tensor]:
+    """Return what is trained. Raises ValueError where its gradients cannot be asked for."""
+    if any(_is_reentrant(module) for module in model.modules()):
+        raise ValueError(
+            "checkpointing with use_reentrant=True gives no gradients but to .grad: set "
+            'gradient_checkpointing_kwargs={"use_reentrant": False} to have quality measured'
+        )
+    return [param for param in model.parameters() if param.requires_grad]
 
 
 @contextmanager
