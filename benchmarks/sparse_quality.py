@@ -127,7 +127,7 @@ def fine_tune(
     if way == "sparse":
         rule = {"ratio": args.ratio, "pool_tokens": args.pool_tokens}
         rule["dense_from_step"] = args.steps - round(args.dense_last * args.steps)
-        rule["most_loss_gap"] = 1e6  # what it does is to be seen
+        rule |= {"most_loss_gap": 1e6, "least_gradient_cosine": -1.0}  # what it does is to be seen
         plan["tokens"] = {"mode": "sparse", "sparse": rule}
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr)
