@@ -45,7 +45,8 @@ class BuildAll(build_ext):
         target = Path(self.get_ext_fullpath("offload._C")).with_name("_cuda_kernels.so")
         if nvcc is None or not any(is_stale(str(target), source) for source in KERNELS):
             return
-        command = [nvcc, "-std=c++20", "-O3", "-fmad=false", "-shared", "-Xcompiler", "-fPIC"]
+        command = [nvcc, "--threads", "0", "-std=c++20", "-O3", "-fmad=false"]
+        command += ["-shared", "-Xcompiler", "-fPIC"]
         # To its place at once: a library that a process has loaded must not change under it.
         part = target.with_suffix(".part")
         done = subprocess.run([*command, *ARCHITECTURES, *KERNELS, "-o", str(part)], check=False)
