@@ -53,8 +53,7 @@ def test_in_half_precision_tokens_are_left_out_as_well(
     assert losses_of("--tokens=exact", *half)[0] == pytest.approx(losses[0], rel=0.02)
 
 
-@pytest.mark.parametrize("offload", ["none", "recompute"])
-@pytest.mark.parametrize("tokens", ["sparse", "gradient"])
+@pytest.mark.parametrize(("tokens", "offload"), [("sparse", "recompute"), ("gradient", "none")])
 def test_the_meter_says_how_far_it_is_from_dense_and_changes_no_loss(
     tokens: str,
     offload: str,
