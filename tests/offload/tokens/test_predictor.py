@@ -345,3 +345,15 @@ def test_recall_leaves_out_the_blocks_that_always_stay() -> None:
 def test_a_rule_that_leaves_nothing_out_has_nothing_to_foretell() -> None:
     with pytest.raises(ValueError, match="nothing to foretell"):
         PredictorTraining(made(), SparsityRule(ratios=(1.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_of_two_documents_have_the_means_that_each_has_alone(causal: bool) -> None:
+    torch.manual_seed(0)
+    pairs = torch.rand(1, 6, 6)
+    seen = torch.zeros(1, 6, 6, dtype=torch.bool)
+    seen[:, :2, :2] = seen[:, 2:, 2:] = True
+    seen = seen.tril()  # as masks of attention have it
+    found = block_means(pairs, causal=causal, may_look=seen)
+    alone = [block_means(pairs[:, own, own], causal=causal) for own in (slice(2), slice(2, 6))]
+    torch.testing.assert_close(found, torch.cat(alone, 1))

@@ -100,6 +100,19 @@ def test_what_comes_later_or_stands_beside_changes_nothing_of_what_was_kept_befo
     assert kept[0] == kept[1] == kept[2]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_is_no_part_of_what_a_share_is_of(causal: bool) -> None:
+    tokens = SparseTokens(made(), SparsityRule(**RULE, ratio=0.4, causal=causal))
+    scores = [float(n * 7 % 12) for n in range(12)]
+    alone = tokens._chosen(scores, 1)
+    for before, after in ((0, 12), (5, 0), (3, 4)):
+        never = [True] * before + [False] * 12 + [True] * after
+        padded = [99.0] * before + scores + [99.0] * after
+        found = tokens._chosen_of(padded, never, 1)
+        assert found == [False] * before + alone + [False] * after
+    tokens.close()
+
+
 def test_labels_sinks_documents_and_named_tokens_are_always_kept() -> None:
     labels = torch.full((2, 40), -100)
     labels[0, 17] = 5
