@@ -6,6 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "exponential.h"
+
 // One source for all processors: what differs is how wide the loops' vectors are. The same sums in
 // the same order, so that the bits are the same as well. Not under the thread sanitizer: its hooks
 // are in the function that chooses a clone too, and that one runs before the sanitizer has begun.
@@ -73,25 +75,6 @@ void transpose(float* out, Tile in, std::size_t rows, std::size_t columns) {
     const float* from = in.data + static_cast<std::ptrdiff_t>(r) * in.stride;
     for (std::size_t c = 0; c < columns; ++c) out[c * rows + r] = from[c];
   }
-}
-
-// e^x for x <= 0, exactly 1 at 0 and 0 from -87 down; within 2 units in the last place. By
-// Cephes' polynomial, so that a compiler makes vectors of it.
-inline float exponential(float x) {
-  const float bounded = std::max(x, -87.0f);
-  const float n = (bounded * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
-  const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r * r + r) + 1.0f;
-  const std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x < -87.0f ? 0.0f : p * power;
 }
 
 // p[c] = e^(s[c] * scale - shift); returns their sum.

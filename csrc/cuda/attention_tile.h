@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "../core/exponential.h"
 #include "block_attention_cuda.h"
 #include "elements.h"
 #include "thread_block.h"
@@ -70,22 +71,6 @@ OFFLOAD_KERNEL std::size_t offset_of(const HeadRows& rows, std::size_t batch, st
   return static_cast<std::size_t>(static_cast<std::int64_t>(batch) * rows.batch_stride +
                                   static_cast<std::int64_t>(head) * rows.head_stride +
                                   row * rows.row_stride);
-}
-
-// e^x for x <= 0, by the host kernel's polynomial: a test without a GPU sees the very same bits.
-OFFLOAD_KERNEL float exponential(float x) {
-  const float bounded = x < -87.0f ? -87.0f : x;  // a NaN stays one
-  const float n = (bounded * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
-  const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r * r + r) + 1.0f;
-  const std::int32_t power = n == n ? static_cast<std::int32_t>(n) : 0;
-  return x < -87.0f ? 0.0f : p * float_of(static_cast<std::uint32_t>(power + 127) << 23);
 }
 
 OFFLOAD_KERNEL float larger(float a, float b) { return a > b ? a : b; }
