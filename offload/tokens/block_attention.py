@@ -174,11 +174,7 @@ class _Blocks(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, pool: Any
     ) -> Tensor:
         query, key, value = (_plain(each) for each in (query, key, value))
-        batch, heads, _, channels = query.shape
-        padded = blocks.rows.shape[1] * blocks.block_tokens
-        # [batch, tokens, heads, channels], which is what an output map takes next.
-        whole = query.new_zeros(batch, padded, heads, channels).transpose(1, 2)
-        lse = query.new_zeros(batch, heads, padded)
+        whole, lse = (each.zero_() for each in _room(query, blocks))  # beyond a sequence's end too
         block_attention(pool, blocks, query, key, value, whole, lse)
         ctx.blocks, ctx.pool = blocks, pool
         ctx.save_for_backward(query, key, value, whole, lse)
@@ -218,11 +214,7 @@ class _DeviceBlocks(torch.autograd.Function):
         kernels: TokenKernels,
     ) -> Tensor:
         query, key, value = (_plain(each) for each in (query, key, value))
-        batch, heads, _, channels = query.shape
-        padded = blocks.rows.shape[1] * blocks.block_tokens
-        # As on the host; the kernel writes all of it, zeros beyond a sequence's end too.
-        whole = query.new_empty(batch, padded, heads, channels).transpose(1, 2)
-        lse = query.new_empty(batch, heads, padded, dtype=torch.float32)
+        whole, lse = _room(query, blocks)  # all of which the kernel writes
         there = blocks.on(query.device)
         kernels.attend(there, query, key, value, whole, lse)
         ctx.blocks, ctx.kernels = there, kernels
@@ -237,6 +229,17 @@ class _DeviceBlocks(torch.autograd.Function):
         forward = (query, key, value, out, lse)
         ctx.kernels.attend_backward(ctx.blocks, forward, _plain(grads[0]), found)
         return (*found, None, None)
+
+
+def _room(query: Tensor, blocks: AttentionBlocks) -> tuple[Tensor, Tensor]:
+    """Return what attention's output, and the logarithms of its rows' sums, are written to.
+
+    The first is [batch, tokens, heads, channels] in memory, which is what an output map takes next.
+    """
+    batch, heads, _, channels = query.shape
+    padded = blocks.rows.shape[1] * blocks.block_tokens
+    out = query.new_empty(batch, padded, heads, channels).transpose(1, 2)
+    return out, query.new_empty(batch, heads, padded, dtype=torch.float32)
 
 
 def _plain(tensor: Tensor) -> Tensor:
