@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -81,9 +83,13 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     return parser.parse_args(), parser
 
 
-def staging_bytes_of(length: int, hidden: int) -> int:
-    """Return what every way that offloads stages its tensors in: four layers' inputs, in fp32."""
-    return min(MOST_STAGING_BYTES, 4 * length * hidden * 4)
+def cases_of(
+    ways: Sequence[str], length: int, directory: str, sizes: dict[str, Any]
+) -> dict[str, Case]:
+    """Return one length's cases, all of which stage four layers' inputs, in fp32, where they do."""
+    staging = min(MOST_STAGING_BYTES, 4 * length * sizes["hidden"] * 4)
+    given = {"seq_len": length, "directory": directory, "staging_bytes": staging, **sizes}
+    return {way: Case(way=way, **given) for way in ways}
 
 
 def measure(cases: dict[str, Case], *, rounds: int, warm_up: int) -> dict[str, Measured]:
@@ -177,19 +183,8 @@ def main() -> None:
     found: Found = {}
     with spill_directory(arguments.path, parser) as directory:
         for length in tqdm(arguments.lengths, desc="lengths"):
-            staging = staging_bytes_of(length, arguments.hidden)
-            cases = {
-                way: Case(
-                    way=way,
-                    seq_len=length,
-                    directory=directory,
-                    staging_bytes=staging,
-                    **sizes,
-                )
-                for way in WAYS
-            }
-            rounds = {"rounds": arguments.pairs, "warm_up": arguments.warm_up}
-            found[length] = measure(cases, **rounds)
+            cases = cases_of(WAYS, length, directory, sizes)
+            found[length] = measure(cases, rounds=arguments.pairs, warm_up=arguments.warm_up)
     rows = [
         [f"{length}, {way}", f"{each.peak_bytes / MIB:.0f}", f"{ratio.median:.2f}"]
         for length, ways in found.items()

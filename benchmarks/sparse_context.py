@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.long_context import MIB, MOST_STAGING_BYTES, Found, measure, staging_bytes_of
-from benchmarks.long_context_worker import SPARSE_WAYS, Case
+from benchmarks.long_context import MIB, MOST_STAGING_BYTES, Found, cases_of, measure
+from benchmarks.long_context_worker import SPARSE_WAYS
 from benchmarks.record import (
     Claim,
     Record,
@@ -124,22 +124,11 @@ def main() -> None:
     found: Found = {}
     with spill_directory(arguments.path, parser) as directory:
         for length in tqdm(arguments.lengths, desc="lengths"):
-            staging = staging_bytes_of(length, arguments.hidden)
             ways = [
                 way for way in SPARSE_WAYS if way != "plain" or length in arguments.plain_lengths
             ]
-            cases = {
-                way: Case(
-                    way=way,
-                    seq_len=length,
-                    directory=directory,
-                    staging_bytes=staging,
-                    **sizes,
-                )
-                for way in ways
-            }
-            rounds = {"rounds": arguments.pairs, "warm_up": arguments.warm_up}
-            found[length] = measure(cases, **rounds)
+            cases = cases_of(ways, length, directory, sizes)
+            found[length] = measure(cases, rounds=arguments.pairs, warm_up=arguments.warm_up)
     rows = [
         [f"{length}, {way}", f"{each.peak_bytes / MIB:.0f}", f"{ratio.median:.2f}"]
         for length, ways in found.items()
