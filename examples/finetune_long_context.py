@@ -36,8 +36,7 @@ MIB = 1 << 20
 BYTES = 256
 CHOOSING = ("sparse", "gradient")
 """Modes that choose tokens."""
-_RULE = SparsityRule()
-ALWAYS_KEPT = _RULE.block_tokens * (_RULE.first_blocks + _RULE.last_blocks)
+ALWAYS_KEPT = SparsityRule().always_tokens
 """Tokens of a sequence that they always keep."""
 WATCHED = 2
 """The step whose memory is counted: by then everything has been there once."""

@@ -51,12 +51,11 @@ def token_problem(args: argparse.Namespace) -> str:
 def _too_short(args: argparse.Namespace) -> str:
     """Return in a line why nothing of a window can be left out; nothing where it can."""
     rule = SparsityRule()
-    always = rule.block_tokens * (rule.first_blocks + rule.last_blocks)
-    if args.seq_len > always:
+    if args.seq_len > rule.always_tokens:
         return ""
     return (
         f"--seq-len {args.seq_len} leaves nothing out with --tokens {args.tokens}, which keeps the "
-        f"first and last {rule.block_tokens} tokens; take more than {always}"
+        f"first and last {rule.block_tokens} tokens; take more than {rule.always_tokens}"
     )
 
 

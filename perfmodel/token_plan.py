@@ -149,6 +149,11 @@ class SparsityRule:
         for value in self.thresholds or ():
             require_number("thresholds", value, -1e30, 1e30)
 
+    @property
+    def always_tokens(self) -> int:
+        """How long a sequence may be of which every block always stays, in tokens."""
+        return self.block_tokens * max(1, self.first_blocks + self.last_blocks)
+
     def of_layers(self, layers: int) -> SparsityRule:
         """Return the same with what it says of each of so many layers. Raises ValueError."""
         for key in ("ratios", "thresholds"):

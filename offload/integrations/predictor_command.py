@@ -76,11 +76,11 @@ def sequences(data: str, tokens_of: Callable[[str], list[int]], seq_len: int) ->
 
 def require_blocks_between(seq_len: int, rule: SparsityRule) -> None:
     """Raise ValueError for sequences of which every block always stays."""
-    least = rule.block_tokens * (rule.first_blocks + rule.last_blocks)
-    if seq_len <= least:
+    if seq_len <= rule.always_tokens:
         raise ValueError(
             f"--seq-len {seq_len} has no block between the first and the last, which always stay: "
-            f"give more than {least}, or a smaller --block-tokens than {rule.block_tokens}"
+            f"give more than {rule.always_tokens}, or a smaller --block-tokens than "
+            f"{rule.block_tokens}"
         )
 
 

@@ -142,11 +142,10 @@ class PredictorTraining:
     def _learn(self, look: Look) -> None:
         """Take one step of one layer's predictor, or judge it; all tokens go on."""
         layer, tokens = self._layers[look.layer], look.hidden.shape[1]
-        least = self.rule.block_tokens * max(1, self.rule.first_blocks + self.rule.last_blocks)
-        if tokens <= least:
+        if tokens <= self.rule.always_tokens:
             raise ValueError(
                 f"a sequence of {tokens} tokens keeps all of its blocks of {self.rule.block_tokens}"
-                f": give more than {least}"
+                f": give more than {self.rule.always_tokens}"
             )
         given = look.inputs(1)
         true = self._scorer.pair_scores(
