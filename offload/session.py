@@ -19,7 +19,6 @@ from offload.calibrate import present_machine
 from offload.config import Limits, Plan, read_plan
 from offload.optimizer import AdamW
 from offload.tokens import ExactTokens, Quality, SparseTokens, measure_quality
-from offload.tokens.plain import carrying
 from perfmodel.chosen_plan import plan_of
 from perfmodel.machine import Machine
 from perfmodel.model import Model
@@ -114,7 +113,7 @@ class Session:
         if not torch.is_grad_enabled():
             return layer(*inputs)
         if self.sparsity is not None:  # it may run again, and has to keep the same tokens
-            layer = carrying(self.sparsity, layer)
+            layer = self.sparsity.carrying(layer)
         if mode == "auto" and self._again is None and self.activations is not None:
             return self.activations.block(layer, *inputs)
         again = mode == "recompute" if self._again is None else number in self._again

@@ -110,6 +110,10 @@ class TokenChoice:
         """Have `count` say from now on how many steps were taken: a run that goes on knows."""
         self._count = count
 
+    def carrying(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what to hand to `torch.utils.checkpoint` in place of `layer`, in this forward."""
+        return self._passes.carrying(layer)
+
     def close(self) -> None:
         """Leave the model as it was. Idempotent."""
         for one in self._eliminating:
@@ -175,7 +179,7 @@ class TokenChoice:
         """Choose what is kept of a layer; None: all of a sequence that is too short."""
         batch, tokens = look.hidden.shape[:2]
         rule = self.rule
-        if tokens <= rule.block_tokens * max(1, rule.first_blocks + rule.last_blocks):
+        if tokens <= rule.always_tokens:
             return None
         if own.bounds is None:
             own.bounds = bounds_of(own.given, rule, batch, tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from offload.tokens.causal_lm import CausalLM
 from offload.tokens.tiling import in_evaluation
 
-__all__ = ["AttentionCalls", "AttentionInputs", "Watch", "attentions_of"]
+__all__ = ["AttentionCalls", "AttentionInputs", "Calls", "Watch", "attentions_of"]
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _TRIED = 8
@@ -32,8 +32,8 @@ class AttentionInputs:
     scale: float
 
 
-class AttentionCalls(TorchFunctionMode):
-    """While entered, has `attend` answer each call of PyTorch's attention, and nothing else."""
+class Calls(TorchFunctionMode):
+    """While entered, has `answer` answer each call of PyTorch's functions."""
 
     def __torch_function__(
         self,
@@ -42,10 +42,26 @@ class AttentionCalls(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Take the place of a function."""
+        return self.answer(function, args, kwargs or {})
+
+    def answer(
+        self, function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]
+    ) -> Any:
+        """Return what stands for a call: its own answer, here."""
+        return function(*args, **named)
+
+
+class AttentionCalls(Calls):
+    """While entered, has `attend` answer each call of PyTorch's attention, and nothing else."""
+
+    def answer(
+        self, function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]
+    ) -> Any:
         """Take the place of attention, and let everything else through."""
         if function is F.scaled_dot_product_attention:
-            return self.attend(dict(zip(_NAMES, args, strict=False)) | (kwargs or {}))
-        return function(*args, **(kwargs or {}))
+            return self.attend(dict(zip(_NAMES, args, strict=False)) | dict(named))
+        return super().answer(function, args, named)
 
     def attend(self, given: dict[str, Any]) -> Any:
         """Return what stands for a call with these arguments, by name: its own answer, here."""

@@ -99,6 +99,18 @@ class Passes:
         finally:
             stack.pop()
 
+    def carrying(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what stands for `function` where it runs again: it takes this forward along."""
+        own = self.current()
+        if own is None:
+            return function
+
+        def carried(*inputs: Any, **named: Any) -> Any:
+            with self.within(own):
+                return function(*inputs, **named)
+
+        return carried
+
     def close(self) -> None:
         """Leave the layers as they were. Idempotent."""
         self.closed = True
@@ -116,16 +128,7 @@ class _Carrying:
         self.inner, self.passes = inner, passes
 
     def __call__(self, function: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-        own = self.passes.current()
-        if own is None:
-            return self.inner(function, *inputs, **named)
-        passes = self.passes
-
-        def carrying(*given: Any, **more: Any) -> Any:
-            with passes.within(own):
-                return function(*given, **more)
-
-        return self.inner(carrying, *inputs, **named)
+        return self.inner(self.passes.carrying(function), *inputs, **named)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("inner", "passes"):  # not there yet

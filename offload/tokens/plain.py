@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from offload.tokens.choice import TokenChoice
 from perfmodel.token_plan import SparsityRule
 
-__all__ = ["PlainTokens", "carrying"]
+__all__ = ["PlainTokens"]
 
 _ASKED = ("attention_mask", "position_ids", "labels")
 _IDS = ("input_ids", "tokens")
@@ -81,10 +81,6 @@ class PlainTokens(TokenChoice):
                 stacklevel=2,
             )
 
-    def carrying(self, layer: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what to hand to `torch.utils.checkpoint` in place of `layer`, in this forward."""
-        return carrying(self, layer)
-
     def _begin(self, module: nn.Module, inputs: Any, named: Any) -> None:
         given = {key: named.get(key) for key in _ASKED}
         if self.rule.keep_token_ids:
@@ -99,19 +95,6 @@ class PlainTokens(TokenChoice):
             f"keep_token_ids={self.rule.keep_token_ids!r}, and the model is given no whole numbers "
             f"[batch, sequence] as {' or '.join(_IDS)}, nor by place: name them so, or leave it out"
         )
-
-
-def carrying(tokens: TokenChoice, layer: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what stands for `layer` where it runs again: it keeps what this forward kept."""
-    own = tokens._passes.current()
-    if own is None:
-        return layer
-
-    def carried(*inputs: Any, **named: Any) -> Any:
-        with tokens._passes.within(own):
-            return layer(*inputs, **named)
-
-    return carried
 
 
 def _is_whole(numbers: Tensor) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
+
+from offload.tokens.interception import Calls
 
 __all__ = ["without_dropout"]
 
@@ -47,21 +48,17 @@ def _is_dropout(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd)
 
 
-class _NoneDropped(TorchFunctionMode):
+class _NoneDropped(Calls):
     """While entered, PyTorch's functions drop nothing: a model asks its own settings how much."""
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
+    def answer(
+        self, function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]
     ) -> Any:
         """Take the share out of a call that drops, and let everything else through."""
-        named = dict(kwargs or {})
         if function in _SHARES:
             name, place = _SHARES[function]
-            args = [*args[:place], 0.0, *args[place + 1 :]] if len(args) > place else args
-            if len(args) <= place:
-                named[name] = 0.0
-        return function(*args, **named)
+            if len(args) > place:
+                args = [*args[:place], 0.0, *args[place + 1 :]]
+            else:
+                named = {**named, name: 0.0}
+        return super().answer(function, args, named)

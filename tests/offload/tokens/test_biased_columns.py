@@ -75,7 +75,7 @@ def test_the_gradient_is_that_of_the_largest_channels_alone() -> None:
 def test_autocast_has_its_gradient_in_lower_precision_and_no_more() -> None:
     module, x = Perceptron(), inputs()
     weights = torch.randn(x.shape)
-    columns = BiasedColumns(module, 0.5, tile_tokens=TOKENS)
+    columns = BiasedColumns(module, 1.0, tile_tokens=TOKENS)  # of which none differ by rounding
     [expected] = torch.autograd.grad(module(x), [x], weights)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = module(x)
@@ -83,7 +83,7 @@ def test_autocast_has_its_gradient_in_lower_precision_and_no_more() -> None:
     columns.close()
     assert out.dtype == torch.bfloat16
     assert found.dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.9
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.999
 
 
 def test_dense_steps_have_the_gradient_of_all_channels() -> None:
