@@ -32,7 +32,7 @@ from benchmarks.predicted_memory import (
     runs_of,
     training_of,
 )
-from benchmarks.record import Record, add_record_arguments, positive, table, write_record
+from benchmarks.record import Record, add_record_arguments, commit, positive, table, write_record
 from benchmarks.spill_directory import spill_directory
 from benchmarks.worker import number
 from examples.heap import keep_freed_memory
@@ -134,7 +134,10 @@ def parsed() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add("--part", type=positive, default=7, metavar="N", help="runs between two calibrations (7)")
     add("--keep", type=Path, metavar="FILE", help="of parts that were made, so as to go on")
     add("--machine", metavar="FILE", help="what was calibrated before; without, it is now")
-    return parser.parse_args(), parser
+    arguments = parser.parse_args()
+    if arguments.keep is not None and not arguments.keep.absolute().parent.is_dir():
+        parser.error(f"--keep {arguments.keep} lies in no directory that is there; make it first")
+    return arguments, parser
 
 
 @dataclass(frozen=True)
@@ -187,11 +190,29 @@ def part_of(
     return min(tries, key=lambda each: each.worst_drift), before
 
 
+def kept_parts(keep: Path | None, asked: dict[str, Any]) -> list[Part]:
+    """Return what lies in the file of `--keep`. Raises ValueError for what is of other runs."""
+    if keep is None or not keep.exists():
+        return []
+    try:
+        found = json.loads(keep.read_text(encoding="utf-8"))
+        of, parts = found["asked"], [Part.of_json(each) for each in found["parts"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{keep} holds no parts of a run ({error}): name another file") from None
+    if of != asked:
+        raise ValueError(f"{keep} is of {of}, and these are {asked}: name another file")
+    return parts
+
+
 def made_parts(runs: Sequence[Run], arguments: argparse.Namespace, directory: str) -> list[Part]:
-    """Make all parts that do not lie in the file of `--keep` yet."""
+    """Make all parts that do not lie in the file of `--keep` yet. Raises ValueError for another's.
+
+    They lie there as soon as they are made, but for those in which the machine changed.
+    """
     keep: Path | None = arguments.keep
-    found = json.loads(keep.read_text()) if keep is not None and keep.exists() else []
-    parts = [Part.of_json(each) for each in found]
+    asked = {"commit": commit(), "steps": arguments.steps, "warm_up": arguments.warm_up}
+    asked["runs"] = [run.name for run in runs]
+    parts = kept_parts(keep, asked)
     done = {name for part in parts for name in part.samples}
     rest = [run for run in runs if run.name not in done]
     if not rest:
@@ -204,7 +225,9 @@ def made_parts(runs: Sequence[Run], arguments: argparse.Namespace, directory: st
             parts.append(part)
             if keep is not None:
                 steady = [each.as_json() for each in parts if each.worst_drift <= MOST_DRIFT]
-                keep.write_text(json.dumps(steady))
+                half = keep.with_name(f"{keep.name}.half")  # until all of it is there
+                half.write_text(json.dumps({"asked": asked, "parts": steady}), encoding="utf-8")
+                half.replace(keep)
     return parts
 
 
@@ -247,7 +270,10 @@ def main() -> None:
     runs = runs_of(arguments.models, SIZES[: arguments.sizes])
     with ExitStack() as stack:
         directory = stack.enter_context(spill_directory(arguments.offload_path, parser))
-        parts = made_parts(runs, arguments, directory)
+        try:
+            parts = made_parts(runs, arguments, directory)
+        except ValueError as error:
+            parser.error(str(error))
     rows = [
         [
             name,

@@ -90,8 +90,8 @@ SYSTEM_HEADERS = {"core": LIBC, "cuda": CUDA, "bindings": f"{LIBC}|{PYBIND11}"}
 # Whose headers a folder may include in "".
 OWN_HEADERS = {"core": {"core"}, "cuda": {"cuda"}, "bindings": {"core", "cuda", "bindings"}}
 # The arithmetic that both compilers compile, and what it is given.
-FOR_BOTH = "adam_arithmetic adam_constants adam_versions attention_shape dtype exponential".split()
-FOR_BOTH_COMPILERS = {PurePosixPath(f"csrc/core/{name}.h") for name in FOR_BOTH}
+OF_BOTH = ("adam_arithmetic", "adam_constants", "adam_versions", "attention_shape", "dtype")
+FOR_BOTH_COMPILERS = {PurePosixPath(f"csrc/core/{name}.h") for name in (*OF_BOTH, "exponential")}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50

@@ -135,13 +135,21 @@ def test_parts_that_were_made_are_not_made_again_but_for_one_that_decides_nothin
 
     monkeypatch.setattr(predicted_time, "part_of", part_of)
     monkeypatch.setattr(predicted_time, "calibrate", lambda _: object())
-    arguments = argparse.Namespace(machine=None, part=1, keep=tmp_path / "parts.json")
+    keep = tmp_path / "parts.json"
+    arguments = argparse.Namespace(machine=None, part=1, keep=keep, steps=6, warm_up=8)
     first = predicted_time.made_parts(runs, arguments, "")
     assert [part.worst_drift for part in first] == [0.0, 0.5, 0.0]
     again = predicted_time.made_parts(runs, arguments, "")
     assert made == ["keep", "recompute", "ssd", "recompute"]
     assert [part.worst_drift for part in again] == [0.0, 0.0, 0.0]
     assert predicted_time.made_parts(runs, arguments, "") == again
+    arguments.steps = 7
+    with pytest.raises(ValueError, match=r"'steps': 6.*'steps': 7.*another file"):
+        predicted_time.made_parts(runs, arguments, "")
+    keep.write_text(keep.read_text()[:-9])
+    with pytest.raises(ValueError, match="holds no parts of a run"):
+        predicted_time.made_parts(runs, arguments, "")
+    assert [each.name for each in tmp_path.iterdir()] == [keep.name]
 
 
 def test_the_try_counts_in_which_the_machine_was_steadiest(
